@@ -1,0 +1,37 @@
+"""The `megazh` command: parses the line, calls the library, and turns errors into one line and an exit code."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megazh import __version__
+from megazh.cli import index, mixture, pack, tokenizer
+from megazh.errors import INTERRUPTED, MegazhError
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line `megazh ARGUMENTS`; ends the process."""
+    parser = argparse.ArgumentParser(prog="megazh", description="From raw Chinese text to a chat model.")
+    parser.add_argument("--version", action="version", version=f"megazh {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (index, tokenizer, mixture, pack):
+        module.add_to(commands)
+    sys.exit(run(parser.parse_args(arguments)))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Call what the options name; returns the exit code (see `megazh.errors`)."""
+    try:
+        options.call(options)
+    except MegazhError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept: run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0

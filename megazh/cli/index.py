@@ -1,0 +1,197 @@
+"""`megazh index`: build, inspect, verify and merge indexes."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megazh.cli.options import Subparsers, add_command, add_reading, count, reading, share
+from megazh.corpus.sources import Format
+from megazh.errors import MegazhError, UsageError, WorkerError
+from megazh.index import mpi
+from megazh.index.build import Request, Summary, build_index
+from megazh.index.check import inspect_index, verify_index
+from megazh.index.merge import merge_indexes
+from megazh.index.pools import InlinePool, Pool, ProcessPool
+from megazh.progress import duration
+
+BUILD_EXAMPLES = """examples:
+  megazh index build --input 'raw/*.jsonl.zst' --tokenizer qwen.tiktoken --output data_index/wiki
+  megazh index build --input books/ --text-documents blank-lines --tokenizer tok/ --output data_index/books
+  megazh index build --input a.parquet b.parquet --text-key content.text --tokenizer tok/ --output data_index/web
+  mpirun -n 8 megazh index build ...        (or srun --mpi=pmi2 -n 8 megazh index build ...)
+
+An interrupted build goes on where it was when the same command is given again. Beside OUTPUT.bin and OUTPUT.idx
+lie OUTPUT.json (what was indexed), OUTPUT.docs (content hashes), a copy of the tokenizer, OUTPUT.log, and, where
+lines were rejected, OUTPUT.rejected.jsonl."""
+
+
+def add_to(commands: Subparsers) -> None:
+    """Add `index` and what is below it."""
+    parser = commands.add_parser("index", help="build, inspect, verify and merge indexes of tokens")
+    below = parser.add_subparsers(metavar="COMMAND", required=True)
+    build = add_command(below, "build", "tokenise text into PREFIX.bin and PREFIX.idx", BUILD_EXAMPLES)
+    add_build_options(build)
+    inspect = add_command(
+        below,
+        "inspect",
+        "show what is in an index",
+        "examples:\n  megazh index inspect data_index/wiki\n  megazh index inspect data_index/wiki --document 17",
+    )
+    inspect.add_argument("prefix", metavar="PREFIX")
+    inspect.add_argument("--document", type=int, metavar="N", help="also show document N (from 0; -1 is the last)")
+    inspect.add_argument("--tokens", type=count, default=200, metavar="N", help="show at most so many of its tokens")
+    inspect.set_defaults(call=_inspect)
+    verify = add_command(
+        below,
+        "verify",
+        "read all of an index and check it: hashes, bounds, ids below the vocabulary, ends of documents",
+        "example:\n  megazh index verify data_index/wiki",
+    )
+    verify.add_argument("prefix", metavar="PREFIX", nargs="+")
+    verify.set_defaults(call=_verify)
+    merge = add_command(
+        below,
+        "merge",
+        "put indexes of the same tokenizer together, in the order given",
+        "example:\n  megazh index merge data_index/a data_index/b --output data_index/ab",
+    )
+    merge.add_argument("prefix", metavar="PREFIX", nargs="+")
+    merge.add_argument("--output", required=True, metavar="PREFIX")
+    merge.set_defaults(call=_merge)
+
+
+def add_build_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `megazh index build`."""
+    add_reading(parser)
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        type=Path,
+        metavar="TOK",
+        help="tokenizer.json or its folder, qwen.tiktoken, or a SentencePiece .model",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="where the index goes")
+    parser.add_argument("--eod", metavar="TOKEN", help="the token that ends a document (default: the tokenizer's)")
+    parser.add_argument(
+        "--front-tokens",
+        action="store_true",
+        help="SentencePiece: put <pad> <bos> <eos> <unk> (ids 0 to 3) in front of the pieces",
+    )
+    parser.add_argument(
+        "--max-bad",
+        type=share,
+        default=0.001,
+        metavar="SHARE",
+        help="the largest share of bad records, such as 0.001 or 0.1%% (default: 0.1%%)",
+    )
+    parser.add_argument(
+        "--workers", type=count, metavar="N", help="worker processes (default: one a core, fewer for little input)"
+    )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="discard what an interrupted build has finished, and replace an index that is complete",
+    )
+    parser.set_defaults(call=build)
+
+
+def build(options: argparse.Namespace) -> None:
+    """Build an index: alone, with worker processes, or as one of several MPI ranks."""
+    request = Request(
+        inputs=options.input,
+        output=options.output,
+        tokenizer=options.tokenizer,
+        eod=options.eod,
+        front_tokens=options.front_tokens,
+        format=Format(options.format) if options.format else None,
+        read=reading(options),
+        max_bad=options.max_bad,
+        restart=options.restart,
+    )
+    world = mpi.join_world()
+    if world is None:
+        pool = _local_pool(options.workers, request)
+        try:
+            _print_summary(build_index(request, pool, _say), request)
+        finally:
+            pool.close()
+        return
+    if options.workers is not None:
+        raise UsageError("--workers and MPI ranks exclude each other: the ranks are the workers")
+    if world.rank > 0:
+        mpi.serve(world, request.folder)
+    ranks = mpi.MpiPool(world, request.folder)
+    try:
+        summary = build_index(request, ranks, _say)
+    except WorkerError as error:
+        _say(f"error: {error}")
+        mpi.abort(world, error.exit_code)
+    except MegazhError as error:
+        ranks.close(error.exit_code)
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        mpi.abort(world, 1)
+    ranks.close()
+    _print_summary(summary, request)
+
+
+def _local_pool(workers: int | None, request: Request) -> Pool:
+    if workers is None:
+        size = sum(os.path.getsize(path) for path in request.inputs if os.path.isfile(path))
+        folders_or_globs = any(not os.path.isfile(path) for path in request.inputs)
+        cores = len(os.sched_getaffinity(0))
+        # A worker takes seconds to load its tokenizer: not worth it for a few megabytes.
+        workers = cores if folders_or_globs or size > 64 << 20 else 1
+    return InlinePool() if workers == 1 else ProcessPool(workers)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_summary(summary: Summary, request: Request) -> None:
+    data = summary.metadata
+    if summary.already_complete:
+        print(f"{request.output}: complete already, from the same input; nothing to do")
+        return
+    size = sum(source.bytes for source in data.sources)
+    rows: list[tuple[str, Any]] = [
+        ("index", f"{request.output}.bin, .idx ({data.dtype})"),
+        ("documents", f"{data.documents:,}"),
+        ("tokens", f"{data.tokens:,}"),
+        ("text", f"{data.text_bytes:,} bytes, {data.text_bytes / max(data.tokens - data.documents, 1):.2f} a token"),
+        ("empty", f"{data.empty_documents:,} documents without text, skipped"),
+        ("rejected", _rejected(summary, request)),
+        ("time", f"{duration(summary.seconds)}, {size / 1e6 / summary.seconds:.1f} MB/s of input"),
+        ("encoder", f"{summary.encoder}, {summary.samples_checked} documents checked against the reference"),
+    ]
+    if summary.pieces_kept:
+        rows.append(("resumed", f"{summary.pieces_kept} of {summary.pieces} pieces were there from before"))
+    for name, value in rows:
+        print(f"{name:<10} {value}")
+
+
+def _rejected(summary: Summary, request: Request) -> str:
+    rejected = summary.metadata.rejected
+    if not rejected.total:
+        return "0"
+    reasons = ", ".join(f"{reason} {number}" for reason, number in rejected.reasons.items())
+    return f"{rejected.total:,} ({reasons}): {request.output}.rejected.jsonl"
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    for line in inspect_index(options.prefix, options.document, options.tokens):
+        print(line)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    for prefix in options.prefix:
+        print(f"{prefix}: {verify_index(prefix)}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    metadata = merge_indexes(options.prefix, Path(options.output))
+    print(f"{options.output}: {metadata.documents:,} documents, {metadata.tokens:,} tokens")

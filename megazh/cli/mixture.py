@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from megazh.cli.options import Subparsers
+
+
+def add_to(commands: Subparsers) -> None:
+    pass

@@ -1,0 +1,89 @@
+"""Command-line options that several commands share, and the types of their values."""
+
+import argparse
+from typing import Any
+
+from megazh.corpus.pieces import ReadOptions, TextDocuments
+from megazh.corpus.sources import Format
+
+Subparsers = Any  # argparse has no public name for what add_subparsers returns
+
+
+def add_command(below: Subparsers, name: str, what: str, examples: str) -> argparse.ArgumentParser:
+    """A command with its one-line description and examples under `--help`."""
+    return below.add_parser(
+        name, help=what, description=what, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
+    return number
+
+
+def amount(text: str) -> int:
+    """A number of tokens: 1500000, 1.5M, 30B."""
+    scales = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+    scale = scales.get(text[-1:].lower(), 1)
+    try:
+        number = round(float(text[:-1] if scale > 1 else text) * scale)
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens such as 500M or 30B, found {text}")
+    return number
+
+
+def share(text: str) -> float:
+    """A share between 0 and 1, or a percentage."""
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, or a percentage, found {text}")
+    return number
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """The options that say what to read and where its documents are."""
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="files, folders or quoted globs: .jsonl .json .txt (also .gz .zst), .parquet, .arrow",
+    )
+    parser.add_argument("--format", choices=[format.value for format in Format], help="where suffixes do not tell")
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="the key or column of the text; a.b is nested (default: text)"
+    )
+    parser.add_argument(
+        "--text-documents",
+        choices=[kind.value for kind in TextDocuments],
+        default=TextDocuments.FILE.value,
+        help="plain text: a document is a file, or ends at a blank line (default: file)",
+    )
+    parser.add_argument(
+        "--max-document-bytes",
+        type=count,
+        default=ReadOptions.max_document_bytes,
+        metavar="N",
+        help="reject longer documents (default: 64 MB)",
+    )
+
+
+def reading(options: argparse.Namespace) -> ReadOptions:
+    """What `add_reading` added, as the library takes it."""
+    return ReadOptions(options.text_key, TextDocuments(options.text_documents), options.max_document_bytes)
+
+
+def standalone(what: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of a tool that is one command."""
+    return argparse.ArgumentParser(
+        description=what, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )

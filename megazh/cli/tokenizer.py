@@ -1,0 +1,71 @@
+"""`megazh tokenizer`: train one, and look at what one does to a text."""
+
+import argparse
+from pathlib import Path
+
+from megazh.cli.options import Subparsers, add_command, add_reading, amount, count, reading
+from megazh.corpus.sources import Format, find_sources
+from megazh.errors import UsageError
+from megazh.tokenizer import load_tokenizer
+from megazh.tokenizer.show import show_tokenizer
+from megazh.tokenizer.train import Digits, train_tokenizer
+
+TRAIN_EXAMPLES = """example:
+  megazh tokenizer train --input corpus.jsonl --vocab-size 8000 --output tok/tokenizer.json
+
+<|pad|>, <|endoftext|>, <|im_start|> and <|im_end|> become ids 0 to 3; the 256 bytes follow, then what is learnt."""
+
+
+def add_to(commands: Subparsers) -> None:
+    """Add `tokenizer` and what is below it."""
+    parser = commands.add_parser("tokenizer", help="train a tokenizer, or look at one")
+    below = parser.add_subparsers(metavar="COMMAND", required=True)
+    train = add_command(below, "train", "train a byte-level BPE with NFC and Qwen's regex", TRAIN_EXAMPLES)
+    add_reading(train)
+    train.add_argument("--vocab-size", type=count, required=True, metavar="N", help="ids in all")
+    train.add_argument("--output", type=Path, required=True, metavar="FILE", help="tokenizer.json to write")
+    train.add_argument(
+        "--digits",
+        choices=[kind.value for kind in Digits],
+        default=Digits.SINGLE.value,
+        help="each digit a token (Qwen's regex, the default), or up to three together",
+    )
+    train.add_argument("--max-bytes", type=amount, metavar="N", help="learn from the first N bytes of text, such as 2G")
+    train.set_defaults(call=_train)
+    show = add_command(
+        below,
+        "show",
+        "show a tokenizer, and the pieces and bytes a token that it gives a text",
+        "examples:\n  megazh tokenizer show qwen.tiktoken --text '今天天气不错'\n"
+        "  megazh tokenizer show tok/ --file corpus.txt",
+    )
+    show.add_argument("tokenizer", type=Path, metavar="TOK")
+    show.add_argument("--file", type=Path, help="a file, taken as one text")
+    show.add_argument("--text", help="a text given here")
+    show.add_argument("--pieces", type=count, default=100, metavar="N", help="show at most so many pieces")
+    show.add_argument("--eod", metavar="TOKEN", help="the token that ends a document")
+    show.add_argument(
+        "--front-tokens", action="store_true", help="SentencePiece: ids 0 to 3 are <pad> <bos> <eos> <unk>"
+    )
+    show.set_defaults(call=_show)
+
+
+def _train(options: argparse.Namespace) -> None:
+    if options.output.is_dir():
+        raise UsageError(
+            f"--output {options.output}: is a folder; give a file, such as {options.output}/tokenizer.json"
+        )
+    if options.output.suffix != ".json":
+        raise UsageError(f"--output {options.output}: expected a name that ends in .json")
+    sources = find_sources(options.input, Format(options.format) if options.format else None)
+    size = train_tokenizer(
+        sources, reading(options), options.output, options.vocab_size, Digits(options.digits), options.max_bytes
+    )
+    short = "" if size == options.vocab_size else f" (fewer than {options.vocab_size:,}: the text has no more to learn)"
+    print(f"{options.output}: {size:,} ids{short}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(options.tokenizer, options.eod, options.front_tokens)
+    for line in show_tokenizer(tokenizer, options.file, options.text, options.pieces):
+        print(line)

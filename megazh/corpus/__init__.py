@@ -1,0 +1,1 @@
+"""Raw text: which files there are, how they are cut, and the documents in them."""

@@ -1,0 +1,221 @@
+"""The documents of a piece, in batches that fit an encoder call."""
+
+import io
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from megazh.corpus.pieces import (
+    Piece,
+    ReadOptions,
+    TextDocuments,
+    damaged,
+    open_arrow,
+    open_compressed,
+    open_parquet,
+    read_block,
+)
+from megazh.corpus.records import Batch, Reason, RecordError, Rejected, add_text, decode, json_text
+from megazh.corpus.sources import Format, Source
+from megazh.errors import DataError
+
+_BOM = b"\xef\xbb\xbf"
+_BATCH_BYTES = 1 << 20
+_BATCH_ROWS = 256
+_NOMINAL = 16 << 20  # no piece is cut longer, but for the record that it ends with
+
+
+def read_piece(sources: Sequence[Source], piece: Piece, options: ReadOptions) -> Iterator[Batch]:
+    """The documents of `piece` in order; line numbers in a batch count from the start of the batch.
+
+    Args:
+        sources: the files of the piece, `piece_sources(all, piece)`.
+
+    Raises:
+        DataError: a file is damaged, or is shorter than it was when it was cut.
+    """
+    source = sources[0]
+    try:
+        if source.format is Format.TEXT and options.text_documents is TextDocuments.FILE:
+            yield from _whole_files(sources, options)
+        elif source.format is Format.PARQUET:
+            yield from _parquet_rows(source, piece, options)
+        elif source.format is Format.ARROW:
+            yield from _arrow_rows(source, piece, options)
+        elif source.format is Format.JSONL:
+            yield from _json_lines(_records(source, piece, options), options)
+        else:
+            yield from _paragraphs(_records(source, piece, options), options)
+    except OSError as error:
+        raise DataError(f"{source.path}: cannot be read: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Bytes of whole records; see Piece for `cut_short` and `lines_cut`."""
+
+    data: bytes
+    cut_short: bool
+    lines_cut: int
+
+
+def _records(source: Source, piece: Piece, options: ReadOptions) -> _Records:
+    if piece.data is not None:
+        data, cut_short, lines_cut = piece.data, piece.cut_short, piece.lines_cut
+    else:
+        size = piece.end - piece.start
+        held = min(size, _NOMINAL + options.max_raw_bytes(source.format))
+        with open(source.path, "rb") as file:
+            file.seek(piece.start)
+            data = file.read(held)
+            if len(data) != held:
+                raise DataError(f"{source.path}: shorter than the {source.size} bytes it had at the start")
+            cut_short, lines_cut, left = held < size, 0, size - held
+            while left and (block := file.read(min(left, _NOMINAL))):
+                lines_cut += block.count(b"\n")
+                left -= len(block)
+    if piece.ordinal == 0:
+        data = data.removeprefix(_BOM)
+    return _Records(data, cut_short, lines_cut)
+
+
+def _too_long(line: int, options: ReadOptions) -> Rejected:
+    return Rejected(line, Reason.TOO_LONG, f"more than {options.max_document_bytes} bytes")
+
+
+def _json_lines(records: _Records, options: ReadOptions) -> Iterator[Batch]:
+    data = records.data
+    text_of = json_text(options.text_key)
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")).tolist()
+    unfinished = len(data) > (ends[-1] + 1 if ends else 0)
+    if unfinished and not records.cut_short:
+        ends.append(len(data))
+    view = memoryview(data)
+    batch = Batch()
+    start = batch_start = batch_line = 0
+    for line, end in enumerate(ends, start=1):
+        try:
+            text = text_of(view[start:end])
+            if text is not None:
+                add_text(batch, line - batch_line, text, options.max_document_bytes)
+        except RecordError as error:
+            batch.rejected.append(Rejected(line - batch_line, error.reason, error.detail))
+        start = end + 1
+        if start - batch_start >= _BATCH_BYTES:
+            batch.lines = line - batch_line
+            yield batch
+            batch, batch_start, batch_line = Batch(), start, line
+    batch.lines = len(ends) - batch_line
+    if records.cut_short:
+        batch.rejected.append(_too_long(len(ends) + 1 - batch_line, options))
+        batch.lines += 1
+    yield batch
+
+
+def _paragraphs(records: _Records, options: ReadOptions) -> Iterator[Batch]:
+    """Documents with blank lines between them: their lines with their line ends, without the last line's."""
+    batch = Batch()
+    line = batch_line = 0
+    batch_start = start = position = 0
+    first = last_end = 0  # line number of the document's first line (0: between documents), end of its last
+    for raw in io.BytesIO(records.data):
+        line += 1
+        if raw.strip():
+            if not first:
+                first, start = line, position
+            last_end = position + len(raw)
+        elif first:
+            _add_raw(batch, first - batch_line, _without_line_end(records.data[start:last_end]), options)
+            first = 0
+            if position - batch_start >= _BATCH_BYTES:
+                batch.lines = line - batch_line
+                yield batch
+                batch, batch_start, batch_line = Batch(), position, line
+        position += len(raw)
+    if records.cut_short:
+        batch.rejected.append(_too_long((first or line + 1) - batch_line, options))
+    elif first:
+        _add_raw(batch, first - batch_line, _without_line_end(records.data[start:last_end]), options)
+    batch.lines = line - batch_line + records.lines_cut
+    yield batch
+
+
+def _without_line_end(raw: bytes) -> bytes:
+    return raw.removesuffix(b"\n").removesuffix(b"\r") if raw.endswith(b"\n") else raw
+
+
+def _add_raw(batch: Batch, line: int, raw: bytes, options: ReadOptions) -> None:
+    try:
+        add_text(batch, line, decode(raw), options.max_document_bytes)
+    except RecordError as error:
+        batch.rejected.append(Rejected(line, error.reason, error.detail))
+
+
+def _whole_files(sources: Sequence[Source], options: ReadOptions) -> Iterator[Batch]:
+    """One batch a file; every file has one line, its first."""
+    for source in sources:
+        batch = Batch(lines=1)
+        limit = options.max_document_bytes + len(_BOM) + 1
+        if source.compression:
+            stream, _ = open_compressed(source)
+            raw = b""
+            while len(raw) < limit and (block := read_block(source, stream, limit - len(raw))):
+                raw += block
+        else:
+            with open(source.path, "rb") as file:
+                raw = file.read(limit)
+        if len(raw) == limit:
+            batch.rejected.append(_too_long(1, options))
+        else:
+            _add_raw(batch, 1, raw, options)
+        yield batch
+
+
+def _parquet_rows(source: Source, piece: Piece, options: ReadOptions) -> Iterator[Batch]:
+    with open_parquet(source.path) as file:
+        groups = list(range(piece.start, piece.end))
+        batches = file.iter_batches(
+            batch_size=_BATCH_ROWS, row_groups=groups, columns=[options.text_key], use_threads=False
+        )
+        yield from _rows(source, batches, options)
+
+
+def _arrow_rows(source: Source, piece: Piece, options: ReadOptions) -> Iterator[Batch]:
+    reader, is_file = open_arrow(source.path)
+    batches: Iterable[pa.RecordBatch]
+    if is_file:
+        batches = (reader.get_batch(number) for number in range(piece.start, piece.end))
+    else:
+        batches = itertools.islice(reader, piece.start, piece.end)
+    yield from _rows(source, batches, options)
+
+
+def _rows(source: Source, batches: Iterable[pa.RecordBatch], options: ReadOptions) -> Iterator[Batch]:
+    try:
+        for rows in batches:
+            column = _column(rows, options.text_key)
+            for start in range(0, len(column), _BATCH_ROWS):
+                values = column.slice(start, _BATCH_ROWS).cast(pa.large_binary()).to_pylist()
+                batch = Batch(lines=len(values))
+                for line, raw in enumerate(values, start=1):
+                    if raw is None:
+                        batch.rejected.append(Rejected(line, Reason.NOT_TEXT, f"'{options.text_key}' is null"))
+                    else:
+                        _add_raw(batch, line, raw, options)
+                yield batch
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(source.path, source.format.value, error) from None
+
+
+def _column(rows: pa.RecordBatch, key: str) -> pa.Array:
+    """The column `key`, or the field that `a.b` names within structs; dictionaries resolved."""
+    if key in rows.schema.names:
+        column = rows.column(key)
+    else:
+        head, *rest = key.split(".")
+        column = pc.struct_field(rows.column(head), rest)
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column

@@ -1,0 +1,137 @@
+"""What counts as a document, and why a line is turned away."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import orjson
+
+
+class Reason(StrEnum):
+    """Why a line gave no document."""
+
+    BROKEN_JSON = "broken JSON"
+    MISSING_KEY = "missing key"
+    NOT_TEXT = "not text"
+    INVALID_UTF8 = "invalid UTF-8"
+    LONE_SURROGATE = "lone surrogate"
+    TOO_LONG = "too long"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A line (in Parquet and Arrow: a row) that gave no document; `line` counts from 1 at the start of its batch."""
+
+    line: int
+    reason: Reason
+    detail: str
+
+
+@dataclass
+class Batch:
+    """Some consecutive documents of one source."""
+
+    texts: list[str] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    empty: int = 0
+    """Documents without a character; counted, and skipped."""
+    lines: int = 0
+    """Lines (rows) that were passed, documents or not."""
+
+
+class RecordError(Exception):
+    """A record gives no document; carries the reason and a detail for the person who reads the reject file."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def decode(raw: bytes) -> str:
+    """UTF-8 bytes to text. Raises RecordError where they are not valid UTF-8."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start}: {raw[error.start : error.start + 4].hex(' ')}"
+    try:
+        raw.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        raise RecordError(Reason.INVALID_UTF8, where) from None
+    raise RecordError(Reason.LONE_SURROGATE, where)
+
+
+def check_length(text: str, max_bytes: int) -> None:
+    """Raises RecordError where `text` is longer than `max_bytes` of UTF-8."""
+    if 4 * len(text) > max_bytes and (size := len(text.encode())) > max_bytes:
+        raise RecordError(Reason.TOO_LONG, f"{size} bytes, more than {max_bytes}")
+
+
+def add_text(batch: Batch, line: int, text: str, max_bytes: int) -> None:
+    """Put a document's text into `batch`: without a byte order mark, not trimmed, empty ones only counted."""
+    if text.startswith("\ufeff"):
+        text = text[1:]
+    if not text:
+        batch.empty += 1
+        return
+    try:
+        check_length(text, max_bytes)
+    except RecordError as error:
+        batch.rejected.append(Rejected(line, error.reason, error.detail))
+        return
+    batch.texts.append(text)
+
+
+def json_text(key: str) -> Callable[[bytes | memoryview], str | None]:
+    """A function from one JSON line to the text under `key` (`a.b` reaches into nested objects).
+
+    It returns None for a blank line and raises RecordError for a bad one. Numbers that strict JSON lacks
+    (`NaN`, `Infinity`) are let through, since Python's own `json` writes them.
+    """
+
+    def fast(line: bytes | memoryview) -> str | None:
+        try:
+            text = orjson.loads(line)[key]
+            if type(text) is str:
+                return text
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            pass
+        return _careful_json_text(bytes(line), key)
+
+    return fast
+
+
+def _careful_json_text(line: bytes, key: str) -> str | None:
+    if not line.strip():
+        return None
+    try:
+        value = json.loads(decode(line))
+    except (ValueError, RecursionError) as error:
+        raise RecordError(Reason.BROKEN_JSON, str(error)) from None
+    text = _value_at(value, key)
+    if not isinstance(text, str):
+        raise RecordError(Reason.NOT_TEXT, f"'{key}' is {_kind(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(Reason.LONE_SURROGATE, f"character {error.start}: {text[error.start]!a}") from None
+    return text
+
+
+def _value_at(value: Any, key: str) -> Any:
+    if isinstance(value, dict) and key in value:
+        return value[key]
+    at = value
+    for part in key.split("."):
+        if not isinstance(at, dict) or part not in at:
+            known = ", ".join(list(value)[:8]) if isinstance(value, dict) else f"none: the line is {_kind(value)}"
+            raise RecordError(Reason.MISSING_KEY, f"no '{key}'; keys: {known}")
+        at = at[part]
+    return at
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null", str: "a string"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,114 @@
+"""From what a user names (files, folders, globs) to a sorted list of source files with known formats."""
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from megazh.errors import DataError, UsageError
+
+
+class Format(StrEnum):
+    """How documents lie in a file."""
+
+    JSONL = "jsonl"
+    """A JSON object a line."""
+    PARQUET = "parquet"
+    """A document a row."""
+    ARROW = "arrow"
+    """A document a row, in an Arrow IPC file or stream (`datasets` writes streams)."""
+    TEXT = "text"
+    """Plain text: a document a file, or documents with blank lines between them."""
+
+
+_SUFFIXES = {
+    ".jsonl": Format.JSONL,
+    ".ndjson": Format.JSONL,
+    ".json": Format.JSONL,
+    ".parquet": Format.PARQUET,
+    ".pq": Format.PARQUET,
+    ".arrow": Format.ARROW,
+    ".feather": Format.ARROW,
+    ".ipc": Format.ARROW,
+    ".txt": Format.TEXT,
+    ".text": Format.TEXT,
+    ".md": Format.TEXT,
+}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file."""
+
+    path: Path
+    name: str
+    """Path below the folder that all inputs share; the same wherever that folder lies."""
+    format: Format
+    compression: str | None
+    """`gzip`, `zstd`, or None for a plain file."""
+    size: int
+    """Bytes on disk."""
+
+
+def find_sources(inputs: Sequence[str], format: Format | None = None) -> list[Source]:
+    """Expand files, folders (searched recursively) and globs into sources, sorted by path, each file once.
+
+    Args:
+        inputs: what the user named.
+        format: the format of all of them; without it, each file's suffix tells.
+
+    Raises:
+        UsageError: an input matches nothing, or a file's suffix tells no format.
+        DataError: a file's first bytes contradict its suffix.
+    """
+    paths: set[str] = set()
+    for given in inputs:
+        matches = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
+        files = [file for match in matches for file in _files_at(match, format)]
+        if not files:
+            raise UsageError(f"--input {given}: no file matches")
+        paths.update(os.path.abspath(file) for file in files)
+    ordered = sorted(paths)
+    if not ordered:
+        raise UsageError("no input given; name files, folders or globs with --input")
+    root = os.path.commonpath([os.path.dirname(path) for path in ordered])
+    return [_source(Path(path), os.path.relpath(path, root), format) for path in ordered]
+
+
+def _files_at(match: str, format: Format | None) -> list[str]:
+    if not os.path.isdir(match):
+        return [match]
+    found = (os.path.join(folder, name) for folder, _, names in os.walk(match) for name in names)
+    return sorted(file for file in found if format is not None or _suffixes(Path(file))[0] is not None)
+
+
+def _suffixes(path: Path) -> tuple[Format | None, str | None]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    if compression:
+        suffixes.pop()
+    return (_SUFFIXES.get(suffixes[-1]) if suffixes else None), compression
+
+
+def _source(path: Path, name: str, given: Format | None) -> Source:
+    by_suffix, compression = _suffixes(path)
+    format = given or by_suffix
+    if format is None:
+        raise UsageError(f"{path}: its suffix tells no format; give --format {'|'.join(Format)}")
+    if compression and format in (Format.PARQUET, Format.ARROW):
+        raise UsageError(f"{path}: a compressed {format.value} file cannot be read in parts; decompress it first")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if compression and not head.startswith(_MAGIC[compression]):
+        raise DataError(f"{path}: not a {compression} file: begins with {head[:4].hex(' ') or 'nothing'}")
+    if format is Format.JSONL and not compression and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        raise DataError(f"{path}: holds one JSON array; give one object a line (jq -c '.[]' {path.name} > out.jsonl)")
+    return Source(path, name, format, compression, size)

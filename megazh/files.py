@@ -1,0 +1,144 @@
+"""Files that appear whole or not at all, locks that die with their holder, and the cache folder."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megazh.errors import BusyError, DataError
+
+_BLOCK = 1 << 22
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames inside `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either what it held before or all of it: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.rename(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    fsync_directory(path.parent)
+
+
+def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file as hex; `on_bytes` is called with the size of each block read."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            if on_bytes:
+                on_bytes(len(block))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` (made if need be); the kernel drops it when this process dies.
+
+    Args:
+        path: the lock file; it says who holds it.
+        busy: the error message when another process holds the lock; without it, wait for as long as that takes.
+
+    Raises:
+        BusyError: the lock is held and `busy` is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 (closed below: the lock lives as long as the file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise BusyError(f"{busy} (held by {holder})") from None
+        try:
+            same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        except FileNotFoundError:
+            same = False
+        if same:
+            break
+        file.close()  # the holder before us removed the file while we waited: lock the new one
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+    finally:
+        file.close()
+
+
+def cache_dir() -> Path:
+    """Where derived files are kept that may be deleted at any time: `MEGAZH_CACHE`, or `~/.cache/megazh`."""
+    if named := os.environ.get("MEGAZH_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megazh"
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Check that the content of `path` has the SHA-256 `expected`.
+
+    A file that passed is remembered in the cache folder by name, inode, size and modification time, so that the
+    next process does not read it again; `remember_sha256` does the same for a file whose writer knows its hash.
+
+    Raises:
+        DataError: the content differs.
+    """
+    found = known_sha256(path)
+    if found != expected:
+        raise DataError(f"{path}: wrong content: expected sha256 {expected[:16]}…, found {found[:16]}…")
+
+
+def known_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file as hex, from memory (see `check_sha256`) where the file has not changed since."""
+    found = _remembered(path)
+    if found is None:
+        found = sha256_file(path, on_bytes)
+        remember_sha256(path, found)
+    return found
+
+
+def remember_sha256(path: Path, digest: str) -> None:
+    """Note that the file as it lies there has this SHA-256; without a writable cache folder nothing is noted."""
+    with contextlib.suppress(OSError):
+        write_atomic(_note_path(path), json.dumps({**_signature(path), "sha256": digest}).encode())
+
+
+def _remembered(path: Path) -> str | None:
+    try:
+        note = json.loads(_note_path(path).read_bytes())
+        digest = note.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return digest if note == _signature(path) else None
+
+
+def _note_path(path: Path) -> Path:
+    return cache_dir() / "sha256" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"
+
+
+def _signature(path: Path) -> dict[str, int]:
+    status = path.stat()
+    return {"inode": status.st_ino, "size": status.st_size, "mtime_ns": status.st_mtime_ns}

@@ -1,0 +1,105 @@
+"""Look into an index, and check all of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megazh.errors import DataError, UsageError
+from megazh.files import sha256_file
+from megazh.index.metadata import load_tokenizer_of
+from megazh.index.reader import IndexedDataset
+from megazh.progress import Progress
+
+_STEP = 1 << 24
+_BAR = 40
+
+
+def inspect_index(prefix: str, document: int | None = None, tokens: int = 200) -> Iterator[str]:
+    """Lines about an index: header, counts, histogram and, where asked for, one document, decoded.
+
+    Raises:
+        UsageError: there is no such index, or no such document.
+        DataError: the index is damaged.
+    """
+    index = IndexedDataset(prefix)
+    data = index.metadata
+    yield f"files        {prefix}.bin ({index.tokens.nbytes:,} bytes), {prefix}.idx (MMIDIDX version 1)"
+    yield f"dtype        {index.dtype}"
+    yield f"documents    {len(index):,} in {len(index.sequence_lengths):,} sequences"
+    yield f"tokens       {len(index.tokens):,}"
+    if data is None:
+        yield f"description  none: {prefix}.json is missing, as for an index that Megatron-LM wrote"
+    else:
+        yield f"text         {data.text_bytes:,} bytes"
+        yield f"tokenizer    {data.tokenizer.kind}, {data.tokenizer.vocab_size:,} ids, {data.tokenizer.fingerprint}"
+        yield f"end          {data.tokenizer.eod_id} {data.tokenizer.eod}"
+        yield f"skipped      {data.empty_documents:,} empty documents, {data.rejected.total:,} rejected lines"
+        yield f"sha256       {data.files.bin.sha256} (.bin)"
+        yield f"sources      {len(data.sources):,} files, {sum(source.bytes for source in data.sources):,} bytes"
+        for source in data.sources[:10]:
+            yield f"             {source.name} ({source.bytes:,} bytes, {source.sha256[:16]}…)"
+        if len(data.sources) > 10:
+            yield f"             … {len(data.sources) - 10:,} more in {prefix}.json"
+        yield "documents by tokens"
+        most = max(data.token_length_histogram.values())
+        for edge, number in data.token_length_histogram.items():
+            low = int(edge)
+            bar = "█" * max(round(_BAR * number / most), 1)
+            yield f"  {low:>10,} to {max(2 * low - 1, 0):<10,} {number:>12,} {bar}"
+    if document is None:
+        return
+    try:
+        ids = index[document]
+    except IndexError:
+        raise UsageError(f"--document {document}: {prefix} has documents 0 to {len(index) - 1}") from None
+    yield f"document {document}: {len(ids):,} tokens{'' if len(ids) <= tokens else f', the first {tokens}'}"
+    yield "ids          " + " ".join(map(str, ids[:tokens]))
+    if data is not None:
+        yield load_tokenizer_of(prefix, data).decode(ids[:tokens].tolist())
+
+
+def verify_index(prefix: str) -> str:
+    """Read all of an index and check it; returns a line that says what was checked.
+
+    Checked are, besides what opening it checks: the SHA-256 of the files as they are now, that every id is below
+    the vocabulary, and that every document ends with the end-of-document id and has no other.
+
+    Raises:
+        DataError: something is wrong; the message says what and where.
+    """
+    index = IndexedDataset(prefix)
+    data = index.metadata
+    size = index.tokens.nbytes
+    with Progress("verifying", 2 * size if data else size) as progress:
+        if data is not None:
+            for suffix, noted in ((".bin", data.files.bin), (".idx", data.files.idx), (".docs", data.files.docs)):
+                found = sha256_file(Path(prefix + suffix), progress.advance if suffix == ".bin" else None)
+                if found != noted.sha256:
+                    raise DataError(f"{prefix}{suffix}: wrong content: expected sha256 {noted.sha256}, found {found}")
+            index.document_hashes()
+        largest = 0
+        ends = 0
+        for at in range(0, len(index.tokens), _STEP):
+            tokens = index.tokens[at : at + _STEP]
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or (data is not None and high >= data.tokenizer.vocab_size):
+                wrong = int(tokens.argmin() if low < 0 else tokens.argmax())
+                limit = f"below the vocabulary of {data.tokenizer.vocab_size}" if data else "of at least 0"
+                raise DataError(f"{prefix}.bin: token {at + wrong}: expected an id {limit}, found {tokens[wrong]}")
+            largest = max(largest, high)
+            if data is not None:
+                ends += int(np.count_nonzero(tokens == data.tokenizer.eod_id))
+            progress.advance(tokens.nbytes)
+    if data is None:
+        return f"{len(index):,} documents, {len(index.tokens):,} tokens, largest id {largest}: bounds are right"
+    lasts = index.tokens[index.starts[1:] - 1]
+    wrong_ends = np.flatnonzero(lasts != data.tokenizer.eod_id)
+    if len(wrong_ends):
+        first = int(wrong_ends[0])
+        raise DataError(
+            f"{prefix}.bin: document {first}: expected end-of-document id {data.tokenizer.eod_id}, found {lasts[first]}"
+        )
+    if ends != len(index):
+        raise DataError(f"{prefix}.bin: expected {len(index)} end-of-document ids, one a document, found {ends}")
+    return f"{len(index):,} documents, {len(index.tokens):,} tokens: hashes, bounds, ids and document ends are right"

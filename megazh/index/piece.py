@@ -1,0 +1,246 @@
+"""One piece of a build: read its documents, encode them, and leave the result as one file that can be trusted.
+
+A piece file holds tokens, int32 lengths, uint64 content hashes, a JSON footer, the footer's size (uint64) and a
+magic number. It appears by rename; what a power cut left of it is found out by its checksum.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megazh.corpus.pieces import Piece, ReadOptions
+from megazh.corpus.reader import read_piece
+from megazh.corpus.sources import Source
+from megazh.errors import DataError
+from megazh.tokenizer.encoders import PROBES, Encoder, EncoderSource, encode_each
+
+_MAGIC = b"MZPIECE1"
+_TAIL = struct.Struct("<Q8s")
+_SAMPLE_ONE_IN = 1000
+_SAMPLE_CHARACTERS = 16_384
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker needs besides the piece; the same for the whole build."""
+
+    options: ReadOptions
+    encoders: EncoderSource
+    eod_id: int
+    vocab_size: int
+    dtype: str
+    folder: Path
+    """Where piece files go."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is to do: a piece, or (without one) to try the fast encoder on odd strings."""
+
+    piece: Piece | None
+    sources: Sequence[Source]
+    """The files of the piece."""
+    fast: bool
+    """Use the fast encoder, not the reference."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document and the ids that the fast encoder gave it, to be checked against the reference."""
+
+    text: str
+    ids: list[int]
+
+
+@dataclass
+class Result:
+    """What became of a task."""
+
+    key: str
+    weight: int = 0
+    documents: int = 0
+    tokens: int = 0
+    rejected: int = 0
+    lines: int = 0
+    encoder: str = ""
+    samples: list[Sample] = field(default_factory=list)
+    failure: str | None = None
+    """Of a trial: why the fast encoder cannot be used."""
+
+
+class Worker:
+    """Does tasks, one at a time; loads its encoders when it needs them, and keeps them."""
+
+    def __init__(self) -> None:
+        self._encoders: dict[tuple[EncoderSource, bool], Encoder | None] = {}
+
+    def run(self, setup: Setup, task: Task) -> Result:
+        """Do `task`.
+
+        Raises:
+            DataError: a source is damaged.
+        """
+        if task.piece is None:
+            return self._try_fast(setup)
+        encoder = self._encoder(setup, task.fast)
+        assert encoder is not None, "a fast encoder is used only after it was tried"
+        return encode_piece(setup, task.piece, task.sources, encoder, samples=task.fast)
+
+    def _encoder(self, setup: Setup, fast: bool) -> Encoder | None:
+        key = (setup.encoders, fast)
+        if key not in self._encoders:
+            self._encoders[key] = setup.encoders.fast() if fast else setup.encoders.reference()
+        return self._encoders[key]
+
+    def _try_fast(self, setup: Setup) -> Result:
+        try:
+            encoder = self._encoder(setup, fast=True)
+            if encoder is None:
+                return Result("trial")
+            ids = encode_each(encoder, PROBES)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a missing package, a tokenizer it cannot read, a panic in native code
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            return Result("trial", failure=reason)
+        samples = [Sample(text, found) for text, found in zip(PROBES, ids, strict=True)]
+        return Result("trial", encoder=encoder.name, samples=samples)
+
+
+def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder: Encoder, samples: bool) -> Result:
+    """Encode the documents of `piece`, each followed by the end-of-document id, into its piece file."""
+    dtype = np.dtype(setup.dtype)
+    result = Result(piece.key, weight=piece.weight, encoder=encoder.name)
+    lengths: list[npt.NDArray[np.int32]] = []
+    hashes: list[int] = []
+    rejected: list[tuple[int, str, str]] = []
+    empty = text_bytes = 0
+    digest = xxhash.xxh3_64()
+    final = piece_path(setup.folder, piece.key)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        for batch in read_piece(sources, piece, setup.options):
+            rejected += [(result.lines + bad.line, bad.reason.value, bad.detail) for bad in batch.rejected]
+            result.lines += batch.lines
+            empty += batch.empty
+            for texts in _calls(batch.texts):
+                ids, offsets = encoder.encode_batch(texts)
+                raw = [text.encode() for text in texts]  # cheap now: the encoder had the str cache its UTF-8
+                new_hashes = [xxhash.xxh3_64_intdigest(text) for text in raw]
+                text_bytes += sum(map(len, raw))
+                tokens = _with_ends(ids, offsets, setup, dtype)
+                file.write(tokens.data)
+                digest.update(tokens.data)
+                lengths.append((np.diff(offsets) + 1).astype(np.int32))
+                if samples:
+                    result.samples += _samples(texts, new_hashes, ids, offsets, first=not hashes)
+                hashes += new_hashes
+                result.tokens += len(tokens)
+        all_lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
+        for array in (all_lengths, np.array(hashes, np.uint64)):
+            file.write(array.tobytes())
+            digest.update(array.tobytes())
+        result.documents, result.rejected = len(hashes), len(rejected)
+        footer = {
+            "documents": result.documents,
+            "tokens": result.tokens,
+            "text_bytes": text_bytes,
+            "empty": empty,
+            "lines": result.lines,
+            "rejected": rejected,
+            "encoder": encoder.name,
+            "checksum": digest.hexdigest(),
+        }
+        packed = json.dumps(footer, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        file.write(packed + _TAIL.pack(len(packed), _MAGIC))
+    os.rename(temporary, final)
+    return result
+
+
+def _calls(texts: list[str]) -> Iterator[list[str]]:
+    """Documents for one encoder call each: many short ones together, a very long one alone."""
+    start = size = 0
+    for at, text in enumerate(texts):
+        size += len(text)
+        if size > 1 << 20 and at > start:
+            yield texts[start:at]
+            start, size = at, len(text)
+    if start < len(texts):
+        yield texts[start:]
+
+
+def _with_ends(ids: npt.NDArray, offsets: npt.NDArray, setup: Setup, dtype: np.dtype) -> npt.NDArray:
+    """All ids with the end-of-document id after each document, in the dtype of the index."""
+    if len(ids) and int(ids.max()) >= setup.vocab_size:
+        raise DataError(f"the encoder gave id {int(ids.max())}, the tokenizer has {setup.vocab_size}: a broken encoder")
+    documents = len(offsets) - 1
+    tokens = np.empty(len(ids) + documents, dtype)
+    ends = offsets[1:] + np.arange(documents)
+    is_text = np.ones(len(tokens), np.bool_)
+    is_text[ends] = False
+    tokens[is_text] = ids
+    tokens[ends] = setup.eod_id
+    return tokens
+
+
+def _samples(
+    texts: list[str], hashes: list[int], ids: npt.NDArray, offsets: npt.NDArray, first: bool
+) -> Iterator[Sample]:
+    """The first document of a piece and about one in a thousand of the others, by their hash."""
+    for at, (text, number) in enumerate(zip(texts, hashes, strict=True)):
+        if (number % _SAMPLE_ONE_IN == 0 or (first and at == 0)) and len(text) <= _SAMPLE_CHARACTERS:
+            yield Sample(text, ids[offsets[at] : offsets[at + 1]].tolist())
+
+
+def piece_path(folder: Path, key: str) -> Path:
+    """Where the file of a piece lies."""
+    return folder / f"{key}.piece"
+
+
+@dataclass(frozen=True)
+class FinishedPiece:
+    """What a piece file holds; the arrays are views of it."""
+
+    tokens: npt.NDArray
+    lengths: npt.NDArray[np.int32]
+    hashes: npt.NDArray[np.uint64]
+    footer: dict[str, Any]
+
+
+def read_piece_file(path: Path, dtype: np.dtype, check: bool) -> FinishedPiece | None:
+    """Read a piece file; None where there is none, or where it is not whole.
+
+    Args:
+        check: compare the checksum, too: for a file that an earlier run left.
+    """
+    try:
+        data = np.memmap(path, np.uint8, "r")
+    except (FileNotFoundError, ValueError):
+        return None
+    try:
+        size, magic = _TAIL.unpack(data[-_TAIL.size :].tobytes())
+        if magic != _MAGIC:
+            return None
+        payload = data[: len(data) - _TAIL.size - size]
+        footer = json.loads(data[len(payload) : len(data) - _TAIL.size].tobytes())
+        documents, tokens = footer["documents"], footer["tokens"]
+        expected = tokens * dtype.itemsize + documents * 12
+    except (struct.error, ValueError, KeyError, TypeError):
+        return None
+    if len(payload) != expected or (check and xxhash.xxh3_64_hexdigest(payload.data) != footer["checksum"]):
+        return None
+    split = tokens * dtype.itemsize
+    return FinishedPiece(
+        tokens=np.frombuffer(payload, dtype, tokens),
+        lengths=np.frombuffer(payload, np.int32, documents, split),
+        hashes=np.frombuffer(payload, np.uint64, documents, split + 4 * documents),
+        footer=footer,
+    )

@@ -1,0 +1,154 @@
+"""Read an index through memory maps, after checking that its files are whole and belong together."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megazh.errors import DataError, UsageError
+from megazh.files import check_sha256
+from megazh.index.format import Header, read_header
+from megazh.index.metadata import Metadata, read_metadata
+
+_STEP = 1 << 22
+
+
+class IndexedDataset:
+    """The documents of `PREFIX.bin` and `PREFIX.idx`, checked on opening.
+
+    Header, sizes, pointers, boundaries and dtype are always checked. Where `PREFIX.json` lies beside them, the
+    SHA-256 of each file must be the one noted there; a file that was hashed once is remembered (`megazh.files`).
+
+    Attributes:
+        prefix: the path that the file names share.
+        dtype: of the tokens.
+        metadata: what `PREFIX.json` says; None for an index that Megatron-LM wrote.
+        tokens: (tokens,) all tokens, memory-mapped, read-only.
+        starts: (documents + 1,) int64, where each document begins in `tokens`; the last is its size.
+
+    Raises:
+        UsageError: there is no such index.
+        DataError: a file is truncated, damaged, foreign or of another build; the message says which and how.
+    """
+
+    def __init__(self, prefix: Path | str) -> None:
+        self.prefix = Path(prefix)
+        self._bin, self._idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        try:
+            bin_size, idx_size = self._bin.stat().st_size, self._idx.stat().st_size
+        except FileNotFoundError as error:
+            missing = Path(error.filename)
+            if missing == self._bin and not self._idx.exists():
+                raise UsageError(f"{prefix}: no index there (neither {prefix}.bin nor {prefix}.idx)") from None
+            why = "an unfinished build counts as no index" if missing == self._idx else "the index is incomplete"
+            raise UsageError(f"{missing}: missing; {why}") from None
+        header = read_header(self._idx, idx_size)
+        self.dtype = header.dtype
+        self.metadata = read_metadata(prefix)
+        if self.metadata is not None:
+            self._check_sizes(self.metadata, bin_size, idx_size)
+        self._lengths = self._map(self._idx, np.dtype("<i4"), header.lengths_at, header.sequences)
+        self._pointers = self._map(self._idx, np.dtype("<i8"), header.pointers_at, header.sequences)
+        self._boundaries = self._map(self._idx, np.dtype("<i8"), header.boundaries_at, header.boundaries)
+        self.sequence_modes: npt.NDArray[np.int8] | None = None
+        """(sequences,) int8 in a multimodal index, else None."""
+        if idx_size > header.end:
+            self.sequence_modes = self._map(self._idx, np.dtype("i1"), header.end, header.sequences)
+        total = self._check_sequences(header, bin_size)
+        self.tokens = self._map(self._bin, self.dtype.newbyteorder("<"), 0, total)
+        self.starts = self._document_starts(total)
+        if self.metadata is not None:
+            self._check_against(self.metadata)
+
+    def __len__(self) -> int:
+        """The number of documents."""
+        return len(self._boundaries) - 1
+
+    def __getitem__(self, document: int) -> npt.NDArray[np.integer]:
+        """(tokens,) the tokens of a document; a view of the file."""
+        if not -len(self) <= document < len(self):
+            raise IndexError(f"document {document} of {len(self)}")
+        document %= len(self)
+        return self.tokens[self.starts[document] : self.starts[document + 1]]
+
+    @property
+    def sequence_lengths(self) -> npt.NDArray[np.int32]:
+        """(sequences,) int32, tokens of each sequence."""
+        return self._lengths
+
+    @property
+    def document_indices(self) -> npt.NDArray[np.int64]:
+        """(documents + 1,) int64, the first sequence of each document, and their number."""
+        return self._boundaries
+
+    def document_hashes(self) -> npt.NDArray[np.uint64]:
+        """(documents,) uint64 content hashes from `PREFIX.docs`. Raises DataError where it is missing or wrong."""
+        path = Path(f"{self.prefix}.docs")
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise DataError(f"{path}: missing; it holds the content hashes that decide the validation split") from None
+        if size != 8 * len(self):
+            raise DataError(f"{path}: expected {8 * len(self)} bytes for {len(self)} documents, found {size}")
+        if self.metadata is not None:
+            check_sha256(path, self.metadata.files.docs.sha256)
+        return self._map(path, np.dtype("<u8"), 0, len(self))
+
+    @staticmethod
+    def _map(path: Path, dtype: np.dtype, offset: int, count: int) -> npt.NDArray:
+        if count == 0:
+            return np.empty(0, dtype)
+        # A plain array over the map: slicing a numpy.memmap costs twice as much.
+        return np.asarray(np.memmap(path, dtype, "r", offset, (count,)))
+
+    def _check_sizes(self, metadata: Metadata, bin_size: int, idx_size: int) -> None:
+        for path, size, noted in (
+            (self._idx, idx_size, metadata.files.idx),
+            (self._bin, bin_size, metadata.files.bin),
+        ):
+            if size != noted.bytes:
+                raise DataError(f"{path}: expected {noted.bytes} bytes by {self.prefix}.json, found {size}")
+            check_sha256(path, noted.sha256)
+
+    def _check_sequences(self, header: Header, bin_size: int) -> int:
+        """Lengths are not negative, pointers follow from them, boundaries ascend; returns the number of tokens."""
+        total = 0
+        for at in range(0, header.sequences, _STEP):
+            lengths = self._lengths[at : at + _STEP]
+            if lengths.min() < 0:
+                raise DataError(f"{self._idx}: sequence {at + int(lengths.argmin())} has a negative length")
+            ends = np.cumsum(lengths, dtype=np.int64)
+            expected = (total + ends - lengths) * self.dtype.itemsize
+            wrong = np.flatnonzero(self._pointers[at : at + _STEP] != expected)
+            if len(wrong):
+                first = int(wrong[0])
+                raise DataError(
+                    f"{self._idx}: pointer of sequence {at + first}: expected {expected[first]} by the lengths before "
+                    f"it, found {self._pointers[at + first]}"
+                )
+            total += int(ends[-1])
+        boundaries = self._boundaries
+        if boundaries[0] != 0 or boundaries[-1] != header.sequences or (np.diff(boundaries) < 0).any():
+            raise DataError(f"{self._idx}: document boundaries do not ascend from 0 to {header.sequences}")
+        if bin_size != total * self.dtype.itemsize:
+            raise DataError(
+                f"{self._bin}: expected {total * self.dtype.itemsize} bytes for the {total} tokens ({self.dtype}) of "
+                f"{self._idx.name}, found {bin_size}: truncated, or of another index"
+            )
+        return total
+
+    def _document_starts(self, total: int) -> npt.NDArray[np.int64]:
+        starts = np.empty(len(self._boundaries), np.int64)
+        inside = self._boundaries[self._boundaries < len(self._pointers)]
+        starts[: len(inside)] = self._pointers[inside] // self.dtype.itemsize
+        starts[len(inside) :] = total
+        return starts
+
+    def _check_against(self, metadata: Metadata) -> None:
+        for what, noted, found in (
+            ("documents", metadata.documents, len(self)),
+            ("tokens", metadata.tokens, len(self.tokens)),
+            ("dtype", metadata.dtype, self.dtype.name),
+        ):
+            if noted != found:
+                raise DataError(f"{self.prefix}.json: {what}: expected {found} by the index, found {noted}")

@@ -1,0 +1,160 @@
+"""Write an index as a stream: memory does not grow with the corpus, and it appears whole or not at all."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from megazh.errors import DataError
+from megazh.files import fsync_directory, remember_sha256
+from megazh.index.format import CODES, Header
+from megazh.index.metadata import FileInfo, Files, length_histogram
+
+_STEP = 1 << 20
+
+
+class _HashedFile:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self.size += len(view)
+        while len(view):
+            view = view[self._file.write(view) :]
+
+    def close(self) -> FileInfo:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileInfo(bytes=self.size, sha256=self._digest.hexdigest())
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+class IndexWriter:
+    """Collects documents into `folder`, and moves the finished files to a prefix.
+
+    Use: `append` any number of times, `finish` once, then `commit` once. Until `commit`, nothing outside
+    `folder` changes. `folder` must be on the file system of the prefix.
+
+    Args:
+        folder: where the files grow; made if need be.
+        dtype: of the tokens, one that MMIDIDX knows.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype | type[np.generic]) -> None:
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in CODES:
+            raise DataError(
+                f"tokens of dtype {self.dtype} cannot be stored; expected one of {', '.join(map(str, CODES))}"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._bin = _HashedFile(folder / "index.bin")
+        self._docs = _HashedFile(folder / "index.docs")
+        self._lengths = _HashedFile(folder / "index.lengths")
+        self.documents = 0
+        self.tokens = 0
+        self.histogram: dict[int, int] = {}
+        """Documents by power of two of their length; see `metadata.length_histogram`."""
+
+    def append(
+        self,
+        tokens: npt.NDArray[np.integer],
+        lengths: npt.NDArray[np.integer],
+        hashes: npt.NDArray[np.uint64],
+    ) -> None:
+        """Add documents.
+
+        Args:
+            tokens: (tokens,) of all of them, in the writer's dtype.
+            lengths: (documents,) tokens of each.
+            hashes: (documents,) uint64 content hash of each.
+        """
+        if tokens.dtype != self.dtype:
+            raise DataError(f"expected tokens of dtype {self.dtype}, found {tokens.dtype}")
+        if int(lengths.sum()) != len(tokens) or len(lengths) != len(hashes):
+            raise DataError(f"{len(lengths)} lengths of {int(lengths.sum())} tokens, {len(hashes)} hashes: do not fit")
+        self._bin.write(np.ascontiguousarray(tokens, self.dtype.newbyteorder("<")).data)
+        self._lengths.write(np.ascontiguousarray(lengths, "<i4").data)
+        self._docs.write(np.ascontiguousarray(hashes, "<u8").data)
+        self.documents += len(lengths)
+        self.tokens += len(tokens)
+        for edge, count in length_histogram(lengths).items() if len(lengths) else ():
+            self.histogram[edge] = self.histogram.get(edge, 0) + count
+
+    def finish(self) -> Files:
+        """Complete the files and flush them to disk; returns their sizes and hashes.
+
+        Raises:
+            DataError: not one document was added.
+        """
+        if not self.documents:
+            self.abandon()
+            raise DataError("no document to index: the input is empty, or all of it was rejected")
+        self._lengths.close()
+        idx = _HashedFile(self._folder / "index.idx")
+        idx.write(Header(self.dtype, self.documents, self.documents + 1).pack())
+        lengths = np.memmap(self._lengths.path, "<i4", "r")
+        for at in range(0, self.documents, _STEP):
+            idx.write(lengths[at : at + _STEP].tobytes())
+        start = 0
+        for at in range(0, self.documents, _STEP):
+            ends = start + np.cumsum(lengths[at : at + _STEP], dtype=np.int64)
+            idx.write(((ends - lengths[at : at + _STEP]) * self.dtype.itemsize).astype("<i8").tobytes())
+            start = int(ends[-1])
+        for at in range(0, self.documents + 1, _STEP):
+            idx.write(np.arange(at, min(at + _STEP, self.documents + 1), dtype="<i8").tobytes())
+        del lengths
+        self._lengths.path.unlink()
+        return Files(bin=self._bin.close(), idx=idx.close(), docs=self._docs.close())
+
+    def commit(self, prefix: Path, files: Files, beside: dict[str, Path]) -> None:
+        """Move the finished files to `prefix`; the rename of the `.idx` makes them an index.
+
+        An older index at `prefix` loses its `.idx` first: whoever opens the prefix meanwhile finds no index,
+        never a mixture of two.
+
+        Args:
+            prefix: where to.
+            files: what `finish` returned.
+            beside: finished files that belong to the index, by the suffix that they get; flushed here.
+        """
+        for path in beside.values():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        fsync_directory(self._folder)
+        target = Path(f"{prefix}.idx")
+        if target.exists():
+            target.unlink()
+            fsync_directory(prefix.parent)
+        for suffix, path in beside.items():
+            os.rename(path, f"{prefix}{suffix}")
+        os.rename(self._bin.path, f"{prefix}.bin")
+        os.rename(self._docs.path, f"{prefix}.docs")
+        fsync_directory(prefix.parent)
+        os.rename(self._folder / "index.idx", target)
+        fsync_directory(prefix.parent)
+        for suffix, info in ((".bin", files.bin), (".idx", files.idx), (".docs", files.docs)):
+            remember_sha256(Path(f"{prefix}{suffix}"), info.sha256)
+
+    def abandon(self) -> None:
+        """Close the files; what was written stays in the folder and counts as nothing."""
+        for file in (self._bin, self._docs, self._lengths):
+            file.abandon()
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder of temporary files."""
+    shutil.rmtree(folder, ignore_errors=True)

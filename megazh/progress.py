@@ -1,0 +1,70 @@
+"""Progress on the terminal: a bar with rate and ETA, or a line now and then where the output is a log file."""
+
+import sys
+import time
+from typing import Self
+
+from tqdm import tqdm
+
+_LOG_SECONDS = 30.0
+
+
+class Progress:
+    """Counts bytes of source, and tokens where there are any; writes to stderr.
+
+    Args:
+        what: the word in front of the bar.
+        total: bytes to go through.
+        quiet: write nothing (all ranks but one).
+    """
+
+    def __init__(self, what: str, total: int, quiet: bool = False) -> None:
+        self._what, self._total, self._quiet = what, total, quiet
+        self._done = self._tokens = 0
+        self._begin = self._told = time.monotonic()
+        terminal = sys.stderr.isatty() and not quiet
+        self._bar = (
+            tqdm(total=total, unit="B", unit_scale=True, desc=what, dynamic_ncols=True, leave=False)
+            if terminal
+            else None
+        )
+
+    def advance(self, size: int, tokens: int = 0) -> None:
+        """So many bytes more are done, and so many tokens."""
+        self._done += size
+        self._tokens += tokens
+        seconds = time.monotonic() - self._begin
+        if self._bar is not None:
+            if self._tokens:
+                self._bar.set_postfix_str(f"{_scaled(self._tokens / max(seconds, 1e-9))}tok/s", refresh=False)
+            self._bar.update(size)
+        elif not self._quiet and time.monotonic() - self._told >= _LOG_SECONDS:
+            self._told = time.monotonic()
+            left = seconds * (self._total - self._done) / max(self._done, 1)
+            rate = f", {_scaled(self._tokens / seconds)}tok/s" if self._tokens else ""
+            sys.stderr.write(
+                f"{self._what}: {_scaled(self._done)}B of {_scaled(self._total)}B, "
+                f"{_scaled(self._done / seconds)}B/s{rate}, {duration(left)} left\n"
+            )
+            sys.stderr.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _scaled(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if abs(number) < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} T"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,148 @@
+"""Qwen's `qwen.tiktoken`: from ranks to an equal `tokenizer.json`, since ranks alone say neither NFC nor regex.
+
+Sources: the regex, NFC and the control tokens are those of Qwen's own tokenization code and of the
+`tokenizer.json` of Qwen1.5; a rank file has one line a token, base64 and rank (tiktoken's format).
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megazh.errors import DataError
+from megazh.files import cache_dir, locked, write_atomic
+
+QWEN_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+END_OF_TEXT = "<|endoftext|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
+
+
+def byte_alphabet() -> dict[int, str]:
+    """The printable character that byte-level BPE writes for each byte (GPT-2's table, used by `tokenizer.json`)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {**{byte: chr(byte) for byte in plain}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Ranks by token bytes. Raises DataError where the file is no complete, dense rank file."""
+    ranks: dict[bytes, int] = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise DataError(f"{path}:{number}: expected 'base64 rank', found {line[:40]!r}") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise DataError(f"{path}: expected ranks 0 to {len(ranks) - 1}, each once: truncated or not a rank file")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise DataError(f"{path}: has no token for byte {missing[0]:#04x}, so it cannot encode every text")
+    return ranks
+
+
+def split_token(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that BPE merges into `token` last; None where no merge leads to it."""
+    rank = ranks[token]
+    none = len(ranks)
+    splits = [
+        at for at in range(1, len(token)) if ranks.get(token[:at], none) < rank and ranks.get(token[at:], none) < rank
+    ]
+    if len(splits) == 1:
+        return token[: splits[0]], token[splits[0] :]
+    parts = [token[at : at + 1] for at in range(len(token))]
+    while len(parts) > 2:
+        best = min(range(len(parts) - 1), key=lambda at: ranks.get(parts[at] + parts[at + 1], none))
+        if ranks.get(parts[best] + parts[best + 1], none) >= rank:
+            return None
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def fast_tokenizer(ranks: dict[bytes, int]) -> dict[str, Any]:
+    """The contents of a `tokenizer.json` that encodes as Qwen does: NFC, Qwen's regex, byte level, these ranks."""
+    alphabet = byte_alphabet()
+
+    def written(token: bytes) -> str:
+        return "".join(alphabet[byte] for byte in token)
+
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        if len(token) > 1 and (pair := split_token(token, ranks)):
+            merges.append([written(pair[0]), written(pair[1])])
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": len(ranks) + number,
+                "content": content,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for number, content in enumerate(CONTROL_TOKENS)
+        ],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": QWEN_REGEX}, "behavior": "Isolated", "invert": False},
+                byte_level,
+            ],
+        },
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {written(token): rank for token, rank in ranks.items()},
+            "merges": merges,
+        },
+    }
+
+
+def tokenizer_json(path: Path) -> str:
+    """The text of the `tokenizer.json` equal to the rank file `path`; made once (3 s for Qwen's), then cached."""
+    made_from = hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes()).hexdigest()
+    cached = cache_dir() / "tokenizers" / f"{made_from}.json"
+    try:
+        return _read_checked(cached)
+    except (OSError, ValueError):
+        pass
+    text = json.dumps(fast_tokenizer(read_ranks(path)), ensure_ascii=False)
+    try:
+        with locked(cached.with_suffix(".lock")):
+            write_atomic(cached, hashlib.sha256(text.encode()).hexdigest().encode() + b"\n" + text.encode())
+    except OSError:
+        pass  # without a writable cache folder it is made again next time
+    return text
+
+
+def _read_checked(cached: Path) -> str:
+    digest, _, text = cached.read_bytes().partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        raise ValueError("damaged cache file")
+    return text.decode()

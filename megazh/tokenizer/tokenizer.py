@@ -1,0 +1,275 @@
+"""One class in front of every tokenizer: what it is, its fingerprint, its control tokens, encoders and decoding."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megazh.errors import DataError, UsageError
+from megazh.tokenizer import qwen
+from megazh.tokenizer.encoders import Encoder, EncoderSource, Kind, encode_each
+
+FRONT_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+"""Ids 0 to 3 in front of a SentencePiece model's pieces, where they are asked for."""
+
+_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<eos>", "</s>", "[EOS]", "[SEP]")
+_PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
+
+
+class Tokenizer:
+    """A tokenizer file and what is needed of it.
+
+    Attributes:
+        path: the one file it is read from.
+        kind: what that file is.
+        vocab_size: number of ids, the largest id plus one.
+        eod: the token that ends a document, as the vocabulary writes it.
+        eod_id: its id.
+        pad_id: the id of padding, or None where the tokenizer has none.
+        fingerprint: SHA-256 over everything that decides which ids a text gets and what they mean; a rank file
+            and the `tokenizer.json` equal to it have the same.
+        encoders: makes the encoders.
+        front_tokens: whether `<pad> <bos> <eos> <unk>` stand in front of a SentencePiece model's pieces.
+    """
+
+    path: Path
+    kind: Kind
+    vocab_size: int
+    eod: str
+    eod_id: int
+    pad_id: int | None
+    fingerprint: str
+    encoders: EncoderSource
+    front_tokens: bool = False
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, control tokens written out."""
+        raise NotImplementedError
+
+    def piece(self, token_id: int) -> str:
+        """How the vocabulary writes one token, bytes that are no text as `\\xNN`."""
+        raise NotImplementedError
+
+    @cached_property
+    def _reference(self) -> Encoder:
+        return self.encoders.reference()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as ordinary text, no control tokens added; by the reference encoder."""
+        return encode_each(self._reference, [text])[0]
+
+
+class _JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`, or Qwen's ranks turned into one."""
+
+    def __init__(self, path: Path, kind: Kind, text: str, eod: str | None) -> None:
+        self.path, self.kind, self._text = path, kind, text
+        try:
+            self._settings: dict[str, Any] = json.loads(text)
+            added = {token["content"]: token["id"] for token in self._settings.get("added_tokens") or []}
+            model = self._settings["model"]
+            vocab = model["vocab"]
+            if isinstance(vocab, list):  # Unigram: [piece, score] in the order of ids
+                vocab = {piece: number for number, (piece, _) in enumerate(vocab)}
+            self._ids: dict[str, int] = {**vocab, **added}
+            self.vocab_size = max(self._ids.values()) + 1
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{path}: not a Hugging Face tokenizer.json") from None
+        self._special = {token["id"] for token in self._settings.get("added_tokens") or []}
+        self.eod = self._end_token(eod)
+        self.eod_id = self._ids[self.eod]
+        self.pad_id = next((self._ids[token] for token in _PAD_TOKENS if token in added), None)
+        self.fingerprint = self._fingerprint()
+        self.encoders = EncoderSource(kind, path)
+
+    def _end_token(self, eod: str | None) -> str:
+        if eod is not None:
+            if eod not in self._ids:
+                raise UsageError(f"{self.path}: has no token {eod!r} to end documents with (--eod)")
+            return eod
+        configured = _configured_end(self.path)
+        for token in (_END_TOKENS[0], *([configured] if configured else []), *_END_TOKENS[1:]):
+            if token in self._ids:
+                return token
+        known = ", ".join(sorted((t for t, i in self._ids.items() if i in self._special), key=self._ids.__getitem__))
+        raise UsageError(
+            f"{self.path}: which token ends a document? give --eod TOKEN; control tokens: {known or 'none'}"
+        )
+
+    def _fingerprint(self) -> str:
+        model = {key: value for key, value in self._settings["model"].items() if value not in (None, "", False)}
+        merges = model.get("merges")
+        if merges:
+            model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+        tokens = [
+            {key: value for key, value in token.items() if value is not False}
+            for token in sorted(self._settings.get("added_tokens") or [], key=lambda token: token["id"])
+        ]
+        parts = {
+            "normalizer": self._settings.get("normalizer"),
+            "pre_tokenizer": self._settings.get("pre_tokenizer"),
+            "model": model,
+            "added_tokens": tokens,
+            "eod_id": self.eod_id,
+        }
+        return _digest(_without_offsets(parts))
+
+    @cached_property
+    def _reference_tokenizer(self) -> Any:
+        from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+        try:
+            return HuggingFaceTokenizer.from_str(self._text)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{self.path}: not a Hugging Face tokenizer.json: {error}") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._reference_tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=False)
+
+    @cached_property
+    def _bytes_of(self) -> dict[str, int]:
+        return {character: byte for byte, character in qwen.byte_alphabet().items()}
+
+    def piece(self, token_id: int) -> str:
+        written = self._reference_tokenizer.id_to_token(int(token_id))
+        if written is None:
+            return f"<no token {token_id}>"
+        if token_id in self._special or any(character not in self._bytes_of for character in written):
+            return written
+        return _shown(bytes(self._bytes_of[character] for character in written))
+
+
+class _SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model`."""
+
+    kind = Kind.SENTENCEPIECE
+
+    def __init__(self, path: Path, eod: str | None, front_tokens: bool) -> None:
+        import sentencepiece
+
+        self.path, self.front_tokens = path, front_tokens
+        try:
+            data = path.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{path}: not a SentencePiece model: {str(error).splitlines()[0]}") from None
+        self._shift = len(FRONT_TOKENS) if front_tokens else 0
+        self.vocab_size = self._processor.get_piece_size() + self._shift
+        self.pad_id = 0 if front_tokens else (self._processor.pad_id() if self._processor.pad_id() >= 0 else None)
+        self.eod_id = self._end_id(eod)
+        self.eod = self.piece(self.eod_id)
+        self.encoders = EncoderSource(self.kind, path, self._shift)
+        self.fingerprint = _digest(
+            {"sha256": hashlib.sha256(data).hexdigest(), "shift": self._shift, "eod_id": self.eod_id}
+        )
+
+    def _end_id(self, eod: str | None) -> int:
+        if eod is not None:
+            if self.front_tokens and eod in FRONT_TOKENS:
+                return FRONT_TOKENS.index(eod)
+            found = self._processor.piece_to_id(eod)
+            if self._processor.id_to_piece(found) != eod:
+                raise UsageError(f"{self.path}: has no piece {eod!r} to end documents with (--eod)")
+            return found + self._shift
+        if self.front_tokens:
+            return FRONT_TOKENS.index("<eos>")
+        if self._processor.eos_id() < 0:
+            raise UsageError(f"{self.path}: has no end piece; give --eod PIECE, or --front-tokens")
+        return self._processor.eos_id()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        parts, run = [], []
+        for token_id in (int(token_id) for token_id in ids):
+            piece = token_id - self._shift
+            if piece >= 0 and not self._processor.is_control(piece):
+                run.append(piece)
+                continue
+            parts += [self._processor.decode(run), self.piece(token_id)]
+            run = []
+        return "".join([*parts, self._processor.decode(run)])
+
+    def piece(self, token_id: int) -> str:
+        piece = int(token_id) - self._shift
+        if piece < 0:
+            return FRONT_TOKENS[int(token_id)]
+        if piece >= self._processor.get_piece_size():
+            return f"<no token {token_id}>"
+        return self._processor.id_to_piece(piece)
+
+
+def load_tokenizer(path: Path | str, eod: str | None = None, front_tokens: bool = False) -> Tokenizer:
+    """Load a tokenizer: a `tokenizer.json` or its folder, Qwen's `qwen.tiktoken`, or a SentencePiece `.model`.
+
+    Args:
+        path: the file, or the folder that holds it.
+        eod: the token that ends a document, where the file alone does not tell or tells another.
+        front_tokens: put `<pad> <bos> <eos> <unk>` (ids 0 to 3) in front of a SentencePiece model's pieces.
+
+    Raises:
+        UsageError: there is no such file, its kind is unknown, or it has no such end token.
+        DataError: the file is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = ["tokenizer.json", *sorted(file.name for file in path.iterdir() if _is_other_kind(file))]
+        found = next((path / name for name in names if (path / name).is_file()), None)
+        if found is None:
+            raise UsageError(f"{path}: holds no tokenizer.json, *.tiktoken or *.model")
+        path = found
+    if not path.is_file():
+        raise UsageError(f"--tokenizer {path}: no such file")
+    if front_tokens and path.suffix != ".model":
+        raise UsageError(f"--front-tokens is for SentencePiece models, not for {path.name}")
+    if path.suffix == ".model":
+        return _SentencePieceTokenizer(path, eod, front_tokens)
+    if path.suffix == ".tiktoken":
+        return _JsonTokenizer(path, Kind.QWEN_RANKS, qwen.tokenizer_json(path), eod)
+    if path.suffix == ".json":
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from None
+        return _JsonTokenizer(path, Kind.HUGGING_FACE, text, eod)
+    raise UsageError(f"{path}: unknown kind of tokenizer; expected tokenizer.json, *.tiktoken or *.model")
+
+
+def _is_other_kind(file: Path) -> bool:
+    return file.suffix in (".tiktoken", ".model")
+
+
+def _configured_end(path: Path) -> str | None:
+    """`eos_token` of the tokenizer_config.json beside a tokenizer.json."""
+    try:
+        token = json.loads((path.parent / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _without_offsets(value: Any) -> Any:
+    """`value` without `trim_offsets`, which moves offsets and never ids."""
+    if isinstance(value, dict):
+        return {key: _without_offsets(inner) for key, inner in value.items() if key != "trim_offsets"}
+    if isinstance(value, list):
+        return [_without_offsets(inner) for inner in value]
+    return value
+
+
+def _shown(raw: bytes) -> str:
+    text = raw.decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match.group())[1:-1], text)
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    """Megatron-LM's rule (`DType.optimal_dtype`): uint16 below a vocabulary of 65,500, else int32."""
+    return np.dtype(np.uint16) if vocab_size < 65_500 else np.dtype(np.int32)

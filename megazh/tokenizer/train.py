@@ -1,0 +1,90 @@
+"""Train a byte-level BPE tokenizer on one's own text."""
+
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+
+from megazh.corpus.pieces import ReadOptions, cut, piece_size, piece_sources
+from megazh.corpus.reader import read_piece
+from megazh.corpus.sources import Source
+from megazh.errors import DataError, UsageError
+from megazh.files import write_atomic
+from megazh.progress import Progress
+from megazh.tokenizer.qwen import CONTROL_TOKENS, QWEN_REGEX
+
+PAD = "<|pad|>"
+
+
+class Digits(StrEnum):
+    """How a run of digits is split before merging."""
+
+    SINGLE = "single"
+    """Each digit a token, as Qwen's regex does."""
+    TRIPLES = "triples"
+    """Up to three digits together, as cl100k does."""
+
+
+def train_tokenizer(
+    sources: Sequence[Source],
+    options: ReadOptions,
+    output: Path,
+    vocab_size: int,
+    digits: Digits = Digits.SINGLE,
+    max_bytes: int | None = None,
+) -> int:
+    """Train a byte-level BPE with NFC and Qwen's regex and write it as `output`, a `tokenizer.json`.
+
+    `<|pad|>`, `<|endoftext|>`, `<|im_start|>` and `<|im_end|>` are ids 0 to 3, the 256 bytes follow.
+
+    Args:
+        sources: the text to learn from.
+        vocab_size: ids in all, control tokens included.
+        max_bytes: stop reading after so many bytes of text.
+
+    Returns:
+        The number of ids, less than `vocab_size` where the text has too few distinct words.
+
+    Raises:
+        UsageError: `vocab_size` is too small for the bytes and control tokens.
+        DataError: there is no text.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    specials = [PAD, *CONTROL_TOKENS]
+    least = 256 + len(specials)
+    if vocab_size <= least:
+        raise UsageError(f"--vocab-size {vocab_size}: 256 bytes and {len(specials)} control tokens need {least}")
+    regex = QWEN_REGEX if digits is Digits.SINGLE else QWEN_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(regex), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    seen = 0
+
+    def texts() -> Iterator[list[str]]:
+        nonlocal seen
+        with Progress("reading", sum(source.size for source in sources)) as progress:
+            for piece in cut(sources, options, piece_size(sources)):
+                for batch in read_piece(piece_sources(sources, piece, options), piece, options):
+                    seen += sum(len(text.encode()) for text in batch.texts)
+                    yield batch.texts
+                    if max_bytes is not None and seen >= max_bytes:
+                        return
+                progress.advance(piece.weight)
+
+    tokenizer.train_from_iterator(texts(), trainer)
+    if not seen:
+        raise DataError("the input holds no text to train a tokenizer on")
+    write_atomic(output, tokenizer.to_str(pretty=False).encode())
+    return tokenizer.get_vocab_size()
