@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,21 @@ class Config(BaseModel):
     """Base of every configuration model: unknown keys refused, no silent conversion, nothing changed later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+_SCALES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+
+
+def parse_amount(text: str) -> int:
+    """A whole number that may have a unit: `1500000`, `1.5M`, `30B`. Raises ValueError for anything else."""
+    scale = _SCALES.get(text[-1:].lower(), 1)
+    try:
+        number = Fraction(text[:-1] if scale > 1 else text) * scale
+    except (ValueError, ZeroDivisionError):
+        number = Fraction(0)
+    if number < 1 or number.denominator != 1:
+        raise ValueError(f"expected a number such as 1500000, 500M or 30B, found {text!r}")
+    return int(number)
 
 
 ConfigType = TypeVar("ConfigType", bound=Config)

@@ -1,7 +1,39 @@
-"""placeholder"""
+"""`megazh mixture`: look at what a manifest mixes."""
 
-from megazh.cli.options import Subparsers
+import argparse
+from pathlib import Path
+
+from megazh.cli.options import Subparsers, add_command, add_shape, amount
+from megazh.index.packing import Packing
 
 
 def add_to(commands: Subparsers) -> None:
-    pass
+    """Add `mixture` and what is below it."""
+    parser = commands.add_parser("mixture", help="look at a manifest: shares, epochs, validation side")
+    below = parser.add_subparsers(metavar="COMMAND", required=True)
+    show = add_command(
+        below,
+        "show",
+        "check a manifest's corpora, and show tokens, shares, epochs, and what begins anew when",
+        "examples:\n  megazh mixture show data_index/pretrain.yaml\n"
+        "  megazh mixture show data_index/pretrain.yaml --tokens 30B --seq-len 1024",
+    )
+    show.add_argument("manifest", type=Path, metavar="MANIFEST", help="data_index/NAME.yaml, or the PREFIX of an index")
+    show.add_argument("--tokens", type=amount, metavar="N", help="length of the run, such as 500M or 30B")
+    add_shape(show)
+    show.add_argument(
+        "--packing",
+        choices=[packing.value for packing in Packing],
+        default=Packing.BEST_FIT.value,
+        help="how documents are packed (default: best_fit)",
+    )
+    show.set_defaults(call=_show)
+
+
+def _show(options: argparse.Namespace) -> None:
+    from megazh.index.mixture import Mixture  # numba takes a second to import: only where it is needed
+    from megazh.index.report import describe_mixture
+
+    mixture = Mixture(options.manifest, options.seq_len, Packing(options.packing), options.max_docs, options.seed)
+    for line in describe_mixture(mixture, options.tokens):
+        print(line)

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from megazh.config import parse_amount
 from megazh.corpus.pieces import ReadOptions, TextDocuments
 from megazh.corpus.sources import Format
 
@@ -25,16 +26,11 @@ def count(text: str) -> int:
 
 
 def amount(text: str) -> int:
-    """A number of tokens: 1500000, 1.5M, 30B."""
-    scales = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-    scale = scales.get(text[-1:].lower(), 1)
+    """A number of tokens or bytes: 1500000, 1.5M, 30B."""
     try:
-        number = round(float(text[:-1] if scale > 1 else text) * scale)
-    except (ValueError, OverflowError):
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of tokens such as 500M or 30B, found {text}")
-    return number
+        return parse_amount(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def share(text: str) -> float:
@@ -87,3 +83,12 @@ def standalone(what: str, examples: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=what, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a sample looks like."""
+    parser.add_argument("--seq-len", type=count, default=1024, metavar="N", help="tokens a sample (default: 1024)")
+    parser.add_argument(
+        "--max-docs", type=count, metavar="N", help="segments a sample, padding included (default: seq-len / 8)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="instead of the manifest's")

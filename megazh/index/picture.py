@@ -1,0 +1,78 @@
+"""A picture of a packed sample: its segments, positions and labels, and the attention mask that follows."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megazh.errors import UsageError
+from megazh.index.mixture import Mixture
+from megazh.index.samples import IGNORED
+
+_LARGEST_MASK = 2048
+
+
+def draw_sample(mixture: Mixture, number: int, output: Path) -> None:
+    """Draw training sample `number` to `output` (.png, .svg or .pdf).
+
+    Top: which segment each token belongs to, its position id, and where labels are ignored. Below: which token
+    (row) attends to which (column): those before it in its own segment, and itself.
+
+    Raises:
+        UsageError: the suffix of `output` is none that can be drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sample = mixture.sample(number)
+    seq_len = mixture.shape.seq_len
+    bounds = np.unique(sample.cu_seqlens)
+    segment = np.searchsorted(bounds, np.arange(seq_len), "right") - 1
+    corpus, epoch, row = mixture.locate(number)
+    table = mixture.table(corpus)
+    filled = int(table.length[table.first_piece[row] : table.first_piece[row + 1]].sum())
+
+    step = -(-seq_len // _LARGEST_MASK)  # draw every step-th token of long samples
+    shown = np.arange(0, seq_len, step)
+    colours = segment[shown].astype(float)
+    colours[shown >= filled] = np.nan
+    mask = np.full((len(shown), len(shown)), np.nan)
+    attends = (segment[shown][:, None] == segment[shown][None, :]) & (shown[:, None] >= shown[None, :])
+    mask[attends] = np.broadcast_to(segment[shown][:, None], mask.shape)[attends]
+    mask[shown >= filled] = np.where(attends[shown >= filled], -1.0, np.nan)
+
+    palette = matplotlib.colormaps["tab20"].copy()
+    palette.set_under("0.75")
+    limits = {"vmin": 0, "vmax": max(20, int(segment.max()) + 1), "cmap": palette, "interpolation": "nearest"}
+    figure, axes = pyplot.subplots(
+        4, 1, figsize=(7.0, 9.2), sharex=True, height_ratios=(0.5, 1.2, 0.35, 8.0), layout="constrained"
+    )
+    edges = (0, seq_len)
+    axes[0].imshow(np.nan_to_num(colours, nan=-1.0)[None, :], aspect="auto", extent=(*edges, 0, 1), **limits)
+    axes[0].set_ylabel("segment", rotation=0, ha="right", va="center")
+    axes[1].plot(sample.position_ids, drawstyle="steps-post", color="0.2", linewidth=1)
+    axes[1].set_ylabel("position id", rotation=0, ha="right", va="center")
+    ignored = (sample.labels == IGNORED).astype(float)
+    axes[2].imshow(ignored[None, :], aspect="auto", extent=(*edges, 0, 1), cmap="Reds", vmin=0, vmax=1.2)
+    axes[2].set_ylabel("label −100", rotation=0, ha="right", va="center")
+    axes[3].imshow(mask, aspect="auto", extent=(0, seq_len, seq_len, 0), **limits)
+    axes[3].set_ylabel("token")
+    axes[3].set_xlabel("attends to token")
+    for axis in (axes[0], axes[2]):
+        axis.set_yticks([])
+    pieces = int(table.first_piece[row + 1] - table.first_piece[row])
+    padding = f", {seq_len - filled} padding (grey)" if filled < seq_len else ""
+    figure.suptitle(
+        f"sample {number} ({mixture.shape.packing.value}, epoch {epoch}): {pieces} pieces of documents{padding}",
+        fontsize=10,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(output, dpi=110, metadata={"Software": None} if output.suffix == ".png" else None)
+    except ValueError:
+        raise UsageError(
+            f"--output {output}: cannot draw {output.suffix or 'without a suffix'}; use .png or .svg"
+        ) from None
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,222 @@
+"""Samples of one corpus: its documents packed, the packing kept in the cache, tokens and labels gathered."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from megazh.files import cache_dir, fsync_directory, locked
+from megazh.index.order import permutation, stream_key
+from megazh.index.packing import Packing, SampleTable, pack
+from megazh.index.reader import IndexedDataset
+
+IGNORED = -100
+"""The label of a token that has no successor to learn: a document's last one, and padding."""
+_CACHE_VERSION = 1
+Int32s = npt.NDArray[np.int32]
+
+
+class Sample(NamedTuple):
+    """One training sample, or a batch of them with a leading dimension.
+
+    Attributes:
+        tokens: (seq,) int32.
+        labels: (seq,) int32, the token that follows in the same document, else -100. The one shift is made
+            here: a loss compares logits[i] with labels[i].
+        position_ids: (seq,) int32, from 0 in each piece of a document and in the padding.
+        cu_seqlens: (max_docs + 1,) int32, where segments begin and end, filled up with seq.
+    """
+
+    tokens: Int32s
+    labels: Int32s
+    position_ids: Int32s
+    cu_seqlens: Int32s
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    """What a sample looks like, the same for all corpora of a mixture."""
+
+    seq_len: int
+    packing: Packing
+    max_docs: int
+    running_positions: bool = False
+    """Position ids go on where a document goes on in the next sample, instead of starting at 0 in each piece."""
+
+
+class CorpusSamples:
+    """The packed samples of some documents of one index, in the order in which they were packed.
+
+    Args:
+        index: the documents' index.
+        shape: of the samples.
+        padding_id: the token id that stands in padding.
+        table: which pieces make up which sample.
+    """
+
+    def __init__(self, index: IndexedDataset, shape: SampleShape, padding_id: int, table: SampleTable) -> None:
+        self.index, self.shape, self.table = index, shape, table
+        self._padding_id = padding_id
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def gather(
+        self, rows: npt.NDArray[np.int64], places: npt.NDArray[np.int64], ids: Int32s, cu_seqlens: Int32s
+    ) -> None:
+        """Write samples number `rows` to `places` of a batch.
+
+        Args:
+            rows: (n,) numbers of packed samples.
+            places: (n,) where each goes in the batch.
+            ids: (3, batch, seq) int32, to be filled with tokens, labels and position ids.
+            cu_seqlens: (batch, max_docs + 1) int32, to be filled.
+        """
+        table = self.table
+        _gather(
+            self.index.tokens,
+            self.index.starts,
+            table.document,
+            table.offset,
+            table.length,
+            table.first_piece,
+            rows,
+            places,
+            self._padding_id,
+            self.shape.running_positions,
+            ids,
+            cu_seqlens,
+        )
+
+
+@njit(cache=True, nogil=True)
+def _gather(
+    stored: npt.NDArray,
+    starts: npt.NDArray[np.int64],
+    document: npt.NDArray[np.int64],
+    offset: npt.NDArray[np.int64],
+    length: npt.NDArray[np.int64],
+    first_piece: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    places: npt.NDArray[np.int64],
+    padding_id: int,
+    running: bool,
+    ids: Int32s,
+    cu_seqlens: Int32s,
+) -> None:
+    tokens, labels, positions = ids[0], ids[1], ids[2]
+    seq_len = tokens.shape[1]
+    for which in range(len(rows)):
+        row, place = rows[which], places[which]
+        filled = 0
+        cu_seqlens[place, :] = seq_len
+        cu_seqlens[place, 0] = 0
+        first = first_piece[row]
+        for piece in range(first, first_piece[row + 1]):
+            begin = starts[document[piece]] + offset[piece]
+            size = length[piece]
+            position = offset[piece] if running else 0
+            for at in range(size):
+                tokens[place, filled + at] = stored[begin + at]
+                positions[place, filled + at] = position + at
+            for at in range(size - 1):
+                labels[place, filled + at] = stored[begin + at + 1]
+            ends = begin + size == starts[document[piece] + 1]
+            labels[place, filled + size - 1] = IGNORED if ends else stored[begin + size]
+            filled += size
+            cu_seqlens[place, piece - first + 1] = filled
+        for at in range(filled, seq_len):
+            tokens[place, at] = padding_id
+            labels[place, at] = IGNORED
+            positions[place, at] = at - filled
+
+
+def pack_documents(
+    index: IndexedDataset, documents: npt.NDArray[np.int64], shape: SampleShape, seed: object, keep_tail: bool
+) -> SampleTable:
+    """Pack `documents` of `index`, shuffled by `seed`; from the cache where the same was packed before.
+
+    The cache may be deleted at any time. Processes that start together wait for the one that packs, by a lock
+    that the kernel drops if it dies; without a writable cache each packs for itself.
+    """
+    key = _cache_key(index, documents, shape, seed, keep_tail)
+    folder = cache_dir() / "samples" / key
+    table = _load(folder)
+    if table is None:
+        try:
+            with locked(folder.with_suffix(".lock")):
+                table = _load(folder)
+                if table is None:
+                    table = _pack(index, documents, shape, seed, keep_tail)
+                    _save(folder, table)
+        except OSError:
+            table = _pack(index, documents, shape, seed, keep_tail)
+    return table
+
+
+def _pack(
+    index: IndexedDataset, documents: npt.NDArray[np.int64], shape: SampleShape, seed: object, keep_tail: bool
+) -> SampleTable:
+    order = permutation(len(documents), stream_key("documents", seed))
+    shuffled = documents[order]
+    lengths = index.starts[shuffled + 1] - index.starts[shuffled]
+    return pack(shuffled, lengths, shape.seq_len, shape.packing, shape.max_docs, keep_tail)
+
+
+def _cache_key(
+    index: IndexedDataset, documents: npt.NDArray[np.int64], shape: SampleShape, seed: object, keep_tail: bool
+) -> str:
+    """Everything that the table follows from: the lengths and the choice of documents, the shape, the seed."""
+    digest = hashlib.sha256()
+    digest.update(documents.tobytes())
+    if index.metadata is not None:
+        digest.update(index.metadata.files.idx.sha256.encode())
+    else:
+        digest.update(index.starts.tobytes())
+    parts = [_CACHE_VERSION, shape.seq_len, shape.packing.value, shape.max_docs, str(seed), keep_tail]
+    digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()
+
+
+def _save(folder: Path, table: SampleTable) -> None:
+    """Put the table into the cache by rename; other processes see all of it or nothing."""
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        for field in fields(SampleTable):
+            with open(temporary / f"{field.name}.npy", "wb") as file:
+                np.save(file, getattr(table, field.name), allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, if any
+        os.rename(temporary, folder)
+        fsync_directory(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _load(folder: Path) -> SampleTable | None:
+    """The table from the cache, memory-mapped; None where it is missing or not whole."""
+    arrays = {}
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        for field in fields(SampleTable):
+            arrays[field.name] = np.asarray(np.load(folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False))
+        table = SampleTable(**arrays)
+        pieces, samples = len(table.document), len(table.valid_labels)
+        whole = (
+            all(array.dtype == np.int64 and array.ndim == 1 for array in arrays.values())
+            and len(table.offset) == len(table.length) == pieces
+            and len(table.first_piece) == samples + 1
+            and int(table.first_piece[-1]) == pieces
+        )
+        return table if whole else None
+    return None
