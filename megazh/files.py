@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megazh.errors import BusyError, DataError
+from megazh.progress import Progress
 
 _BLOCK = 1 << 22
+_LARGE = 1 << 31
 
 
 def fsync_directory(path: Path) -> None:
@@ -112,11 +114,20 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def known_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as hex, from memory (see `check_sha256`) where the file has not changed since."""
+    """SHA-256 of a file as hex, from memory (see `check_sha256`) where the file has not changed since.
+
+    Large files show their own progress, unless `on_bytes` is given for it.
+    """
     found = _remembered(path)
-    if found is None:
+    if found is not None:
+        return found
+    size = path.stat().st_size
+    if on_bytes is None and size > _LARGE:
+        with Progress(f"hashing {path.name}", size) as progress:
+            found = sha256_file(path, progress.advance)
+    else:
         found = sha256_file(path, on_bytes)
-        remember_sha256(path, found)
+    remember_sha256(path, found)
     return found
 
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from megazh import __version__
 from megazh.cli import index, mixture, pack, tokenizer
-from megazh.errors import INTERRUPTED, MegazhError
+from megazh.errors import INTERRUPTED, MegazhError, WorkerError
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -34,4 +34,7 @@ def run(options: argparse.Namespace) -> int:
     except BrokenPipeError:  # the reader of a pipe (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a disk that is full or gone, a file without permission
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return WorkerError.exit_code
     return 0

@@ -8,9 +8,9 @@ from typing import Any
 
 from megazh.cli.options import Subparsers, add_command, add_reading, count, reading, share
 from megazh.corpus.sources import Format
-from megazh.errors import MegazhError, UsageError, WorkerError
+from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
 from megazh.index import mpi
-from megazh.index.build import Request, Summary, build_index
+from megazh.index.build import Request, Summary, build_index, check_request
 from megazh.index.check import inspect_index, verify_index
 from megazh.index.merge import merge_indexes
 from megazh.index.pools import InlinePool, Pool, ProcessPool
@@ -118,8 +118,13 @@ def build(options: argparse.Namespace) -> None:
         finally:
             pool.close()
         return
-    if options.workers is not None:
-        raise UsageError("--workers and MPI ranks exclude each other: the ranks are the workers")
+
+    def check() -> None:
+        if options.workers is not None:
+            raise UsageError("--workers and MPI ranks exclude each other: the ranks are the workers")
+        check_request(request)
+
+    mpi.agree(world, check)
     if world.rank > 0:
         mpi.serve(world, request.folder)
     ranks = mpi.MpiPool(world, request.folder)
@@ -131,6 +136,9 @@ def build(options: argparse.Namespace) -> None:
     except MegazhError as error:
         ranks.close(error.exit_code)
         raise
+    except KeyboardInterrupt:
+        _say("interrupted; finished pieces are kept: run the same command again to go on")
+        mpi.abort(world, INTERRUPTED)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         mpi.abort(world, 1)

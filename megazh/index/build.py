@@ -1,5 +1,6 @@
 """Build an index from text: hand pieces to workers, check their work, and put it together in order."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -31,6 +32,7 @@ from megazh.tokenizer.tokenizer import dtype_for
 
 _EARLY_RECORDS = 1000
 _PLAN = "plan.json"
+_CUT_VERSION = 1  # another one cuts the input otherwise: pieces of an older version cannot be used
 _OWN_SUFFIXES = (".bin", ".idx", ".docs", ".json")
 
 
@@ -84,10 +86,8 @@ def build_index(request: Request, pool: Pool, say: Callable[[str], None]) -> Sum
         BusyError: another process builds the same prefix.
         WorkerError: a worker died, or the disk is full; finished pieces are kept.
     """
-    _check_output(request.output)
+    tokenizer, sources = check_request(request)
     folder = request.folder
-    tokenizer = load_tokenizer(request.tokenizer, request.eod, request.front_tokens)
-    sources = find_sources(request.inputs, request.format)
     try:
         with locked(folder / "lock", busy=f"{request.output}: another process builds this index"):
             try:
@@ -104,11 +104,26 @@ def build_index(request: Request, pool: Pool, say: Callable[[str], None]) -> Sum
         raise
 
 
-def _check_output(output: Path) -> None:
+def check_request(request: Request) -> tuple[Tokenizer, list[Source]]:
+    """What can be known to be wrong before any work is done; returns the tokenizer and the sources.
+
+    Raises:
+        UsageError, DataError: as `build_index`.
+    """
+    output = request.output
     if output.suffix in _OWN_SUFFIXES:
         raise UsageError(f"--output {output}: give the prefix without {output.suffix}")
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder; give a prefix, such as {output}/NAME")
+    tokenizer = load_tokenizer(request.tokenizer, request.eod, request.front_tokens)
+    sources = find_sources(request.inputs, request.format)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {output}: its folder cannot be made: {error.strerror}") from None
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"--output {output}: its folder cannot be written to")
+    return tokenizer, sources
 
 
 class _EncoderDiffers(Exception):
@@ -219,14 +234,14 @@ class _Build:
             plan_path.unlink(missing_ok=True)
             for piece in self._folder.glob("*.piece"):
                 piece.unlink()
-        try:
+        plan: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
             plan = json.loads(plan_path.read_bytes())
-        except (FileNotFoundError, ValueError):
-            plan = None
-        if plan is None:
+        if plan.get("cut_version") != _CUT_VERSION:
             for piece in self._folder.glob("*.piece"):
                 piece.unlink()
-            write_atomic(plan_path, json.dumps(identity, ensure_ascii=False, indent=1).encode())
+            plan = {"cut_version": _CUT_VERSION, **identity}
+            write_atomic(plan_path, json.dumps(plan, ensure_ascii=False, indent=1).encode())
             return
         difference = _difference(plan, identity)
         if difference:

@@ -10,7 +10,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -114,6 +114,25 @@ class _Heartbeat:
             self._seen[rank] = (stamp, now)
             return False
         return now - before[1] > _SILENT_SECONDS
+
+
+def agree(world: World, check: Callable[[], object]) -> None:
+    """Let rank 0 check something before the work begins; where it fails, all ranks end with its exit code.
+
+    Raises:
+        MegazhError: on rank 0, what `check` raised.
+    """
+    if world.rank > 0:
+        code = world.comm.bcast(None)
+        if code:
+            sys.exit(code)
+        return
+    try:
+        check()
+    except MegazhError as error:
+        world.comm.bcast(error.exit_code)
+        raise
+    world.comm.bcast(0)
 
 
 class MpiPool:

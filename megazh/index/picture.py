@@ -63,10 +63,8 @@ def draw_sample(mixture: Mixture, number: int, output: Path) -> None:
         axis.set_yticks([])
     pieces = int(table.first_piece[row + 1] - table.first_piece[row])
     padding = f", {seq_len - filled} padding (grey)" if filled < seq_len else ""
-    figure.suptitle(
-        f"sample {number} ({mixture.shape.packing.value}, epoch {epoch}): {pieces} pieces of documents{padding}",
-        fontsize=10,
-    )
+    what = f"{pieces} piece{'s' if pieces > 1 else ''} of documents{padding}"
+    figure.suptitle(f"sample {number} ({mixture.shape.packing.value}, epoch {epoch}): {what}", fontsize=10)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(output, dpi=110, metadata={"Software": None} if output.suffix == ".png" else None)

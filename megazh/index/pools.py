@@ -1,5 +1,6 @@
 """Who does the tasks of a build: this process, some worker processes, or MPI ranks (`megazh.index.mpi`)."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -62,7 +63,8 @@ class ProcessPool:
         pending: set[Future[Result]] = set()
         try:
             for task in tasks:
-                pending.add(self._executor.submit(_run, setup, task))
+                with _without_interrupts():  # submitting may start a worker, which must not see Ctrl-C
+                    pending.add(self._executor.submit(_run, setup, task))
                 if len(pending) >= self.workers * _AHEAD:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -81,12 +83,21 @@ class ProcessPool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold SIGINT back; a process that is started here inherits that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker: Worker | None = None
 
 
 def _begin() -> None:
-    """In a new worker process: leave Ctrl-C to the parent, and end when the parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a new worker process: end when the parent ends (Ctrl-C is held back, and left to the parent)."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

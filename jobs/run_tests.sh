@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Everything that must pass: lint, types and tests. Starts from a bare clone; needs no GPU.
+#
+#   bash jobs/run_tests.sh                       ruff, mypy and all tests
+#   bash jobs/run_tests.sh tests/index -k mpi    only pytest, with these arguments
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+PATH=$PATH:/usr/sbin:/sbin # where Debian puts slurmctld, and an ordinary user's PATH does not look
+
+# Debian packages that tests need; without them those tests are skipped.
+packages=()
+command -v slurmctld > /dev/null || packages+=(slurm-wlm)
+if [[ -z ${MEGAZH_PYTHON:-} && ! -x .venv/bin/python ]]; then
+    python3 -c 'import ensurepip' 2> /dev/null || packages+=(python3-venv)
+fi
+install_packages() {
+    local root=()
+    if [[ $(id -u) != 0 ]]; then
+        sudo -n true 2> /dev/null || return
+        root=(sudo -n)
+    fi
+    echo "installing ${packages[*]}" >&2
+    "${root[@]}" apt-get -qq update > /dev/null &&
+        "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
+            apt-get -qq install -y --no-install-recommends "${packages[@]}" > /dev/null
+}
+if ((${#packages[@]})); then
+    { command -v apt-get > /dev/null && install_packages; } ||
+        echo "warning: cannot install ${packages[*]} (needs apt-get, and root or passwordless sudo); tests that need" \
+            "it will be skipped" >&2
+fi
+
+python=$(bash jobs/setup.sh --dev --mpi) || exit
+[[ -n ${MEGAZH_PYTHON:-} ]] && export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+# Private, so that neither a stale build nor a lock of another run gets in the way.
+TORCH_EXTENSIONS_DIR=$(mktemp -d) || exit
+export TORCH_EXTENSIONS_DIR
+trap 'rm -rf "$TORCH_EXTENSIONS_DIR"' EXIT
+
+if (($#)); then
+    "$python" -m pytest "$@"
+    exit
+fi
+failed=()
+"$python" -m ruff check . || failed+=("ruff check")
+"$python" -m ruff format --check . || failed+=("ruff format --check")
+"$python" -m mypy || failed+=("mypy")
+((${#failed[@]})) && printf 'FAILED: %s\n' "${failed[@]}" # before the tests, whose summary comes last
+"$python" -m pytest
+tests=$?
+((tests == 0 && ${#failed[@]} == 0))

@@ -1,0 +1,162 @@
+"""Putting indexes together."""
+
+import json
+import resource
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from textdata import index_bytes, is_one_line_error, json_lines, megazh, small_index, texts, tokenizer_path
+
+from megazh.errors import BusyError, DataError, UsageError
+from megazh.files import locked
+from megazh.index.build import Request, build_index
+from megazh.index.check import verify_index
+from megazh.index.merge import merge_indexes
+from megazh.index.pools import InlinePool
+from megazh.index.reader import IndexedDataset
+
+
+def build(inputs: list[Path], output: Path, **request: object) -> None:
+    made = Request([str(path) for path in inputs], output, tokenizer_path(), max_bad=0.5, **request)
+    build_index(made, InlinePool(), lambda line: pytest.fail(line))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    for name, count in (("a", 70), ("b", 40), ("c", 3)):
+        (folder / f"{name}.jsonl").write_bytes(json_lines([*texts(count, count), ""]) + b"broken\n")
+        build([folder / f"{name}.jsonl"], folder / name)
+    return folder
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built, tmp_path / "built")
+    return tmp_path / "built"
+
+
+def test_merged_is_what_one_build_of_all_gives(folder: Path) -> None:
+    code, out, err = megazh("index", "merge", folder / "a", folder / "b", folder / "c", "--output", folder / "abc")
+    assert (code, err) == (0, "")
+    assert "113 documents" in out
+    build([folder / f"{name}.jsonl" for name in "abc"], folder / "whole")
+    merged, whole = index_bytes(folder / "abc", optional=()), index_bytes(folder / "whole", optional=())
+    assert merged == whole
+    assert (folder / "abc.tokenizer.json").read_bytes() == tokenizer_path().read_bytes()
+    assert not (folder / "abc.build").exists()
+    assert "are right" in verify_index(str(folder / "abc"))
+
+
+def test_merged_is_what_megatron_merges(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    merge_indexes([str(folder / "b"), str(folder / "a")], folder / "ours")
+    builder = megatron.IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=np.uint16)
+    for name in "ba":
+        builder.add_index(str(folder / name))
+    builder.finalize(str(folder / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        assert (folder / f"ours.{suffix}").read_bytes() == (folder / f"theirs.{suffix}").read_bytes()
+
+
+def test_order_is_the_one_given(folder: Path) -> None:
+    merge_indexes([str(folder / "c"), str(folder / "a"), str(folder / "c")], folder / "cac")
+    index, one = IndexedDataset(folder / "cac"), IndexedDataset(folder / "c")
+    assert len(index) == 3 + 70 + 3
+    assert index[0].tolist() == index[73].tolist() == one[0].tolist()
+    assert index.document_hashes()[-3:].tolist() == one.document_hashes().tolist()
+
+
+def test_numbers_add_up(folder: Path) -> None:
+    metadata = merge_indexes([str(folder / "a"), str(folder / "b")], folder / "ab")
+    parts = [json.loads((folder / f"{name}.json").read_bytes()) for name in "ab"]
+    assert metadata.tokens == sum(part["tokens"] for part in parts)
+    assert metadata.text_bytes == sum(part["text_bytes"] for part in parts)
+    assert (metadata.empty_documents, metadata.rejected.total) == (2, 2)
+    assert [source.name for source in metadata.sources] == ["a.jsonl", "b.jsonl"]
+
+
+def test_many_documents_go_in_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge_indexes([str(folder / "a"), str(folder / "b")], folder / "one")
+    monkeypatch.setattr("megazh.index.merge._DOCUMENTS", 7)
+    merge_indexes([str(folder / "a"), str(folder / "b")], folder / "two")
+    assert index_bytes(folder / "one") == index_bytes(folder / "two")
+
+
+def test_tokenizers_that_differ_are_refused_by_name(folder: Path) -> None:
+    build([folder / "b.jsonl"], folder / "other", eod="<|im_end|>")
+    code, out, err = megazh("index", "merge", folder / "a", folder / "other", "--output", folder / "x")
+    assert (code, out) == (2, "")
+    assert is_one_line_error(err, folder / "other", folder / "a", "tokenizer")
+    assert not (folder / "x.build").exists()
+
+
+def test_index_without_description_is_refused(folder: Path) -> None:
+    small_index(folder / "small")
+    with pytest.raises(DataError, match=r"small\.json: missing"):
+        merge_indexes([str(folder / "a"), str(folder / "small")], folder / "x")
+
+
+def test_missing_input_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="no index there"):
+        merge_indexes([str(folder / "a"), str(folder / "nothing")], folder / "x")
+
+
+def test_damaged_input_is_refused(folder: Path) -> None:
+    data = bytearray((folder / "b.bin").read_bytes())
+    data[5] ^= 1
+    (folder / "b.bin").write_bytes(data)
+    with pytest.raises(DataError, match=r"b\.bin: wrong content"):
+        merge_indexes([str(folder / "a"), str(folder / "b")], folder / "x")
+
+
+@pytest.mark.parametrize("output", ["a", "c"])
+def test_output_that_is_there_is_refused(folder: Path, output: str) -> None:
+    before = index_bytes(folder / output)
+    with pytest.raises(UsageError, match="an index is there already"):
+        merge_indexes([str(folder / "a"), str(folder / "b")], folder / output)
+    assert index_bytes(folder / output) == before
+
+
+def test_output_that_is_being_built_is_refused(folder: Path) -> None:
+    with locked(folder / "x.build" / "lock"), pytest.raises(BusyError):
+        merge_indexes([str(folder / "a")], folder / "x")
+
+
+def test_failed_merge_leaves_nothing(folder: Path) -> None:
+    (folder / "b.docs").unlink()
+    code, _, err = megazh("index", "merge", folder / "a", folder / "b", "--output", folder / "x")
+    assert code == 3
+    assert is_one_line_error(err, "b.docs")
+    assert not list(folder.glob("x.*"))
+
+
+def test_full_disk_is_one_line(folder: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    code, _, err = megazh("index", "merge", folder / "a", folder / "b", "--output", folder / "x", preexec_fn=limit)
+    assert code == 5, err
+    assert is_one_line_error(err), err
+
+
+def test_interrupted_build_of_the_output_is_not_thrown_away(folder: Path) -> None:
+    """Its finished pieces may be hours of work."""
+
+    class Stopping(InlinePool):
+        def run(self, setup: object, tasks: object) -> object:
+            yield from super().run(setup, (next(tasks) for _ in range(1)))  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+    request = Request([str(folder / "b.jsonl")], folder / "x", tokenizer_path(), max_bad=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(request, Stopping(), lambda line: None)
+    assert (folder / "x.build" / "plan.json").exists()
+    with pytest.raises(UsageError):
+        merge_indexes([str(folder / "a")], folder / "x")
+    assert (folder / "x.build" / "plan.json").exists()

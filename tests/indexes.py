@@ -1,0 +1,60 @@
+"""Small indexes for tests of what stands on an index, written without a tokenizer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from megazh.index.metadata import Metadata, Options, Rejected, TokenizerInfo
+from megazh.index.writer import IndexWriter
+
+EOD = 1
+VOCAB = 1000
+
+
+def write_index(
+    prefix: Path, documents: Sequence[Sequence[int]], fingerprint: str = "f" * 64, dtype: type = np.uint16
+) -> Path:
+    """Write `documents` (ids, the end id included) as an index with a description; the hash is that of the ids."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(f"{prefix}.build")
+    writer = IndexWriter(folder, dtype)
+    for document in documents:
+        tokens = np.array(document, dtype)
+        digest = xxhash.xxh3_64_intdigest(np.array(document, np.int64).tobytes())
+        writer.append(tokens, np.array([len(tokens)]), np.array([digest], np.uint64))
+    files = writer.finish()
+    metadata = Metadata(
+        tokenizer=TokenizerInfo(
+            kind="tokenizer.json",
+            fingerprint=fingerprint,
+            vocab_size=VOCAB,
+            eod="<|endoftext|>",
+            eod_id=EOD,
+            pad_id=0,
+            front_tokens=False,
+            file=".tokenizer.json",
+            sha256="0" * 64,
+        ),
+        dtype=np.dtype(dtype).name,
+        documents=writer.documents,
+        tokens=writer.tokens,
+        text_bytes=3 * writer.tokens,
+        empty_documents=0,
+        rejected=Rejected(total=0, reasons={}),
+        token_length_histogram={str(edge): count for edge, count in sorted(writer.histogram.items())},
+        options=Options(format=None, text_key="text", text_documents="file", max_document_bytes=64_000_000),
+        sources=[],
+        files=files,
+    )
+    (folder / "index.json").write_bytes(metadata.to_bytes())
+    writer.commit(prefix, files, {".json": folder / "index.json"})
+    folder.rmdir()
+    return prefix
+
+
+def random_documents(seed: int, count: int, longest: int = 60) -> list[list[int]]:
+    """Documents of 2 to `longest` random ids, each with the end id at its end and nowhere else."""
+    random = np.random.default_rng(seed)
+    return [[*random.integers(EOD + 1, VOCAB, random.integers(1, longest)).tolist(), EOD] for _ in range(count)]
