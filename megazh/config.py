@@ -43,6 +43,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
@@ -74,10 +76,11 @@ def load_yaml(path: Path | str, model: type[ConfigType]) -> ConfigType:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     try:
         values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UsageError(f"{path}{where}: not valid YAML: {problem}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
     return from_mapping(values, model, str(path))
@@ -97,8 +100,9 @@ def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         known = _keys_beside(model, location)
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key '{key}'; {hint}"
+        if near:
+            return f"unknown key '{key}'; did you mean '{near[0]}'?"
+        return f"unknown key '{key}'" + (f"; known keys: {', '.join(known)}" if known else "")
     if error["type"] == "missing":
         return f"key '{key}' is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -107,14 +111,15 @@ def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys that `model` knows at the place of the last element of `location`."""
+    """The keys that are known at the place of the last element of `location`; none where that cannot be told."""
     for part in location[:-1]:
         if isinstance(part, int):
             continue
-        annotation = model.model_fields[part].annotation
-        inner = _model_in(annotation)
+        if part not in model.model_fields:  # a key of a dictionary, or the name of a choice
+            continue
+        inner = _model_in(model.model_fields[part].annotation)
         if inner is None:
-            break
+            return []
         model = inner
     return list(model.model_fields)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from megazh.errors import BusyError, DataError
 from megazh.progress import Progress
 
-_BLOCK = 1 << 22
+_BLOCK = 1 << 18  # stays in the cache between reading and hashing
 _LARGE = 1 << 31
 
 
@@ -26,32 +26,39 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either what it held before or all of it: temporary name, fsync, rename."""
+def write_atomic(path: Path, data: bytes, durable: bool = True) -> None:
+    """Write `data` so that `path` holds either what it held before or all of it: temporary name, fsync, rename.
+
+    Args:
+        durable: flush to disk before the rename. Without it, a power cut (but no kill) may leave an empty file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.rename(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
-    fsync_directory(path.parent)
+    if durable:
+        fsync_directory(path.parent)
 
 
 def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file as hex; `on_bytes` is called with the size of each block read."""
     digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
             if on_bytes:
-                on_bytes(len(block))
+                on_bytes(size)
     return digest.hexdigest()
 
 
@@ -66,9 +73,12 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     Raises:
         BusyError: the lock is held and `busy` is given.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = open(path, "a+")  # noqa: SIM115 (closed below: the lock lives as long as the file)
+        path.parent.mkdir(parents=True, exist_ok=True)  # the holder before us may have removed the folder, too
+        try:
+            file = open(path, "a+")  # noqa: SIM115 (closed below: the lock lives as long as the file)
+        except FileNotFoundError:
+            continue  # removed in between
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
@@ -102,7 +112,7 @@ def cache_dir() -> Path:
 def check_sha256(path: Path, expected: str) -> None:
     """Check that the content of `path` has the SHA-256 `expected`.
 
-    A file that passed is remembered in the cache folder by name, inode, size and modification time, so that the
+    A file that passed is remembered in the cache folder by name, inode, size and times, so that the
     next process does not read it again; `remember_sha256` does the same for a file whose writer knows its hash.
 
     Raises:
@@ -121,35 +131,42 @@ def known_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> s
     found = _remembered(path)
     if found is not None:
         return found
-    size = path.stat().st_size
-    if on_bytes is None and size > _LARGE:
-        with Progress(f"hashing {path.name}", size) as progress:
+    before = _signature(path)
+    if on_bytes is None and before["size"] > _LARGE:
+        with Progress(f"hashing {path.name}", before["size"]) as progress:
             found = sha256_file(path, progress.advance)
     else:
         found = sha256_file(path, on_bytes)
-    remember_sha256(path, found)
+    if _signature(path) == before:  # else it changed under the hashing
+        remember_sha256(path, found)
     return found
 
 
 def remember_sha256(path: Path, digest: str) -> None:
     """Note that the file as it lies there has this SHA-256; without a writable cache folder nothing is noted."""
     with contextlib.suppress(OSError):
-        write_atomic(_note_path(path), json.dumps({**_signature(path), "sha256": digest}).encode())
+        note = json.dumps({**_signature(path), "sha256": digest}).encode()
+        write_atomic(_note_path(path), note, durable=False)  # a damaged note counts as none
 
 
 def _remembered(path: Path) -> str | None:
     try:
         note = json.loads(_note_path(path).read_bytes())
         digest = note.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return digest if note == _signature(path) else None
 
 
 def _note_path(path: Path) -> Path:
-    return cache_dir() / "sha256" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"
+    return cache_dir() / "sha256" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()}.json"
 
 
 def _signature(path: Path) -> dict[str, int]:
     status = path.stat()
-    return {"inode": status.st_ino, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return {
+        "inode": status.st_ino,
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+    }

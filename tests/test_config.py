@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from megazh.config import Config, from_mapping, load_yaml
 from megazh.errors import UsageError
@@ -22,8 +23,8 @@ class Plan(Config):
     seed: int
     rate: float = 1.0
     validation: Validation | None = None
-    corpora: list[Corpus] = []
-    by_name: dict[str, Corpus] = {}
+    corpora: list[Corpus] = Field(default_factory=list)
+    by_name: dict[str, Corpus] = Field(default_factory=dict)
     either: Corpus | Validation | None = None
 
 

@@ -27,6 +27,7 @@ from megazh.corpus.pieces import ReadOptions, TextDocuments, cut, piece_sources
 from megazh.corpus.reader import read_piece
 from megazh.corpus.sources import Format, find_sources
 from megazh.index.writer import IndexWriter
+from megazh.tokenizer.encoders import FastokensEncoder, HuggingFaceEncoder
 from megazh.tokenizer.qwen import byte_alphabet
 from megazh.tokenizer.train import train_tokenizer
 
@@ -39,11 +40,12 @@ _SCRATCH = tempfile.mkdtemp(prefix="megazh-tests-")
 atexit.register(shutil.rmtree, _SCRATCH, ignore_errors=True)
 os.environ.setdefault("MEGAZH_CACHE", os.path.join(_SCRATCH, "cache"))
 
-_WORDS = (
+_TEXT = (
     "今天 天气 不错 我们 去 公园 散步 模型 训练 分词 器 的 了 在 是 和 語言 國家 漢字 古文 之乎者也 𠮷野家 "
     "the quick brown fox jumps over lazy dog model training token data e\u0301tude naïve Straße "
     "def return import 1234 3.14 2026 👩‍👩‍👧 🇨🇳 שלום مرحبا हिन्दी 한국어 ｶﾞ ① ½ \u00a0 \u200b"
-).split(" ")
+)
+_WORDS = _TEXT.split(" ")
 _ENDS = ("。", ", ", "\n", "\n\n", "\r\n", "!", "?", "  ", "\t", "<|endoftext|>", "…", "、")
 
 
@@ -110,12 +112,20 @@ def tokenizer_path() -> Path:
     return path
 
 
+def json_encoders(tokenizer_json: str) -> tuple[FastokensEncoder, HuggingFaceEncoder]:
+    """The fast and the reference encoder of a `tokenizer.json`, given as text."""
+    reference = HuggingFaceEncoder(tokenizer_json)
+    return FastokensEncoder(tokenizer_json, lambda: reference), reference
+
+
 def ranks_of(tokenizer_json: Path) -> dict[bytes, int]:
     """The ranks that a rank file of this byte-level BPE would hold: no control tokens, densely renumbered."""
     settings = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     control = {token["content"] for token in settings["added_tokens"]}
     byte_of = {character: byte for byte, character in byte_alphabet().items()}
-    merged = ["".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in settings["model"]["merges"]]
+    merged = [
+        "".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in settings["model"]["merges"]
+    ]
     single = [token for token in settings["model"]["vocab"] if len(token) == 1 and token not in control]
     ordered = dict.fromkeys([*sorted(single, key=byte_of.__getitem__), *merged])
     return {bytes(byte_of[character] for character in token): rank for rank, token in enumerate(ordered)}

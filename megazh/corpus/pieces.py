@@ -19,6 +19,8 @@ from megazh.errors import DataError, UsageError
 _BLOCK = 1 << 20
 _SEARCH = 1 << 16
 _OVERLAP = 1 << 10  # a blank line with more white space than this may go unseen at the edge of a block
+ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, SystemError)
+"""What pyarrow raises for damaged files; the last two for bytes that make no sense deep inside."""
 BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
 
 
@@ -40,8 +42,8 @@ class ReadOptions:
     max_document_bytes: int = 64_000_000
 
     def max_raw_bytes(self, format: Format) -> int:
-        """The longest record that is held in memory: JSON writes a byte of text in up to six bytes."""
-        return 6 * self.max_document_bytes + _BLOCK if format is Format.JSONL else self.max_document_bytes
+        """Longer records are not held in memory: JSON writes a byte of text in up to six bytes."""
+        return (6 if format is Format.JSONL else 1) * self.max_document_bytes + _BLOCK
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,11 @@ def cut(sources: Sequence[Source], options: ReadOptions, size: int) -> Iterator[
     while number < len(sources):
         source = sources[number]
         if source.format is Format.TEXT and options.text_documents is TextDocuments.FILE:
-            end = number + 1
-            while end < len(sources) and sources[end].format is Format.TEXT:
-                if sum(each.size for each in sources[number : end + 1]) > size:
-                    break
+            end, weight = number + 1, source.size
+            while end < len(sources) and sources[end].format is Format.TEXT and weight + sources[end].size <= size:
+                weight += sources[end].size
                 end += 1
-            yield Piece(number, 0, number, end, sum(each.size for each in sources[number:end]))
+            yield Piece(number, 0, number, end, weight)
             number = end
             continue
         if source.compression:
@@ -126,7 +127,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Open for reading in small steps. Raises DataError where it is no Parquet file."""
     try:
         return pq.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+    except ARROW_ERRORS as error:
         raise damaged(path, "Parquet", error) from None
 
 
@@ -139,7 +140,7 @@ def open_arrow(path: Path) -> tuple[Any, bool]:
         except pa.ArrowInvalid:
             mapped.seek(0)
             return pa.ipc.open_stream(mapped), False
-    except (pa.ArrowException, OSError) as error:
+    except ARROW_ERRORS as error:
         raise damaged(path, "Arrow", error) from None
 
 
@@ -189,7 +190,7 @@ def _arrow_batch_sizes(source: Source, key: str) -> list[int]:
     check_column(source.path, reader.schema, key)
     try:
         batches = reader.num_record_batches if is_file else sum(1 for _ in reader)
-    except (pa.ArrowException, OSError) as error:
+    except ARROW_ERRORS as error:
         raise damaged(source.path, "Arrow", error) from None
     return [source.size // batches] * batches if batches else []
 
@@ -204,7 +205,7 @@ def read_block(source: Source, stream: Any, size: int = _BLOCK) -> bytes:
     """The next bytes of a decompressed stream. Raises DataError where it is truncated or damaged."""
     try:
         return stream.read(size)
-    except (pa.ArrowException, OSError) as error:
+    except ARROW_ERRORS as error:
         raise damaged(source.path, str(source.compression), error) from None
 
 
@@ -246,15 +247,18 @@ def _cut_stream(number: int, source: Source, options: ReadOptions, size: int) ->
             if len(pending) > searched:
                 end = _record_end(pending, searched, source.format)
                 searched = max(len(pending) - _OVERLAP, size - 1)
-            if not end:
+            if end:
+                break
+            if len(pending) > limit:
+                cut_short = True
+                overlap = min(_OVERLAP, len(pending) - (size - 1))  # no more than was searched
+                lines_cut, rest = _pass_over(source, stream, bytes(pending[-overlap:]))
+                end = len(pending)
+                pending += rest
+            else:
                 block = read_block(source, stream)
                 at_end = not block
                 pending += block
-            if not end and len(pending) > limit:
-                cut_short = True
-                lines_cut, rest = _pass_over(source, stream, bytes(pending[-_OVERLAP:]))
-                end = len(pending)
-                pending += rest
         told, before = file.tell(), told
         data = bytes(pending[:end] if end else pending)
         if data:

@@ -1,15 +1,18 @@
 """The documents of a piece, in batches that fit an encoder call."""
 
+import contextlib
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
-import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from megazh.corpus.pieces import (
+    ARROW_ERRORS,
     Piece,
     ReadOptions,
     TextDocuments,
@@ -24,7 +27,8 @@ from megazh.corpus.sources import Format, Source
 from megazh.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 19
+_BUFFER = 1 << 18
 _BATCH_ROWS = 256
 _NOMINAL = 16 << 20  # no piece is cut longer, but for the record that it ends with
 
@@ -47,11 +51,11 @@ def read_piece(sources: Sequence[Source], piece: Piece, options: ReadOptions) ->
         elif source.format is Format.ARROW:
             yield from _arrow_rows(source, piece, options)
         elif source.format is Format.JSONL:
-            yield from _json_lines(_records(source, piece, options), options)
+            yield from _json_lines(source, piece, options)
         else:
             yield from _paragraphs(_records(source, piece, options), options)
     except OSError as error:
-        raise DataError(f"{source.path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{error.filename or source.path}: cannot be read: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def _records(source: Source, piece: Piece, options: ReadOptions) -> _Records:
             file.seek(piece.start)
             data = file.read(held)
             if len(data) != held:
-                raise DataError(f"{source.path}: shorter than the {source.size} bytes it had at the start")
+                raise _shorter(source)
             cut_short, lines_cut, left = held < size, 0, size - held
             while left and (block := file.read(min(left, _NOMINAL))):
                 lines_cut += block.count(b"\n")
@@ -87,33 +91,65 @@ def _too_long(line: int, options: ReadOptions) -> Rejected:
     return Rejected(line, Reason.TOO_LONG, f"more than {options.max_document_bytes} bytes")
 
 
-def _json_lines(records: _Records, options: ReadOptions) -> Iterator[Batch]:
-    data = records.data
-    text_of = json_text(options.text_key)
-    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")).tolist()
-    unfinished = len(data) > (ends[-1] + 1 if ends else 0)
-    if unfinished and not records.cut_short:
-        ends.append(len(data))
-    view = memoryview(data)
+def _json_lines(source: Source, piece: Piece, options: ReadOptions) -> Iterator[Batch]:
+    limit = options.max_raw_bytes(source.format)
+    key = options.text_key
+    plain = options.max_document_bytes // 4  # a text of so many characters cannot be too long
+    loads = orjson.loads
     batch = Batch()
-    start = batch_start = batch_line = 0
-    for line, end in enumerate(ends, start=1):
-        try:
-            text = text_of(view[start:end])
-            if text is not None:
-                add_text(batch, line - batch_line, text, options.max_document_bytes)
-        except RecordError as error:
-            batch.rejected.append(Rejected(line - batch_line, error.reason, error.detail))
-        start = end + 1
-        if start - batch_start >= _BATCH_BYTES:
-            batch.lines = line - batch_line
-            yield batch
-            batch, batch_start, batch_line = Batch(), start, line
-    batch.lines = len(ends) - batch_line
-    if records.cut_short:
-        batch.rejected.append(_too_long(len(ends) + 1 - batch_line, options))
-        batch.lines += 1
+    line = batch_line = position = 0
+    batch_end = _BATCH_BYTES
+    with contextlib.ExitStack() as stack:
+        file: BinaryIO
+        if piece.data is not None:
+            file, size, cut_short = io.BytesIO(piece.data), len(piece.data), piece.cut_short
+        else:
+            # A buffer that stays in the processor's cache: lines are read from it about twice as fast.
+            file = stack.enter_context(open(source.path, "rb", buffering=_BUFFER))
+            file.seek(piece.start)
+            size = piece.end - piece.start
+            cut_short = size > _NOMINAL + limit
+        for raw in iter(lambda: file.readline(limit + 1), b"") if cut_short else file:
+            position += len(raw)
+            line += 1
+            if line == 1 and piece.ordinal == 0:
+                raw = raw.removeprefix(_BOM)
+            try:  # all that is right and plain passes here, at once; everything else is looked at with care
+                text = loads(raw)[key]
+                simple = type(text) is str and 0 < len(text) <= plain and text[0] != "\ufeff"
+            except (orjson.JSONDecodeError, KeyError, TypeError):
+                simple = False
+            if simple:
+                batch.texts.append(text)
+            elif cut_short and not raw.endswith(b"\n"):
+                batch.rejected.append(_too_long(line - batch_line, options))
+                position = size
+            else:
+                _add_json(batch, line - batch_line, raw, options)
+            if position >= batch_end:
+                batch.lines = line - batch_line
+                raw = b""
+                yield batch
+                batch, batch_line, batch_end = Batch(), line, position + _BATCH_BYTES
+            if position >= size:
+                break
+    if position < size:
+        raise _shorter(source)
+    batch.lines = line - batch_line
     yield batch
+
+
+def _shorter(source: Source) -> DataError:
+    return DataError(f"{source.path}: shorter than the {source.size} bytes it had at the start: changed meanwhile?")
+
+
+def _add_json(batch: Batch, line: int, raw: bytes, options: ReadOptions) -> None:
+    try:
+        text = json_text(raw, options.text_key)
+        if text is not None:
+            add_text(batch, line, text, options.max_document_bytes)
+    except RecordError as error:
+        batch.rejected.append(Rejected(line, error.reason, error.detail))
 
 
 def _paragraphs(records: _Records, options: ReadOptions) -> Iterator[Batch]:
@@ -140,7 +176,9 @@ def _paragraphs(records: _Records, options: ReadOptions) -> Iterator[Batch]:
         batch.rejected.append(_too_long((first or line + 1) - batch_line, options))
     elif first:
         _add_raw(batch, first - batch_line, _without_line_end(records.data[start:last_end]), options)
-    batch.lines = line - batch_line + records.lines_cut
+    # The line in which the data ends, if it does so within one, is counted with the newlines that were cut.
+    counted_twice = records.lines_cut > 0 and not records.data.endswith(b"\n")
+    batch.lines = line - batch_line + records.lines_cut - counted_twice
     yield batch
 
 
@@ -199,7 +237,9 @@ def _rows(source: Source, batches: Iterable[pa.RecordBatch], options: ReadOption
         for rows in batches:
             column = _column(rows, options.text_key)
             for start in range(0, len(column), _BATCH_ROWS):
-                values = column.slice(start, _BATCH_ROWS).cast(pa.large_binary()).to_pylist()
+                part = column.slice(start, _BATCH_ROWS).cast(pa.large_binary())
+                part.validate(full=True)  # offsets of a damaged file may point anywhere
+                values = part.to_pylist()
                 batch = Batch(lines=len(values))
                 for line, raw in enumerate(values, start=1):
                     if raw is None:
@@ -207,7 +247,7 @@ def _rows(source: Source, batches: Iterable[pa.RecordBatch], options: ReadOption
                     else:
                         _add_raw(batch, line, raw, options)
                 yield batch
-    except (pa.ArrowException, OSError) as error:
+    except ARROW_ERRORS as error:
         raise damaged(source.path, source.format.value, error) from None
 
 

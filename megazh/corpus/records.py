@@ -1,12 +1,11 @@
 """What counts as a document, and why a line is turned away."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import orjson
+_DETAIL = 200  # characters
 
 
 class Reason(StrEnum):
@@ -47,7 +46,7 @@ class RecordError(Exception):
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
-        self.detail = detail
+        self.detail = detail[:_DETAIL].encode("utf-8", "backslashreplace").decode()  # it may quote a lone surrogate
 
 
 def decode(raw: bytes) -> str:
@@ -84,26 +83,14 @@ def add_text(batch: Batch, line: int, text: str, max_bytes: int) -> None:
     batch.texts.append(text)
 
 
-def json_text(key: str) -> Callable[[bytes | memoryview], str | None]:
-    """A function from one JSON line to the text under `key` (`a.b` reaches into nested objects).
+def json_text(line: bytes, key: str) -> str | None:
+    """The text under `key` of a JSON line (`a.b` reaches into nested objects); None for a blank line.
 
-    It returns None for a blank line and raises RecordError for a bad one. Numbers that strict JSON lacks
-    (`NaN`, `Infinity`) are let through, since Python's own `json` writes them.
+    Numbers that strict JSON lacks (`NaN`, `Infinity`) are let through, since Python's own `json` writes them.
+
+    Raises:
+        RecordError: the line holds no such text.
     """
-
-    def fast(line: bytes | memoryview) -> str | None:
-        try:
-            text = orjson.loads(line)[key]
-            if type(text) is str:
-                return text
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            pass
-        return _careful_json_text(bytes(line), key)
-
-    return fast
-
-
-def _careful_json_text(line: bytes, key: str) -> str | None:
     if not line.strip():
         return None
     try:

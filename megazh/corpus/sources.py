@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -37,7 +38,7 @@ _SUFFIXES = {
     ".md": Format.TEXT,
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
+_MAGIC = {"gzip": re.compile(rb"\x1f\x8b"), "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")}
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,12 @@ def find_sources(inputs: Sequence[str], format: Format | None = None) -> list[So
     if not ordered:
         raise UsageError("no input given; name files, folders or globs with --input")
     root = os.path.commonpath([os.path.dirname(path) for path in ordered])
-    return [_source(Path(path), os.path.relpath(path, root), format) for path in ordered]
+    return [_source(Path(path), _printable(os.path.relpath(path, root)), format) for path in ordered]
+
+
+def _printable(name: str) -> str:
+    """A file name that is no UTF-8 (GBK, say), with its odd bytes written as escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _files_at(match: str, format: Format | None) -> list[str]:
@@ -107,7 +113,7 @@ def _source(path: Path, name: str, given: Format | None) -> Source:
             head = file.read(64)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if compression and not head.startswith(_MAGIC[compression]):
+    if compression and not _MAGIC[compression].match(head):
         raise DataError(f"{path}: not a {compression} file: begins with {head[:4].hex(' ') or 'nothing'}")
     if format is Format.JSONL and not compression and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         raise DataError(f"{path}: holds one JSON array; give one object a line (jq -c '.[]' {path.name} > out.jsonl)")

@@ -73,11 +73,11 @@ def verify_index(prefix: str) -> str:
     size = index.tokens.nbytes
     with Progress("verifying", 2 * size if data else size) as progress:
         if data is not None:
+            index.document_hashes()
             for suffix, noted in ((".bin", data.files.bin), (".idx", data.files.idx), (".docs", data.files.docs)):
                 found = sha256_file(Path(prefix + suffix), progress.advance if suffix == ".bin" else None)
                 if found != noted.sha256:
                     raise DataError(f"{prefix}{suffix}: wrong content: expected sha256 {noted.sha256}, found {found}")
-            index.document_hashes()
         largest = 0
         ends = 0
         for at in range(0, len(index.tokens), _STEP):

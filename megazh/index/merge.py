@@ -1,12 +1,14 @@
 """Put indexes of the same tokenizer together into one."""
 
+import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megazh.errors import DataError, UsageError
 from megazh.files import locked, write_atomic
 from megazh.index.metadata import Metadata, Rejected
+from megazh.index.plan import PLAN
 from megazh.index.reader import IndexedDataset
 from megazh.index.writer import IndexWriter
 from megazh.progress import Progress
@@ -38,7 +40,7 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
             )
         parts.append(index.metadata)
     folder = Path(f"{output}.build")
-    with locked(folder / "lock", busy=f"{output}: another process builds this index"):
+    with locked(folder / "lock", busy=f"{output}: another process builds this index"), _temporary(folder):
         writer = IndexWriter(folder, indexes[0].dtype)
         with Progress("merging", sum(index.tokens.nbytes for index in indexes)) as progress:
             for index in indexes:
@@ -68,8 +70,18 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
             sources=[source for part in parts for source in part.sources],
             files=files,
         )
-        write_atomic(folder / "index.json", metadata.to_bytes())
+        write_atomic(folder / "index.json", metadata.to_bytes(), durable=False)
         shutil.copyfile(f"{prefixes[0]}{first.tokenizer.file}", folder / "tokenizer")
         writer.commit(output, files, {".json": folder / "index.json", first.tokenizer.file: folder / "tokenizer"})
-        shutil.rmtree(folder, ignore_errors=True)
     return metadata
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[None]:
+    """Whatever happens, `folder` is gone afterwards. Raises UsageError where an interrupted build is in it."""
+    if (folder / PLAN).exists():
+        raise UsageError(f"{folder}: an interrupted build is there; finish it, delete it, or choose another --output")
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

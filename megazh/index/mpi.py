@@ -163,6 +163,16 @@ class MpiPool:
 
     def run(self, setup: Setup, tasks: Iterator[Task]) -> Iterator[Result]:
         out = dict.fromkeys(range(self.workers), 0)
+        try:
+            yield from self._run(setup, tasks, out)
+        except WorkerError:
+            raise
+        except BaseException:  # given up: what is under way must not pass for an answer to what comes next
+            for _ in self._run(setup, iter(()), out):
+                pass
+            raise
+
+    def _run(self, setup: Setup, tasks: Iterator[Task], out: dict[int, int]) -> Iterator[Result]:
         more = True
         while more or any(out.values()):
             while more and min(out.values()) < _AHEAD:

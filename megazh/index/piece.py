@@ -4,6 +4,7 @@ A piece file holds tokens, int32 lengths, uint64 content hashes, a JSON footer, 
 magic number. It appears by rename; what a power cut left of it is found out by its checksum.
 """
 
+import itertools
 import json
 import os
 import struct
@@ -20,12 +21,13 @@ from megazh.corpus.pieces import Piece, ReadOptions
 from megazh.corpus.reader import read_piece
 from megazh.corpus.sources import Source
 from megazh.errors import DataError
-from megazh.tokenizer.encoders import PROBES, Encoder, EncoderSource, encode_each
+from megazh.tokenizer.encoders import PROBES, Encoder, EncoderSource, Ids, Offsets, encode_each
 
 _MAGIC = b"MZPIECE1"
 _TAIL = struct.Struct("<Q8s")
 _SAMPLE_ONE_IN = 1000
-_SAMPLE_CHARACTERS = 16_384
+_SAMPLE_CHARACTERS = 4096
+_FIRST_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,11 @@ class Result:
 
     key: str
     weight: int = 0
-    documents: int = 0
     tokens: int = 0
-    rejected: int = 0
-    lines: int = 0
     encoder: str = ""
     samples: list[Sample] = field(default_factory=list)
     failure: str | None = None
-    """Of a trial: why the fast encoder cannot be used."""
+    """Why the fast encoder cannot be used."""
 
 
 class Worker:
@@ -92,7 +91,12 @@ class Worker:
             return self._try_fast(setup)
         encoder = self._encoder(setup, task.fast)
         assert encoder is not None, "a fast encoder is used only after it was tried"
-        return encode_piece(setup, task.piece, task.sources, encoder, samples=task.fast)
+        try:
+            return encode_piece(setup, task.piece, task.sources, encoder, samples=task.fast)
+        except EncoderFailedError as error:
+            if not task.fast:
+                raise
+            return Result(task.piece.key, encoder=encoder.name, failure=str(error))
 
     def _encoder(self, setup: Setup, fast: bool) -> Encoder | None:
         key = (setup.encoders, fast)
@@ -109,8 +113,7 @@ class Worker:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a missing package, a tokenizer it cannot read, a panic in native code
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            return Result("trial", failure=reason)
+            return Result("trial", failure=_first_line(error))
         samples = [Sample(text, found) for text, found in zip(PROBES, ids, strict=True)]
         return Result("trial", encoder=encoder.name, samples=samples)
 
@@ -122,20 +125,21 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
     lengths: list[npt.NDArray[np.int32]] = []
     hashes: list[int] = []
     rejected: list[tuple[int, str, str]] = []
-    empty = text_bytes = 0
+    empty = lines = text_bytes = 0
     digest = xxhash.xxh3_64()
-    final = piece_path(setup.folder, piece.key)
+    final = piece_path(setup.folder, piece.key, encoder.name)
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
     with open(temporary, "wb") as file:
         for batch in read_piece(sources, piece, setup.options):
-            rejected += [(result.lines + bad.line, bad.reason.value, bad.detail) for bad in batch.rejected]
-            result.lines += batch.lines
+            rejected += [(lines + bad.line, bad.reason.value, bad.detail) for bad in batch.rejected]
+            lines += batch.lines
             empty += batch.empty
             for texts in _calls(batch.texts):
-                ids, offsets = encoder.encode_batch(texts)
+                ids, offsets = _encode(encoder, texts, setup.vocab_size)
                 raw = [text.encode() for text in texts]  # cheap now: the encoder had the str cache its UTF-8
                 new_hashes = [xxhash.xxh3_64_intdigest(text) for text in raw]
                 text_bytes += sum(map(len, raw))
+                del raw
                 tokens = _with_ends(ids, offsets, setup, dtype)
                 file.write(tokens.data)
                 digest.update(tokens.data)
@@ -148,13 +152,12 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
         for array in (all_lengths, np.array(hashes, np.uint64)):
             file.write(array.tobytes())
             digest.update(array.tobytes())
-        result.documents, result.rejected = len(hashes), len(rejected)
         footer = {
-            "documents": result.documents,
+            "documents": len(hashes),
             "tokens": result.tokens,
             "text_bytes": text_bytes,
             "empty": empty,
-            "lines": result.lines,
+            "lines": lines,
             "rejected": rejected,
             "encoder": encoder.name,
             "checksum": digest.hexdigest(),
@@ -163,6 +166,26 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
         file.write(packed + _TAIL.pack(len(packed), _MAGIC))
     os.rename(temporary, final)
     return result
+
+
+class EncoderFailedError(DataError):
+    """An encoder raised, or gave an id that the tokenizer does not have."""
+
+
+def _encode(encoder: Encoder, texts: list[str], vocab_size: int) -> tuple[Ids, Offsets]:
+    try:
+        ids, offsets = encoder.encode_batch(texts)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # native code may panic, which is no Exception
+        raise EncoderFailedError(f"{encoder.name} failed ({_first_line(error)}) on {texts[0][:40]!r}") from None
+    if len(ids) and int(ids.max()) >= vocab_size:
+        raise EncoderFailedError(f"{encoder.name} gave id {int(ids.max())}, the tokenizer has {vocab_size}")
+    return ids, offsets
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _calls(texts: list[str]) -> Iterator[list[str]]:
@@ -179,8 +202,6 @@ def _calls(texts: list[str]) -> Iterator[list[str]]:
 
 def _with_ends(ids: npt.NDArray, offsets: npt.NDArray, setup: Setup, dtype: np.dtype) -> npt.NDArray:
     """All ids with the end-of-document id after each document, in the dtype of the index."""
-    if len(ids) and int(ids.max()) >= setup.vocab_size:
-        raise DataError(f"the encoder gave id {int(ids.max())}, the tokenizer has {setup.vocab_size}: a broken encoder")
     documents = len(offsets) - 1
     tokens = np.empty(len(ids) + documents, dtype)
     ends = offsets[1:] + np.arange(documents)
@@ -194,15 +215,19 @@ def _with_ends(ids: npt.NDArray, offsets: npt.NDArray, setup: Setup, dtype: np.d
 def _samples(
     texts: list[str], hashes: list[int], ids: npt.NDArray, offsets: npt.NDArray, first: bool
 ) -> Iterator[Sample]:
-    """The first document of a piece and about one in a thousand of the others, by their hash."""
-    for at, (text, number) in enumerate(zip(texts, hashes, strict=True)):
-        if (number % _SAMPLE_ONE_IN == 0 or (first and at == 0)) and len(text) <= _SAMPLE_CHARACTERS:
-            yield Sample(text, ids[offsets[at] : offsets[at + 1]].tolist())
+    """About one document in a thousand, by its hash, and where `first` says so the first short one."""
+    chosen = set(np.flatnonzero(np.array(hashes, np.uint64) % np.uint64(_SAMPLE_ONE_IN) == 0).tolist())
+    if first:
+        short = (at for at, text in enumerate(texts) if len(text) <= _FIRST_CHARACTERS)
+        chosen.update(itertools.islice(short, 1))
+    for at in chosen:
+        if len(texts[at]) <= _SAMPLE_CHARACTERS:
+            yield Sample(texts[at], ids[offsets[at] : offsets[at + 1]].tolist())
 
 
-def piece_path(folder: Path, key: str) -> Path:
-    """Where the file of a piece lies."""
-    return folder / f"{key}.piece"
+def piece_path(folder: Path, key: str, encoder: str) -> Path:
+    """Where the file of a piece lies that `encoder` made."""
+    return folder / f"{key}.{encoder}.piece"
 
 
 @dataclass(frozen=True)

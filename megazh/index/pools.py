@@ -85,12 +85,23 @@ class ProcessPool:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Hold SIGINT back; a process that is started here inherits that."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Hold SIGINT back; a process that is started here never gets one.
+
+    The mask is what it inherits. It holds for this thread only: the handler is for a signal that another thread takes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 _worker: Worker | None = None

@@ -116,7 +116,11 @@ class IndexedDataset:
         for at in range(0, header.sequences, _STEP):
             lengths = self._lengths[at : at + _STEP]
             if lengths.min() < 0:
-                raise DataError(f"{self._idx}: sequence {at + int(lengths.argmin())} has a negative length")
+                wrong_length = int(lengths.argmin())
+                raise DataError(
+                    f"{self._idx}: length of sequence {at + wrong_length}: expected at least 0, "
+                    f"found {lengths[wrong_length]}"
+                )
             ends = np.cumsum(lengths, dtype=np.int64)
             expected = (total + ends - lengths) * self.dtype.itemsize
             wrong = np.flatnonzero(self._pointers[at : at + _STEP] != expected)
@@ -129,7 +133,10 @@ class IndexedDataset:
             total += int(ends[-1])
         boundaries = self._boundaries
         if boundaries[0] != 0 or boundaries[-1] != header.sequences or (np.diff(boundaries) < 0).any():
-            raise DataError(f"{self._idx}: document boundaries do not ascend from 0 to {header.sequences}")
+            raise DataError(
+                f"{self._idx}: document boundaries: expected them to ascend from 0 to {header.sequences}, found "
+                f"{boundaries[0]} to {boundaries[-1]}{'' if len(boundaries) < 2 else ', not all ascending'}"
+            )
         if bin_size != total * self.dtype.itemsize:
             raise DataError(
                 f"{self._bin}: expected {total * self.dtype.itemsize} bytes for the {total} tokens ({self.dtype}) of "

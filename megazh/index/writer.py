@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,11 +34,13 @@ class _HashedFile:
             view = view[self._file.write(view) :]
 
     def close(self) -> FileInfo:
+        """Flush to disk, and close."""
         os.fsync(self._file.fileno())
         self._file.close()
         return FileInfo(bytes=self.size, sha256=self._digest.hexdigest())
 
     def abandon(self) -> None:
+        """Close only."""
         self._file.close()
 
 
@@ -103,7 +105,7 @@ class IndexWriter:
         if not self.documents:
             self.abandon()
             raise DataError("no document to index: the input is empty, or all of it was rejected")
-        self._lengths.close()
+        self._lengths.abandon()  # only read back below
         idx = _HashedFile(self._folder / "index.idx")
         idx.write(Header(self.dtype, self.documents, self.documents + 1).pack())
         lengths = np.memmap(self._lengths.path, "<i4", "r")
@@ -120,7 +122,7 @@ class IndexWriter:
         self._lengths.path.unlink()
         return Files(bin=self._bin.close(), idx=idx.close(), docs=self._docs.close())
 
-    def commit(self, prefix: Path, files: Files, beside: dict[str, Path]) -> None:
+    def commit(self, prefix: Path, files: Files, beside: dict[str, Path], absent: Sequence[str] = ()) -> None:
         """Move the finished files to `prefix`; the rename of the `.idx` makes them an index.
 
         An older index at `prefix` loses its `.idx` first: whoever opens the prefix meanwhile finds no index,
@@ -130,15 +132,17 @@ class IndexWriter:
             prefix: where to.
             files: what `finish` returned.
             beside: finished files that belong to the index, by the suffix that they get; flushed here.
+            absent: suffixes of files that an older index may have, and this one has not.
         """
         for path in beside.values():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        fsync_directory(self._folder)
         target = Path(f"{prefix}.idx")
         if target.exists():
             target.unlink()
             fsync_directory(prefix.parent)
+        for suffix in absent:
+            Path(f"{prefix}{suffix}").unlink(missing_ok=True)
         for suffix, path in beside.items():
             os.rename(path, f"{prefix}{suffix}")
         os.rename(self._bin.path, f"{prefix}.bin")
@@ -153,8 +157,3 @@ class IndexWriter:
         """Close the files; what was written stays in the folder and counts as nothing."""
         for file in (self._bin, self._docs, self._lengths):
             file.abandon()
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder of temporary files."""
-    shutil.rmtree(folder, ignore_errors=True)

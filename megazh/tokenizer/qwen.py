@@ -72,7 +72,11 @@ def split_token(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | 
 
 
 def fast_tokenizer(ranks: dict[bytes, int]) -> dict[str, Any]:
-    """The contents of a `tokenizer.json` that encodes as Qwen does: NFC, Qwen's regex, byte level, these ranks."""
+    """The contents of a `tokenizer.json` that encodes as Qwen does: NFC, Qwen's regex, byte level, these ranks.
+
+    Raises:
+        ValueError: a token cannot be made by merging two others, so that no list of merges is equal to the ranks.
+    """
     alphabet = byte_alphabet()
 
     def written(token: bytes) -> str:
@@ -80,8 +84,12 @@ def fast_tokenizer(ranks: dict[bytes, int]) -> dict[str, Any]:
 
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
-        if len(token) > 1 and (pair := split_token(token, ranks)):
-            merges.append([written(pair[0]), written(pair[1])])
+        if len(token) == 1:
+            continue
+        pair = split_token(token, ranks)
+        if pair is None:
+            raise ValueError(f"no merge of two tokens makes token {ranks[token]} ({token!r})")
+        merges.append([written(pair[0]), written(pair[1])])
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
         "version": "1.0",
@@ -132,7 +140,10 @@ def tokenizer_json(path: Path) -> str:
         return _read_checked(cached)
     except (OSError, ValueError):
         pass
-    text = json.dumps(fast_tokenizer(read_ranks(path)), ensure_ascii=False)
+    try:
+        text = json.dumps(fast_tokenizer(read_ranks(path)), ensure_ascii=False)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
     try:
         with locked(cached.with_suffix(".lock")):
             write_atomic(cached, hashlib.sha256(text.encode()).hexdigest().encode() + b"\n" + text.encode())

@@ -68,65 +68,46 @@ class _JsonTokenizer(Tokenizer):
     """A `tokenizer.json`, or Qwen's ranks turned into one."""
 
     def __init__(self, path: Path, kind: Kind, text: str, eod: str | None) -> None:
-        self.path, self.kind, self._text = path, kind, text
+        self.path, self.kind = path, kind
         try:
-            self._settings: dict[str, Any] = json.loads(text)
-            added = {token["content"]: token["id"] for token in self._settings.get("added_tokens") or []}
-            model = self._settings["model"]
-            vocab = model["vocab"]
+            settings: dict[str, Any] = json.loads(text)
+            added = {token["content"]: token["id"] for token in settings.get("added_tokens") or []}
+            vocab = settings["model"]["vocab"]
             if isinstance(vocab, list):  # Unigram: [piece, score] in the order of ids
                 vocab = {piece: number for number, (piece, _) in enumerate(vocab)}
-            self._ids: dict[str, int] = {**vocab, **added}
-            self.vocab_size = max(self._ids.values()) + 1
+            ids: dict[str, int] = {**vocab, **added}
+            self.vocab_size = max(ids.values()) + 1
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"{path}: not a Hugging Face tokenizer.json") from None
-        self._special = {token["id"] for token in self._settings.get("added_tokens") or []}
-        self.eod = self._end_token(eod)
-        self.eod_id = self._ids[self.eod]
-        self.pad_id = next((self._ids[token] for token in _PAD_TOKENS if token in added), None)
-        self.fingerprint = self._fingerprint()
+        self._special = set(added.values())
+        self.eod = self._end_token(eod, ids, list(added))
+        self.eod_id = ids[self.eod]
+        self.pad_id = next((added[token] for token in _PAD_TOKENS if token in added), None)
+        self.fingerprint = _json_fingerprint(settings, self.eod_id)
         self.encoders = EncoderSource(kind, path)
 
-    def _end_token(self, eod: str | None) -> str:
+    def _end_token(self, eod: str | None, ids: dict[str, int], added: list[str]) -> str:
         if eod is not None:
-            if eod not in self._ids:
+            if eod not in ids:
                 raise UsageError(f"{self.path}: has no token {eod!r} to end documents with (--eod)")
             return eod
         configured = _configured_end(self.path)
         for token in (_END_TOKENS[0], *([configured] if configured else []), *_END_TOKENS[1:]):
-            if token in self._ids:
+            if token in ids:
                 return token
-        known = ", ".join(sorted((t for t, i in self._ids.items() if i in self._special), key=self._ids.__getitem__))
+        known = ", ".join(added)
         raise UsageError(
             f"{self.path}: which token ends a document? give --eod TOKEN; control tokens: {known or 'none'}"
         )
-
-    def _fingerprint(self) -> str:
-        model = {key: value for key, value in self._settings["model"].items() if value not in (None, "", False)}
-        merges = model.get("merges")
-        if merges:
-            model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
-        tokens = [
-            {key: value for key, value in token.items() if value is not False}
-            for token in sorted(self._settings.get("added_tokens") or [], key=lambda token: token["id"])
-        ]
-        parts = {
-            "normalizer": self._settings.get("normalizer"),
-            "pre_tokenizer": self._settings.get("pre_tokenizer"),
-            "model": model,
-            "added_tokens": tokens,
-            "eod_id": self.eod_id,
-        }
-        return _digest(_without_offsets(parts))
 
     @cached_property
     def _reference_tokenizer(self) -> Any:
         from tokenizers import Tokenizer as HuggingFaceTokenizer
 
         try:
-            return HuggingFaceTokenizer.from_str(self._text)
+            return HuggingFaceTokenizer.from_str(self.encoders.tokenizer_json())
         except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{self.path}: not a Hugging Face tokenizer.json: {error}") from None
+            raise DataError(f"{self.path}: not a tokenizer.json that can be read: {error}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._reference_tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=False)
@@ -140,7 +121,7 @@ class _JsonTokenizer(Tokenizer):
         if written is None:
             return f"<no token {token_id}>"
         if token_id in self._special or any(character not in self._bytes_of for character in written):
-            return written
+            return _shown(written.encode())
         return _shown(bytes(self._bytes_of[character] for character in written))
 
 
@@ -155,6 +136,8 @@ class _SentencePieceTokenizer(Tokenizer):
         self.path, self.front_tokens = path, front_tokens
         try:
             data = path.read_bytes()
+            if not data:
+                raise RuntimeError("it is empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (OSError, RuntimeError) as error:
             raise DataError(f"{path}: not a SentencePiece model: {str(error).splitlines()[0]}") from None
@@ -199,7 +182,7 @@ class _SentencePieceTokenizer(Tokenizer):
             return FRONT_TOKENS[int(token_id)]
         if piece >= self._processor.get_piece_size():
             return f"<no token {token_id}>"
-        return self._processor.id_to_piece(piece)
+        return _shown(self._processor.id_to_piece(piece).encode())
 
 
 def load_tokenizer(path: Path | str, eod: str | None = None, front_tokens: bool = False) -> Tokenizer:
@@ -250,6 +233,26 @@ def _configured_end(path: Path) -> str | None:
         return None
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
+
+
+def _json_fingerprint(settings: dict[str, Any], eod_id: int) -> str:
+    """The fingerprint of a tokenizer.json: what decides ids; not padding, truncation, or how text is decoded."""
+
+    def given(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if value is not None and value is not False and value != ""}
+
+    model = given(settings["model"])
+    if merges := model.get("merges"):
+        model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    tokens = sorted(settings.get("added_tokens") or [], key=lambda token: token["id"])
+    parts = {
+        "normalizer": settings.get("normalizer"),
+        "pre_tokenizer": settings.get("pre_tokenizer"),
+        "model": model,
+        "added_tokens": [given(token) for token in tokens],
+        "eod_id": eod_id,
+    }
+    return _digest(_without_offsets(parts))
 
 
 def _digest(parts: Any) -> str:

@@ -52,7 +52,7 @@ def train_tokenizer(
 
     specials = [PAD, *CONTROL_TOKENS]
     least = 256 + len(specials)
-    if vocab_size <= least:
+    if vocab_size < least:
         raise UsageError(f"--vocab-size {vocab_size}: 256 bytes and {len(specials)} control tokens need {least}")
     regex = QWEN_REGEX if digits is Digits.SINGLE else QWEN_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
     tokenizer = Tokenizer(models.BPE())

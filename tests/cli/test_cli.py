@@ -8,7 +8,19 @@ import time
 from pathlib import Path
 
 import pytest
-from textdata import ROOT, finish, index_bytes, is_one_line_error, json_lines, kill_group, megazh, start, start_megazh, texts, tokenizer_path
+from textdata import (
+    ROOT,
+    finish,
+    index_bytes,
+    is_one_line_error,
+    json_lines,
+    kill_group,
+    megazh,
+    start,
+    start_megazh,
+    texts,
+    tokenizer_path,
+)
 
 COMMANDS = [
     ("index", "build"),
@@ -28,7 +40,9 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def build(corpus: Path, output: Path, *more: object, **options: object) -> tuple[int, str, str]:
-    return megazh("index", "build", "--input", corpus, "--tokenizer", tokenizer_path(), "--output", output, *more, **options)
+    return megazh(
+        "index", "build", "--input", corpus, "--tokenizer", tokenizer_path(), "--output", output, *more, **options
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -122,7 +136,13 @@ def test_errors_are_one_line_with_their_code(
     assert (found, out) == (code, ""), err
     assert is_one_line_error(err, part), err
     assert not (tmp_path / "x.idx").exists()
-    assert change.get("--text-key") or not (tmp_path / "x.build").exists()
+
+
+def test_wrong_format_does_not_stand_in_the_way_of_the_right_one(corpus: Path, tmp_path: Path) -> None:
+    """A build that failed before its first piece has nothing worth keeping."""
+    assert build(corpus, tmp_path / "x", "--format", "parquet")[0] == 3
+    code, _, err = build(corpus, tmp_path / "x")
+    assert (code, err) == (0, "")
 
 
 def test_tool_gives_the_same_bytes_as_the_command(corpus: Path, tmp_path: Path) -> None:

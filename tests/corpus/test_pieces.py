@@ -60,7 +60,9 @@ paragraph_file = st.builds(
     st.lists(
         st.one_of(
             document.map(str.encode),
-            st.sampled_from([b"\n", b"\n\n", b"\r\n", b"\r\n\r\n", b"\n \t\n", b"\n\f\v\n", b" ", b"\xff", b"a", b"\r"]),
+            st.sampled_from(
+                [b"\n", b"\n\n", b"\r\n", b"\r\n\r\n", b"\n \t\n", b"\n\f\v\n", b" ", b"\xff", b"a", b"\r"]
+            ),
         ),
         max_size=40,
     ),
@@ -158,7 +160,9 @@ def test_paragraphs_are_the_same_however_cut(tmp_path: Path, stored: str, data: 
         check(tmp_path, "a.txt", data, BLANK_LINES, size, stored, parse_paragraphs(data, 10**9))
 
 
-sized_text = st.one_of(st.integers(1, 40), st.integers(1, 40), st.integers(150, 1500)).map(lambda length: "abcde" * length)
+sized_text = st.one_of(st.integers(1, 40), st.integers(1, 40), st.integers(150, 1500)).map(
+    lambda length: "abcde" * length
+)
 
 
 @pytest.mark.parametrize("stored", STORED)

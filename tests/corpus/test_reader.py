@@ -251,7 +251,8 @@ def test_bytes_that_are_no_text_in_a_binary_column(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["parquet", "arrow"])
 @pytest.mark.parametrize(
-    ("key", "parts"), [("body", ["no column 'body'", "id, text, a"]), ("id", ["int64"]), ("a.z", ["no column"]), ("a", ["struct"])]
+    ("key", "parts"),
+    [("body", ["no column 'body'", "id, text, a"]), ("id", ["int64"]), ("a.z", ["no column"]), ("a", ["struct"])],
 )
 def test_missing_or_other_column_is_refused_by_name(tmp_path: Path, form: str, key: str, parts: Sequence[str]) -> None:
     table = pa.table({"id": [1], "text": ["x"], "a": [{"b": "x"}]})
@@ -289,13 +290,14 @@ def test_columnar_file_with_other_bytes_inside_never_ends_in_a_traceback(tmp_pat
     else:
         write_arrow(path, texts(100), form == "stream", rows=50)
     whole = path.read_bytes()
+    messages: list[str] = []
     for at in range(0, len(whole) - 60, len(whole) // 60):
         path.write_bytes(whole[:at] + bytes(byte ^ 0xA5 for byte in whole[at : at + 60]) + whole[at + 60 :])
         try:
             read_files([path], ReadOptions(), 5000)
         except MegazhError as error:
-            assert "\n" not in str(error)
-            assert path.name in str(error)
+            messages.append(str(error))
+    assert all(path.name in message and "\n" not in message for message in messages)
 
 
 TEXT_CASES = [
@@ -316,9 +318,7 @@ TEXT_CASES = [
 @pytest.mark.parametrize(("data", "documents"), TEXT_CASES)
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("size", [1, 5, SIZE])
-def test_text_split_at_blank_lines(
-    tmp_path: Path, data: bytes, documents: list[str], suffix: str, size: int
-) -> None:
+def test_text_split_at_blank_lines(tmp_path: Path, data: bytes, documents: list[str], suffix: str, size: int) -> None:
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(gz(data, 2) if suffix == ".gz" else zst(data, 2) if suffix == ".zst" else data)
     found = read_files([path], BLANK_LINES, size)

@@ -33,7 +33,9 @@ def put(folder: Path, *names: str) -> None:
         ("a.arrow", Format.ARROW, None),
     ],
 )
-def test_suffix_tells_format_and_compression(tmp_path: Path, name: str, format: Format, compression: str | None) -> None:
+def test_suffix_tells_format_and_compression(
+    tmp_path: Path, name: str, format: Format, compression: str | None
+) -> None:
     put(tmp_path, name)
     (source,) = find_sources([str(tmp_path / name)])
     assert (source.format, source.compression, source.name) == (format, compression, name)
@@ -42,7 +44,12 @@ def test_suffix_tells_format_and_compression(tmp_path: Path, name: str, format: 
 
 def test_files_folders_and_globs_are_sorted_and_taken_once(tmp_path: Path) -> None:
     put(tmp_path, "b.jsonl", "a/z.jsonl", "a/k.jsonl.gz", "a/deep/er/m.txt", "a/notes.log")
-    inputs = [str(tmp_path / "b.jsonl"), str(tmp_path / "a"), str(tmp_path / "*.jsonl"), str(tmp_path / "a" / "z.jsonl")]
+    inputs = [
+        str(tmp_path / "b.jsonl"),
+        str(tmp_path / "a"),
+        str(tmp_path / "*.jsonl"),
+        str(tmp_path / "a" / "z.jsonl"),
+    ]
     expected = ["a/deep/er/m.txt", "a/k.jsonl.gz", "a/z.jsonl", "b.jsonl"]
     assert [source.name for source in find_sources(inputs)] == expected
     assert [source.name for source in find_sources(inputs[::-1])] == expected
@@ -50,7 +57,11 @@ def test_files_folders_and_globs_are_sorted_and_taken_once(tmp_path: Path) -> No
 
 def test_recursive_glob(tmp_path: Path) -> None:
     put(tmp_path, "x/1.jsonl", "x/y/2.jsonl", "3.jsonl")
-    assert [source.name for source in find_sources([f"{tmp_path}/**/*.jsonl"])] == ["3.jsonl", "x/1.jsonl", "x/y/2.jsonl"]
+    assert [source.name for source in find_sources([f"{tmp_path}/**/*.jsonl"])] == [
+        "3.jsonl",
+        "x/1.jsonl",
+        "x/y/2.jsonl",
+    ]
 
 
 def test_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from textdata import (
-    SHARED,
     QWEN_RANKS,
+    SHARED,
     finish,
     gz,
     index_bytes,
@@ -30,6 +30,7 @@ from textdata import (
 
 from megazh.errors import UsageError
 from megazh.index.reader import IndexedDataset
+from megazh.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +69,11 @@ def whole(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 30 pieces: time enough to do something to the build meanwhile."""
+    """Some 24 pieces: time enough to do something to the build meanwhile."""
     path = tmp_path_factory.mktemp("large") / "large.jsonl"
     once = json_lines(texts(6000, 22))
     with open(path, "wb") as file:
-        for number in range(30 * 2**20 // len(once)):
+        for number in range(24 * 2**20 // len(once)):
             file.write(json_lines([f"round {number}"]) + once)
     return path
 
@@ -118,7 +119,9 @@ def resumed(out: str) -> int:
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_worker_processes_give_the_same_bytes(mixed: Path, whole: dict[str, bytes], tmp_path: Path, workers: int) -> None:
+def test_worker_processes_give_the_same_bytes(
+    mixed: Path, whole: dict[str, bytes], tmp_path: Path, workers: int
+) -> None:
     code, out, err = megazh(*arguments(mixed, tmp_path / "x", "--workers", workers, "--max-bad", "1%"))
     assert (code, err) == (0, "")
     assert index_bytes(tmp_path / "x") == whole
@@ -128,7 +131,9 @@ def test_worker_processes_give_the_same_bytes(mixed: Path, whole: dict[str, byte
 
 def test_the_mixed_corpus_is_what_it_should_be(whole: dict[str, bytes]) -> None:
     entries = [json.loads(line) for line in whole[".rejected.jsonl"].splitlines()]
-    by_file = {name: [e["line"] for e in entries if e["file"] == name] for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")}
+    by_file = {
+        name: [e["line"] for e in entries if e["file"] == name] for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")
+    }
     bad = [number + 1 for number in range(0, 9000, 997) if number // 997 % 4 < 2]
     assert by_file["a.jsonl"] == bad
     assert by_file["b.jsonl.gz"] == [number for number in bad if number <= 6000]
@@ -151,7 +156,7 @@ def test_killed_build_goes_on_with_what_was_finished(
     large: Path, large_whole: dict[str, bytes], tmp_path: Path, workers: int
 ) -> None:
     kept = 0
-    for least in (2, 8, 14):
+    for least in (2, 9):
         with running(*arguments(large, tmp_path / "x", "--workers", workers)) as process:
             wait_until(lambda least=least: len(pieces(tmp_path / "x")) >= least or process.poll() is not None)
             assert process.poll() is None, "was done before it could be killed"
@@ -228,15 +233,15 @@ def test_ctrl_c_is_one_line_and_the_next_run_goes_on(
     assert index_bytes(tmp_path / "x") == large_whole
 
 
-def test_ctrl_c_while_workers_start_is_one_line(large: Path, tmp_path: Path) -> None:
-    for pause in (0.05, 0.4, 0.8):
-        process = start_megazh(*arguments(large, tmp_path / "x", "--workers", 2))
-        wait_until(lambda: (tmp_path / "x.build" / "plan.json").exists())
-        time.sleep(pause)
-        os.killpg(process.pid, signal.SIGINT)
-        code, _, err = finish(process)
-        assert code == 130
-        assert len(err.strip().splitlines()) == 1, err
+@pytest.mark.parametrize("pause", [0.0, 0.3, 0.7])
+def test_ctrl_c_while_workers_start_is_one_line(large: Path, tmp_path: Path, pause: float) -> None:
+    process = start_megazh(*arguments(large, tmp_path / "x", "--workers", 2))
+    wait_until(lambda: (tmp_path / "x.build" / "tokenizer.json").exists())
+    time.sleep(pause)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = finish(process)
+    assert len(err.strip().splitlines()) == 1, err
+    assert code == 130
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -269,15 +274,17 @@ def test_disk_too_full_for_a_piece(large: Path, tmp_path: Path) -> None:
 
 
 FAKE = '''
-"""The real fastokens, except that it is wrong about documents that hold MARK, and slow about those that hold SLOW."""
-import importlib.util, sys, time
+"""The real fastokens, except that it is wrong about documents that hold MARK."""
+import importlib.util, sys
 from pathlib import Path
 here = Path(__file__).resolve().parent.parent
 for folder in sys.path:
     if folder and Path(folder).resolve() != here and (Path(folder) / "fastokens" / "__init__.py").exists():
         found = Path(folder) / "fastokens"
         break
-spec = importlib.util.spec_from_file_location("fastokens", found / "__init__.py", submodule_search_locations=[str(found)])
+spec = importlib.util.spec_from_file_location(
+    "fastokens", found / "__init__.py", submodule_search_locations=[str(found)]
+)
 module = importlib.util.module_from_spec(spec)
 sys.modules["fastokens"] = module
 spec.loader.exec_module(module)
@@ -296,8 +303,6 @@ class Tokenizer:
 
     def encode_batch_flat(self, texts, **options):
         ids, offsets = self._real.encode_batch_flat(texts, **options)
-        if any("SLOW" in text for text in texts):
-            time.sleep(2)
         if any("MARK" in text for text in texts):
             ids = bytes(ids).replace((300).to_bytes(4, "little"), (301).to_bytes(4, "little"))
         return ids, offsets
@@ -306,50 +311,62 @@ module.Tokenizer = Tokenizer
 '''
 
 
+@pytest.mark.slow
 def test_pieces_of_a_wrong_encoder_that_are_still_under_way_are_not_taken(tmp_path: Path) -> None:
     """Found wrong on one piece, while another worker is at the next one."""
     (tmp_path / "fake" / "fastokens").mkdir(parents=True)
     (tmp_path / "fake" / "fastokens" / "__init__.py").write_text(FAKE, encoding="utf-8")
-    from megazh.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(tokenizer_path())
-    word = next(tokenizer.decode([300]) for _ in range(1))
+    word = tokenizer.decode([300])
     assert tokenizer.encode(word) == [300]
-    long = "x" * (600 << 10)
-    documents = [long, f"MARK {word}", long, "x", f"SLOW MARK {word}", long, long, "end"]
+    filling = ["text " * 130_000] * 2  # a piece ends behind these
+    documents = [*filling, *[f"{word} MARK", *filling] * 7, "end"]
     (tmp_path / "a.jsonl").write_bytes(json_lines(documents))
     path = os.pathsep.join([str(tmp_path / "fake"), os.environ.get("PYTHONPATH", "")])
     code, _, err = megazh(*arguments(tmp_path / "a.jsonl", tmp_path / "x", "--workers", 2), env={"PYTHONPATH": path})
     assert code == 0, err
     index = IndexedDataset(tmp_path / "x")
-    found = [index[number].tolist()[:-1] for number in range(len(index))]
-    wrong = [text[:20] for text, ids in zip(documents, found, strict=True) if ids != tokenizer.encode(text)]
-    assert not wrong, (wrong, err)
+    right = {text: tokenizer.encode(text) for text in set(documents)}
+    wrong = [number for number, text in enumerate(documents) if index[number].tolist()[:-1] != right[text]]
+    assert not wrong, f"wrong ids in documents {wrong} of {len(documents)}; {err}"
+    assert len(err.splitlines()) == 1
+    assert err.startswith("warning: fastokens differs from tokenizers")
 
 
-def test_killed_rebuild_leaves_the_old_index_the_new_one_or_none(mixed: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_killed_rebuild_leaves_the_old_index_the_new_one_or_none(
+    mixed: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     prefix = tmp_path / "x"
     new = megazh(*arguments(mixed, tmp_path / "new", "--max-bad", "1%", "--eod", "<|im_end|>", "--workers", 1))
     assert new[0] == 0
     possible = [whole, index_bytes(tmp_path / "new")]
-    for number in range(6):
-        if number % 3 == 0:
-            assert megazh(*arguments(mixed, prefix, "--max-bad", "1%", "--workers", 1, "--restart"))[0] == 0
-        with running(*arguments(mixed, prefix, "--max-bad", "1%", "--eod", "<|im_end|>", "--workers", 1, "--restart")) as process:
+    for number in range(4):
+        if number % 2 == 0:
+            for suffix, content in whole.items():
+                Path(f"{prefix}{suffix}").write_bytes(content)
+        with running(
+            *arguments(mixed, prefix, "--max-bad", "1%", "--eod", "<|im_end|>", "--workers", 1, "--restart")
+        ) as process:
             wait_until(lambda: Path(f"{prefix}.build").exists())
-            wait_until(lambda number=number: len(pieces(prefix)) >= 3 * number or process.poll() is not None)
+            wait_until(lambda number=number: len(pieces(prefix)) >= 5 * number or process.poll() is not None)
             time.sleep(0.02 * number)
         try:
             IndexedDataset(prefix)
         except UsageError:
             continue
         found = index_bytes(prefix)
-        assert any(all(found[suffix] == each[suffix] for suffix in (".bin", ".idx", ".docs", ".json")) for each in possible)
+        assert any(
+            all(found[suffix] == each[suffix] for suffix in (".bin", ".idx", ".docs", ".json")) for each in possible
+        )
 
 
-@pytest.mark.skipif(not (QWEN_RANKS.exists() and (SHARED / "data/pretrain").exists()), reason="no sample data beside the project")
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (QWEN_RANKS.exists() and (SHARED / "data/pretrain").exists()), reason="no sample data beside the project"
+)
 def test_real_text_with_qwens_tokenizer(tmp_path: Path) -> None:
-    sources = [SHARED / "data/pretrain" / name for name in ("zhwiki.jsonl", "english.jsonl", "classical_modern.parquet")]
+    sources = [SHARED / "data/pretrain" / name for name in ("english.jsonl", "classical_orig.txt")]
     for workers in (1, 2):
         code, out, err = megazh(
             *("index", "build", "--input", *sources, "--tokenizer", QWEN_RANKS, "--output", tmp_path / f"x{workers}"),

@@ -21,7 +21,9 @@ from megazh.index.reader import IndexedDataset
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
-    (folder / "a.jsonl").write_bytes(json_lines(["今天 hello\nworld", *texts(60), "last one"]) + b"broken\n" + json_lines([""]))
+    (folder / "a.jsonl").write_bytes(
+        json_lines(["今天 hello\nworld", *texts(60), "last one"]) + b"broken\n" + json_lines([""])
+    )
     request = Request([str(folder / "a.jsonl")], folder / "x", tokenizer_path(), max_bad=0.5)
     build_index(request, InlinePool(), lambda line: pytest.fail(line))
     return folder

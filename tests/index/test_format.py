@@ -1,5 +1,6 @@
 """MMIDIDX to the byte: what megatron-core writes we read, and what we write is what it writes."""
 
+import itertools
 import struct
 import warnings
 from pathlib import Path
@@ -24,6 +25,10 @@ sequence = st.lists(st.integers(0, 65_499), max_size=20)
 documents = st.lists(st.lists(sequence, min_size=1, max_size=4), min_size=1, max_size=12)
 
 
+def flat(lists: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(lists))
+
+
 def write_as_megatron(
     prefix: Path, docs: list[list[list[int]]], dtype: type, modes: list[list[int]] | None = None, whole: bool = False
 ) -> None:
@@ -32,8 +37,9 @@ def write_as_megatron(
     builder = megatron.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype, multimodal=modes is not None)
     for number, doc in enumerate(docs):
         if whole:
-            tokens = [token for seq in doc for token in seq]
-            builder.add_document(torch.tensor(tokens, dtype=torch.int64), [len(seq) for seq in doc], modes and modes[number])
+            builder.add_document(
+                torch.tensor(flat(doc), dtype=torch.int64), [len(seq) for seq in doc], modes and modes[number]
+            )
             continue
         for at, seq in enumerate(doc):
             builder.add_item(torch.tensor(seq, dtype=torch.int64), modes[number][at] if modes else 0)
@@ -58,12 +64,12 @@ def test_what_megatron_writes_we_read(tmp_path: Path, docs: list[list[list[int]]
     write_as_megatron(prefix, docs, dtype, whole=whole)
     index = IndexedDataset(prefix)
     assert index.dtype == dtype
-    assert [index[number].tolist() for number in range(len(index))] == [sum(doc, []) for doc in docs]
+    assert [index[number].tolist() for number in range(len(index))] == [flat(doc) for doc in docs]
     assert index.sequence_lengths.tolist() == [len(seq) for doc in docs for seq in doc]
     assert index.document_indices.tolist() == np.cumsum([0, *map(len, docs)]).tolist()
     assert index.sequence_modes is None
     assert index.metadata is None
-    assert index[-1].tolist() == sum(docs[-1], [])
+    assert index[-1].tolist() == flat(docs[-1])
     with pytest.raises(IndexError):
         index[len(docs)]
     with pytest.raises(IndexError):
@@ -72,14 +78,16 @@ def test_what_megatron_writes_we_read(tmp_path: Path, docs: list[list[list[int]]
 
 @RELAXED
 @given(docs=documents, dtype=dtypes, data=st.data())
-def test_multimodal_modes_are_read(tmp_path: Path, docs: list[list[list[int]]], dtype: type, data: st.DataObject) -> None:
+def test_multimodal_modes_are_read(
+    tmp_path: Path, docs: list[list[list[int]]], dtype: type, data: st.DataObject
+) -> None:
     modes = [[data.draw(st.integers(-128, 127)) for _ in doc] for doc in docs]
     prefix = tmp_path / "a"
     write_as_megatron(prefix, docs, dtype, modes)
     index = IndexedDataset(prefix)
     assert index.sequence_modes is not None
-    assert index.sequence_modes.tolist() == sum(modes, [])
-    assert [doc.tolist() for doc in index] == [sum(doc, []) for doc in docs]
+    assert index.sequence_modes.tolist() == flat(modes)
+    assert [doc.tolist() for doc in index] == [flat(doc) for doc in docs]
 
 
 @RELAXED

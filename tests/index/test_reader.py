@@ -130,7 +130,7 @@ def test_random_damage_of_an_idx_never_ends_in_a_traceback(tmp_path: Path) -> No
     path = Path(f"{prefix}.idx")
     whole = path.read_bytes()
     draw = random.Random(3)
-    refusals = 0
+    refusals: list[str] = []
     for _ in range(400):
         damaged = bytearray(whole)
         for _ in range(draw.randint(1, 3)):
@@ -139,11 +139,11 @@ def test_random_damage_of_an_idx_never_ends_in_a_traceback(tmp_path: Path) -> No
         try:
             index = IndexedDataset(prefix)
         except DataError as error:
-            refusals += 1
-            assert "\n" not in str(error)
+            refusals.append(str(error))
         else:
             assert sum(len(index[number]) for number in range(len(index))) == sum(map(len, docs))
-    assert refusals > 300
+    assert len(refusals) > 300
+    assert not any("\n" in message for message in refusals)
 
 
 @pytest.mark.parametrize("missing", [".bin", ".idx"])
@@ -288,9 +288,8 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(DataError):
         IndexedDataset(tmp_path / "small")
     assert not (tmp_path / "exploded").exists()
-    with pytest.raises(FileExistsError):
-        (tmp_path / "exploded").mkdir()
-        pickle.loads(pickle.dumps(Bomb()))
+    pickle.loads(pickle.dumps(Bomb()))
+    assert (tmp_path / "exploded").exists(), "the bomb is no bomb"
 
 
 def test_command_says_it_in_one_line(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from textdata import QWEN_RANKS, ranks_of, tokenizer_path, write_ranks
+from textdata import QWEN_RANKS, json_encoders, ranks_of, tokenizer_path, write_ranks
 
 from megazh.errors import DataError
 from megazh.tokenizer import load_tokenizer, qwen
@@ -17,7 +17,6 @@ from megazh.tokenizer.encoders import (
     PROBES,
     Encoder,
     EncoderSource,
-    FastokensEncoder,
     HuggingFaceEncoder,
     Kind,
     TiktokenEncoder,
@@ -137,7 +136,11 @@ def test_every_encoder_gives_tiktokens_ids_on_20_000_odd_strings(small: Path) ->
     definition = by_definition(ranks)
     expected = [definition(text) for text in strings]
     text = qwen.tokenizer_json(small)
-    for encoder in (TiktokenEncoder(ranks), FastokensEncoder(text), HuggingFaceEncoder(text)):
+    for encoder in (
+        TiktokenEncoder(ranks),
+        json_encoders(text)[0],
+        HuggingFaceEncoder(text),
+    ):
         assert_same_ids(encoder, strings, expected)
 
 
@@ -165,7 +168,11 @@ def test_long_s_after_an_apostrophe_is_a_contraction_to_every_encoder() -> None:
         ranks[token.encode()] = len(ranks)
     assert by_definition(ranks)("'ſo") == [39, 256, 111]
     text = json.dumps(qwen.fast_tokenizer(ranks))
-    for encoder in (TiktokenEncoder(ranks), HuggingFaceEncoder(text), FastokensEncoder(text)):
+    for encoder in (
+        TiktokenEncoder(ranks),
+        HuggingFaceEncoder(text),
+        json_encoders(text)[0],
+    ):
         assert encode_each(encoder, ["'ſo"]) == [[39, 256, 111]], encoder.name
 
 
@@ -199,7 +206,11 @@ def test_control_tokens_follow_the_ranks_and_never_come_from_text(small: Path) -
     assert (tokenizer.eod, tokenizer.eod_id) == ("<|endoftext|>", len(ranks))
     text = qwen.tokenizer_json(small)
     literal = ["<|endoftext|>", "a<|im_start|>b<|im_end|>\n", " <|endoftext|> " * 50]
-    for encoder in (TiktokenEncoder(ranks), FastokensEncoder(text), HuggingFaceEncoder(text)):
+    for encoder in (
+        TiktokenEncoder(ranks),
+        json_encoders(text)[0],
+        HuggingFaceEncoder(text),
+    ):
         for written, ids in zip(literal, encode_each(encoder, literal), strict=True):
             assert max(ids) < len(ranks), encoder.name
             assert tokenizer.decode(ids) == written
@@ -280,7 +291,7 @@ def test_token_that_no_merge_makes_is_refused_or_encoded_as_tiktoken_does(small:
         text = qwen.tokenizer_json(path)
     except DataError:
         return
-    assert encode_each(FastokensEncoder(text), ["鑫龘犇"]) == [by_definition(ranks)("鑫龘犇")]
+    assert encode_each(json_encoders(text)[0], ["鑫龘犇"]) == [by_definition(ranks)("鑫龘犇")]
 
 
 def test_conversion_is_cached_and_a_damaged_cache_is_made_anew(

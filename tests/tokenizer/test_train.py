@@ -43,7 +43,9 @@ def test_every_byte_can_be_encoded() -> None:
 def test_same_bytes_twice_even_from_another_process(corpus: Path, tmp_path: Path) -> None:
     train(corpus, tmp_path / "a.json")
     train(corpus, tmp_path / "b.json")
-    code, out, err = megazh("tokenizer", "train", "--input", corpus, "--vocab-size", 400, "--output", tmp_path / "c.json")
+    code, out, err = megazh(
+        "tokenizer", "train", "--input", corpus, "--vocab-size", 400, "--output", tmp_path / "c.json"
+    )
     assert (code, err) == (0, "")
     assert "400 ids" in out
     first, second, third = ((tmp_path / name).read_bytes() for name in ("a.json", "b.json", "c.json"))
@@ -76,7 +78,9 @@ def test_refused_size_and_needed_size_do_not_contradict_each_other(corpus: Path,
 def test_text_with_little_to_learn_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(["ab ab ab"]))
     output = tmp_path / "new" / "tokenizer.json"
-    code, out, _ = megazh("tokenizer", "train", "--input", tmp_path / "a.jsonl", "--vocab-size", 5000, "--output", output)
+    code, out, _ = megazh(
+        "tokenizer", "train", "--input", tmp_path / "a.jsonl", "--vocab-size", 5000, "--output", output
+    )
     assert code == 0
     assert "fewer than 5,000" in out
     assert load_tokenizer(output).vocab_size < 300

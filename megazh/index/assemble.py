@@ -1,0 +1,119 @@
+"""Put the finished pieces of a build together in their order, and keep account of what was rejected."""
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megazh.corpus.pieces import Piece, ReadOptions, piece_sources
+from megazh.corpus.sources import Source
+from megazh.errors import DataError, WorkerError
+from megazh.index.metadata import Files
+from megazh.index.piece import FinishedPiece, piece_path, read_piece_file
+from megazh.index.writer import IndexWriter
+
+_EARLY_RECORDS = 1000
+
+
+class Assembly:
+    """Takes pieces in any order, and writes them in the order in which they are expected.
+
+    Args:
+        folder: of the build; the piece files are here, and the index grows here.
+        dtype: of the tokens.
+        sources: all sources of the build.
+        options: how they are read.
+        max_bad: the largest share of records that may be rejected.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: np.dtype, sources: Sequence[Source], options: ReadOptions, max_bad: float
+    ) -> None:
+        self._folder, self._dtype, self._sources, self._options = folder, dtype, sources, options
+        self._max_bad = max_bad
+        self._order: deque[Piece] = deque()
+        self._done: dict[str, tuple[str, FinishedPiece | None]] = {}
+        self._lines: dict[int, int] = {}  # lines of each source that were passed
+        self.writer = IndexWriter(folder, dtype)
+        self.rejected_path = folder / "rejected.jsonl"
+        self._rejected_file = open(self.rejected_path, "w", encoding="utf-8")  # noqa: SIM115 (closed at the end)
+        self.records = 0
+        """Lines or rows that were documents, empty or bad."""
+        self.empty = 0
+        self.text_bytes = 0
+        self.rejected = 0
+        self.reasons: dict[str, int] = {}
+
+    def expect(self, piece: Piece) -> None:
+        """`piece` comes behind all that were expected before it."""
+        self._order.append(piece)
+
+    def add(self, key: str, encoder: str, finished: FinishedPiece | None = None) -> None:
+        """A piece is finished, by `encoder`; without `finished`, its file is read when it is its turn.
+
+        Raises:
+            DataError: most of the first records are bad.
+            WorkerError: the piece's file is gone.
+        """
+        self._done[key] = (encoder, finished)
+        while self._order and self._order[0].key in self._done:
+            self._append(self._order.popleft())
+
+    def _append(self, piece: Piece) -> None:
+        encoder, finished = self._done.pop(piece.key)
+        path = piece_path(self._folder, piece.key, encoder)
+        finished = finished or read_piece_file(path, self._dtype, check=False)
+        if finished is None:
+            raise WorkerError(f"{path}: the file of a finished piece is gone or damaged; run the command again")
+        self.writer.append(finished.tokens, finished.lengths, finished.hashes)
+        footer = finished.footer
+        self.records += footer["documents"] + footer["empty"] + len(footer["rejected"])
+        self.empty += footer["empty"]
+        self.text_bytes += footer["text_bytes"]
+        self._note_rejected(piece, footer)
+        if self.records >= _EARLY_RECORDS:
+            self._check_bad(max(0.5, self._max_bad))
+
+    def _note_rejected(self, piece: Piece, footer: dict[str, Any]) -> None:
+        files = piece_sources(self._sources, piece, self._options)
+        before = self._lines.get(piece.source, 0)
+        self._lines[piece.source] = before + footer["lines"]
+        for line, reason, detail in footer["rejected"]:
+            # Of several whole files in a piece, each counts as one line.
+            file, number = (files[0], before + line) if len(files) == 1 else (files[line - 1], 1)
+            entry = {"file": file.name, "line": number, "reason": reason, "detail": detail}
+            self._rejected_file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self.rejected += 1
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+    def _check_bad(self, limit: float) -> None:
+        if not self.records or self.rejected / self.records <= limit:
+            return
+        self._rejected_file.flush()
+        with open(self.rejected_path, encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
+        raise DataError(
+            f"{self.rejected} of {self.records} records are bad ({self.rejected / self.records:.3%}, more than "
+            f"--max-bad {self._max_bad:.3%}): {reasons}; first: {first['file']} line {first['line']}: "
+            f"{first['detail']}; all in {self.rejected_path}"
+        )
+
+    def finish(self) -> Files:
+        """Complete the index's files.
+
+        Raises:
+            DataError: too many records were bad, or there is not one document.
+        """
+        assert not self._order, "a piece is missing"
+        self._check_bad(self._max_bad)
+        self._rejected_file.close()
+        return self.writer.finish()
+
+    def abandon(self) -> None:
+        """Close what is open."""
+        self._rejected_file.close()
+        self.writer.abandon()
