@@ -104,7 +104,6 @@ def _json_lines(source: Source, piece: Piece, options: ReadOptions) -> Iterator[
         if piece.data is not None:
             file, size, cut_short = io.BytesIO(piece.data), len(piece.data), piece.cut_short
         else:
-            # A buffer that stays in the processor's cache: lines are read from it about twice as fast.
             file = stack.enter_context(open(source.path, "rb", buffering=_BUFFER))
             file.seek(piece.start)
             size = piece.end - piece.start

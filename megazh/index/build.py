@@ -273,12 +273,11 @@ class _Build:
 
     def _choose_encoder(self) -> tuple[bool, str]:
         """Whether the fast encoder can be used, and the name of the one that is."""
-        if (self._folder / _DISTRUST).exists():
-            self._reference = self._setup.encoders.reference()
-            return False, self._reference.name
-        trial = next(self._pool.run(self._setup, iter([Task(None, (), fast=True)])))
         self._reference = self._setup.encoders.reference()
         name = self._reference.name
+        if (self._folder / _DISTRUST).exists():
+            return False, name
+        trial = next(self._pool.run(self._setup, iter([Task(None, (), fast=True)])))
         if trial.failure is not None:
             self._say(f"warning: the fast encoder cannot be used ({trial.failure}); using {name}, which is slower")
             return False, name

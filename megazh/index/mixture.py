@@ -214,9 +214,11 @@ class Mixture:
         corpus, before = self.blend.locate(number)
         size = len(self._samples[corpus])
         epoch, place = divmod(before, size)
-        if self._epochs.get(corpus, (-1,))[0] != epoch:
-            self._epochs[corpus] = (epoch, stream_key("epoch", self.seed, self.corpora[corpus].entry.name, epoch))
-        return corpus, epoch, int(permuted(place, size, self._epochs[corpus][1]))
+        latest = self._epochs.get(corpus)  # read once: another thread may be in another epoch
+        if latest is None or latest[0] != epoch:
+            latest = (epoch, stream_key("epoch", self.seed, self.corpora[corpus].entry.name, epoch))
+            self._epochs[corpus] = latest
+        return corpus, epoch, int(permuted(place, size, latest[1]))
 
     def valid_labels(self, number: int) -> int:
         """How many labels of training sample `number` are not -100, without reading its tokens."""

@@ -177,11 +177,11 @@ def _cache_key(
 ) -> str:
     """Everything that the table follows from: the lengths and the choice of documents, the shape, the seed."""
     digest = hashlib.sha256()
-    digest.update(documents.tobytes())
+    digest.update(np.ascontiguousarray(documents).data)
     if index.metadata is not None:
         digest.update(index.metadata.files.idx.sha256.encode())
     else:
-        digest.update(index.starts.tobytes())
+        digest.update(index.starts.data)
     parts = [_CACHE_VERSION, shape.seq_len, shape.packing.value, shape.max_docs, str(seed), keep_tail]
     digest.update(json.dumps(parts).encode())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from indexes import random_documents, write_index
 
 from megazh.errors import DataError, UsageError
 from megazh.index.mixture import Mixture
+from megazh.index.order import stream_key
 from megazh.index.packing import Packing
 
 SEQ = 64
@@ -276,3 +278,30 @@ def test_a_builder_that_dies_holding_the_lock_blocks_nobody(folder: Path) -> Non
     finally:
         holder.kill()
         holder.wait()
+
+
+def test_threads_in_different_epochs_do_not_disturb_one_another(folder: Path) -> None:
+    """Loader threads ask for samples on both sides of an epoch's end: here, one is stopped at the worst moment."""
+    mixture = Mixture(folder / "b", SEQ)
+    size = mixture.epoch_samples(0)
+    expected = [mixture.locate(number) for number in range(size)]
+
+    class OtherThreadComesBetween(dict[int, tuple[int, np.uint64]]):
+        """Whenever the latest epoch is looked up, another thread goes on to the next epoch before it is used."""
+
+        other = False
+
+        def get(self, corpus: int, default: object = None) -> object:  # type: ignore[override]
+            found = super().get(corpus, default)
+            if not self.other:
+                self.other = True
+                thread = threading.Thread(target=mixture.locate, args=(size,))
+                thread.start()
+                thread.join()
+                self.other = False
+            return found
+
+    mixture._epochs = OtherThreadComesBetween()
+    for number in range(size):
+        mixture._epochs[0] = (0, stream_key("epoch", mixture.seed, "b", 0))
+        assert mixture.locate(number) == expected[number]
