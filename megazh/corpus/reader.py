@@ -30,6 +30,7 @@ _BOM = b"\xef\xbb\xbf"
 _BATCH_BYTES = 1 << 19
 _BUFFER = 1 << 18
 _BATCH_ROWS = 256
+_BLANK_BYTES = 1 << 10
 _NOMINAL = 16 << 20  # no piece is cut longer, but for the record that it ends with
 
 
@@ -172,7 +173,10 @@ def _paragraphs(records: _Records, options: ReadOptions) -> Iterator[Batch]:
                 batch, batch_start, batch_line = Batch(), position, line
         position += len(raw)
     if records.cut_short:
-        batch.rejected.append(_too_long((first or line + 1) - batch_line, options))
+        # Cut within the blank line behind a document, that document is dealt with, and nothing else is lost. But a
+        # longer run of white space may hide where the next document begins.
+        if first or len(records.data) - last_end > _BLANK_BYTES:
+            batch.rejected.append(_too_long((first or line + 1) - batch_line, options))
     elif first:
         _add_raw(batch, first - batch_line, _without_line_end(records.data[start:last_end]), options)
     # The line in which the data ends, if it does so within one, is counted with the newlines that were cut.

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from textdata import Read, gz, json_lines, read_files, texts, use_small_blocks, write_arrow, write_parquet, zst
 
@@ -198,6 +198,8 @@ wide_paragraph = st.one_of(
     size=st.integers(1, 300),
     limit=st.integers(30, 200),
 )
+@example(documents=["line of text\n" * 26 + "end", "x"], gap="\r\n\r\n", size=80, limit=200)
+@example(documents=["line of text\n" * k + "end" for k in (32, 31)] + ["x"], gap="\r\n\r\n", size=81, limit=200)
 def test_paragraphs_too_long_for_memory_cost_nothing_but_themselves(
     tmp_path: Path, stored: str, documents: list[str], gap: str, size: int, limit: int
 ) -> None:
