@@ -34,7 +34,7 @@ main() {
         use_own_python "${extras[@]}"
         return
     fi
-    local parts=(venv torch base megazh "${extras[@]}")
+    local parts=(venv torch base deepspeed megazh "${extras[@]}")
     if ! all_done "${parts[@]}"; then
         mkdir -p "$venv"
         exec 9> "$venv/setup.lock"
@@ -96,6 +96,12 @@ make_part() {
         venv) make_venv ;;
         # On its own and first: it is by far the largest, and what it pulls in must keep to the pins.
         torch) pip_install "${want#own choice: }" --constraint "$requirements/base.txt" "${want#own choice: }" ;;
+        # Without its operators, and as on a machine without GPUs: where there are some, its build fails for want of a
+        # CUDA toolkit, even though it compiles nothing.
+        deepspeed)
+            DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip_install DeepSpeed --no-build-isolation --requirement \
+                "$requirements/deepspeed.txt"
+            ;;
         # The pinned setuptools of the environment builds it, so that nothing unpinned comes in.
         megazh) pip_install megazh --no-deps --no-build-isolation --editable "$root" ;;
         dev)
@@ -141,7 +147,7 @@ pip_install() { # WHAT PIP-ARGUMENTS...
 use_own_python() {
     local own extra missing
     local modules=(numpy numba pyarrow orjson pydantic yaml tqdm xxhash tokenizers tiktoken sentencepiece fastokens
-        matplotlib torch)
+        matplotlib tensorboard torch deepspeed)
     for extra in "$@"; do
         case $extra in
             dev) modules+=(pytest pytest_timeout hypothesis ruff mypy megatron.core) ;;

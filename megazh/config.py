@@ -2,12 +2,14 @@
 
 import difflib
 import re
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from megazh.errors import UsageError
@@ -32,6 +34,11 @@ def parse_amount(text: str) -> int:
     if number < 1 or number.denominator != 1:
         raise ValueError(f"expected a number such as 1500000, 500M or 30B, found {text!r}")
     return int(number)
+
+
+def choice(kind: type[StrEnum]) -> BeforeValidator:
+    """Lets a key of the enumeration `kind` be written as its text; for `Annotated[Kind, choice(Kind)]`."""
+    return BeforeValidator(lambda value: kind(value) if isinstance(value, str) and value in list(kind) else value)
 
 
 ConfigType = TypeVar("ConfigType", bound=Config)
@@ -67,6 +74,11 @@ def load_yaml(path: Path | str, model: type[ConfigType]) -> ConfigType:
         UsageError: the file is missing, is no YAML mapping, or does not fit the model; one line that names
             the file, the key, what was expected and, for an unknown key, the nearest known one.
     """
+    return from_mapping(read_mapping(path), model, str(path))
+
+
+def read_mapping(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UsageError as `load_yaml` does."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -83,7 +95,76 @@ def load_yaml(path: Path | str, model: type[ConfigType]) -> ConfigType:
         raise UsageError(f"{path}{where}: not valid YAML: {problem}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
-    return from_mapping(values, model, str(path))
+    return values
+
+
+def read_layers(path: Path | str, inside: Sequence[Path] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file on top of those that its key `include` names.
+
+    `include: base.yaml`, or a list of such, relative to the file. What is included first is overridden by what comes
+    later and by the file itself, key by key, also inside of nested mappings.
+
+    Args:
+        path: the file.
+        inside: the files that are being read because they include this one.
+
+    Raises:
+        UsageError: as `load_yaml`, and for a file that includes itself.
+    """
+    path = Path(path)
+    if path.resolve() in inside:
+        raise UsageError(f"{path}: includes itself, by way of {', '.join(file.name for file in inside)}")
+    values = read_mapping(path)
+    include = values.pop("include", [])
+    names = [include] if isinstance(include, str) else include
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{path}: key 'include': expected the name of a file or a list of such, found {include!r}")
+    merged: dict[str, Any] = {}
+    for name in names:
+        merged = _merged(merged, read_layers(path.parent / name, [*inside, path.resolve()]))
+    return _merged(merged, values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(below[key], value) for key, value in above.items() if _nested(below.get(key), value)}
+    return {**below, **above, **both}
+
+
+def _nested(below: Any, above: Any) -> bool:
+    return isinstance(below, dict) and isinstance(above, dict)
+
+
+def override(values: dict[str, Any], settings: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """`values` with `key=value` settings applied; `a.b=value` reaches into nested mappings, values are YAML.
+
+    Raises:
+        UsageError: no `=`, not valid YAML, or a key that `model` does not know, with the nearest that it does.
+    """
+    known = list(_dotted_keys(model))
+    for setting in settings:
+        key, equals, text = setting.removeprefix("--").partition("=")
+        if not equals:
+            raise UsageError(f"'{setting}': expected key=value, such as {known[-1]}=...")
+        if key not in known:
+            leaf = [name for name in known if name.rpartition(".")[2] == key]
+            near = leaf or difflib.get_close_matches(key, known, n=1)
+            raise UsageError(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, ValueError):
+            raise UsageError(f"'{setting}': the value is not valid YAML") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = _merged(values, value)
+    return values
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            yield from _dotted_keys(inner, f"{prefix}{name}.")
 
 
 def from_mapping(values: dict[str, Any], model: type[ConfigType], where: str) -> ConfigType:

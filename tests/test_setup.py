@@ -37,7 +37,7 @@ def test_a_bare_interpreter_is_told_what_it_lacks(bare: Path) -> None:
     assert finished.stdout == ""
     (line,) = finished.stderr.splitlines()
     lacking = line.removeprefix(f"error: setup: MEGAZH_PYTHON={bare} lacks ").partition(";")[0].split()
-    assert {"numpy", "torch", "mpi4py"} <= set(lacking)
+    assert {"numpy", "torch", "deepspeed", "tensorboard", "mpi4py"} <= set(lacking)
     assert "pytest" not in lacking, "asked for without --dev"
     assert "requirements/" in line, "the remedy"
     assert not list(bare.parents[1].glob("lib/*/site-packages/*")), "something was installed"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megazh import __version__
-from megazh.cli import index, mixture, pack, tokenizer
+from megazh.cli import index, mixture, pack, pretrain, stories, tokenizer
 from megazh.errors import INTERRUPTED, MegazhError, WorkerError
 
 
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser = argparse.ArgumentParser(prog="megazh", description="From raw Chinese text to a chat model.")
     parser.add_argument("--version", action="version", version=f"megazh {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (index, tokenizer, mixture, pack):
+    for module in (index, tokenizer, mixture, pack, stories, pretrain):
         module.add_to(commands)
     sys.exit(run(parser.parse_args(arguments)))
 

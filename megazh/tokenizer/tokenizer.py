@@ -20,6 +20,9 @@ FRONT_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<eos>", "</s>", "[EOS]", "[SEP]")
 _PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
 
+_SPACE = "\u2581"
+"""How SentencePiece, and what descends from it, write a space."""
+
 
 class Tokenizer:
     """A tokenizer file and what is needed of it.
@@ -55,6 +58,10 @@ class Tokenizer:
         """How the vocabulary writes one token, bytes that are no text as `\\xNN`."""
         raise NotImplementedError
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for in a text; none for control tokens and for ids that have no token."""
+        raise NotImplementedError
+
     @cached_property
     def _reference(self) -> Encoder:
         return self.encoders.reference()
@@ -85,6 +92,8 @@ class _JsonTokenizer(Tokenizer):
         self.pad_id = next((added[token] for token in _PAD_TOKENS if token in added), None)
         self.fingerprint = _json_fingerprint(settings, self.eod_id)
         self.encoders = EncoderSource(kind, path)
+        self._decoder = json.dumps(settings.get("decoder"), ensure_ascii=False)
+        self._byte_level = "ByteLevel" in self._decoder + json.dumps(settings.get("pre_tokenizer"))
 
     def _end_token(self, eod: str | None, ids: dict[str, int], added: list[str]) -> str:
         if eod is not None:
@@ -123,6 +132,16 @@ class _JsonTokenizer(Tokenizer):
         if token_id in self._special or any(character not in self._bytes_of for character in written):
             return _shown(written.encode())
         return _shown(bytes(self._bytes_of[character] for character in written))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        written = self._reference_tokenizer.id_to_token(int(token_id))
+        if written is None or token_id in self._special:
+            return b""
+        if not self._byte_level:
+            if "ByteFallback" in self._decoder and re.fullmatch("<0x[0-9A-F]{2}>", written):
+                return bytes([int(written[1:-1], 16)])
+            return (written.replace(_SPACE, " ") if _SPACE in self._decoder else written).encode()
+        return bytes(self._bytes_of[character] for character in written if character in self._bytes_of)
 
 
 class _SentencePieceTokenizer(Tokenizer):
@@ -183,6 +202,15 @@ class _SentencePieceTokenizer(Tokenizer):
         if piece >= self._processor.get_piece_size():
             return f"<no token {token_id}>"
         return _shown(self._processor.id_to_piece(piece).encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        piece = int(token_id) - self._shift
+        if not 0 <= piece < self._processor.get_piece_size() or self._processor.is_control(piece):
+            return b""
+        written = self._processor.id_to_piece(piece)
+        if self._processor.is_byte(piece):  # written <0xE4>
+            return bytes([int(written[1:-1], 16)])
+        return written.replace(_SPACE, " ").encode()
 
 
 def load_tokenizer(path: Path | str, eod: str | None = None, front_tokens: bool = False) -> Tokenizer:

@@ -1,0 +1,93 @@
+"""`megazh pretrain`: from a recipe, or nothing at all, to a trained model."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megazh.cli.options import Subparsers, add_command, count
+from megazh.corpus.pieces import TextDocuments
+
+EXAMPLES = """examples:
+  bash jobs/run_pretrain.sh -t ds_pp                              the demo: made-up stories, minutes, also without a GPU
+  bash jobs/run_pretrain.sh -t ds_pp -i my_corpus.jsonl           the same on your own text
+  bash jobs/run_pretrain.sh -t ds_pp -g 1,2,3,4,5,6               0.5B on six GPUs (recipe qwen0.5b_6x3090)
+  bash jobs/run_pretrain.sh -t ds_pp -g 0-5 -p 1 tokens=10B       one stage, six replicas, another length
+  bash jobs/run_pretrain.sh -t ds_pp -c minillm_1.4b -r runs/big  another recipe, another run folder
+  bash jobs/run_pretrain.sh -t ds_pp -c qwen0.5b_6x3090 -g 0-5 --dry-run
+
+Without -c, the recipe is 'demo', and with -g 'qwen0.5b_6x3090'. key=value settings override any key of the recipe;
+jobs/recipes/ has them all, megazh/training/recipe.py says what each means. The same command again resumes an
+interrupted run from its last checkpoint."""
+
+
+def add_to(commands: Subparsers) -> None:
+    """Add `pretrain`, and `rank`, which it starts."""
+    parser = add_command(commands, "pretrain", "train a model through a pipeline of stages", EXAMPLES)
+    parser.add_argument("-t", "--type", choices=["ds_pp", "hf"], default="ds_pp", help="the engine: DeepSpeed pipeline")
+    parser.add_argument("-c", "--config", metavar="RECIPE", help="a name in jobs/recipes/, or the path of a .yaml file")
+    parser.add_argument("-g", "--gpus", metavar="IDS", help="GPUs as nvidia-smi counts them: 1,2,3 or 0-5")
+    parser.add_argument("-n", "--count", type=count, metavar="N", help="how many GPUs (on the CPU: ranks)")
+    parser.add_argument("-p", "--stages", type=count, metavar="N", help="pipeline stages; replicas = GPUs / stages")
+    parser.add_argument(
+        "-H", "--hostfile", type=Path, metavar="FILE", help="hosts and their slots, as DeepSpeed reads it"
+    )
+    parser.add_argument("-r", "--run", type=Path, metavar="RUN", help="run folder (default: runs/RECIPE)")
+    parser.add_argument(
+        "-i", "--input", nargs="+", metavar="FILE", help="your own text: .jsonl, .txt, .parquet, folders, quoted globs"
+    )
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="with -i: key of the text (default: text)")
+    parser.add_argument(
+        "--text-documents",
+        choices=[kind.value for kind in TextDocuments],
+        help="with -i: where a document ends in plain text (default: blank-lines for few files)",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print layout, stages, memory and command; start nothing"
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="override a key of the recipe")
+    parser.set_defaults(call=_pretrain)
+    rank = commands.add_parser("rank", help="one rank of a run (pretrain starts them)")
+    rank.add_argument("run", type=Path, metavar="RUN")
+    rank.add_argument("--stages", type=count, required=True)
+    rank.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    rank.set_defaults(call=_rank)
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from megazh.training.start import Start, start
+
+    inputs, settings = _apart(options.input, options.settings)
+    code = start(
+        Start(
+            kind=options.type,
+            recipe=options.config,
+            gpus=options.gpus,
+            count=options.count,
+            stages=options.stages,
+            hostfile=options.hostfile,
+            run=options.run,
+            inputs=inputs,
+            text_key=options.text_key,
+            text_documents=TextDocuments(options.text_documents) if options.text_documents else None,
+            device=options.device,
+            dry_run=options.dry_run,
+            settings=settings,
+        )
+    )
+    if code:
+        sys.exit(code)
+
+
+def _apart(inputs: list[str] | None, settings: list[str]) -> tuple[list[str] | None, list[str]]:
+    """`-i a.jsonl steps=5`: what looks like a setting and is no file is a setting."""
+    if inputs is None:
+        return None, settings
+    taken = [text for text in inputs if "=" in text and not Path(text).exists()]
+    return [text for text in inputs if text not in taken], [*taken, *settings]
+
+
+def _rank(options: argparse.Namespace) -> None:
+    from megazh.training.worker import work
+
+    sys.exit(work(options.run, options.stages, options.device))

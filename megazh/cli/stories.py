@@ -1,0 +1,29 @@
+"""`megazh stories`: write the demo corpus."""
+
+import argparse
+from pathlib import Path
+
+from megazh.cli.options import Subparsers, add_command, count
+from megazh.corpus.stories import write_stories
+from megazh.errors import UsageError
+
+
+def add_to(commands: Subparsers) -> None:
+    """Add `stories`."""
+    stories = add_command(
+        commands,
+        "stories",
+        "write Chinese micro-stories made from a seed: a small corpus to try everything with",
+        "example:\n  megazh stories --count 20000 --seed 1 --output raw/stories.jsonl",
+    )
+    stories.add_argument("--count", type=count, default=20000, metavar="N", help="how many (default: 20000)")
+    stories.add_argument("--seed", type=int, default=1, metavar="N", help="another seed, other stories (default: 1)")
+    stories.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .jsonl to write")
+    stories.set_defaults(call=_write)
+
+
+def _write(options: argparse.Namespace) -> None:
+    if options.output.is_dir():
+        raise UsageError(f"--output {options.output}: is a folder; give a file, such as {options.output}/stories.jsonl")
+    write_stories(options.output, options.count, options.seed)
+    print(f"{options.output}: {options.count:,} stories, {options.output.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,1 @@
+"""Where training runs: which GPUs, which hosts, and the processes on them."""

@@ -1,0 +1,1 @@
+"""The decoder: its shape, layers, attention that respects documents, loss, and generation."""

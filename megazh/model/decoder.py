@@ -1,0 +1,71 @@
+"""The whole decoder in one process: what a pipeline's stages together must equal, and what generates text."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megazh.model.attention import Attend, Backend, Documents, choose_backend
+from megazh.model.config import ModelConfig
+from megazh.model.layers import Block, Embedding, Head, layer_count, make_layer
+from megazh.model.loss import summed_cross_entropy
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm and head.
+
+    Args:
+        config: the shape.
+        seed: of the initial weights.
+        activation_checkpointing: compute each block a second time in the backward pass instead of keeping its
+            activations.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int | None = 0, activation_checkpointing: bool = False) -> None:
+        """`seed` None leaves the weights as they come, for weights that are loaded."""
+        super().__init__()
+        self.config = config
+        self._checkpointing = activation_checkpointing
+        last = layer_count(config) - 1
+        self.embedding: Embedding = make_layer(config, 0, seed)  # type: ignore[assignment]
+        self.blocks = nn.ModuleList([make_layer(config, number, seed) for number in range(1, last - 1)])
+        self.norm = make_layer(config, last - 1, seed)
+        head = self.embedding if config.tie_word_embeddings else make_layer(config, last, seed)
+        self.head: Embedding | Head = head  # type: ignore[assignment]
+        self._documents: tuple[Backend, Documents] | None = None
+
+    def attention(self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> Attend:
+        """The attention of a packed micro-batch; see `Documents`."""
+        backend = choose_backend(self.config, position_ids.device, self.embedding.weight.dtype)
+        if self._documents is None or self._documents[0] is not backend:
+            self._documents = (backend, Documents(self.config, backend))
+        return self._documents[1](position_ids, cu_seqlens, self.training)
+
+    def forward(self, tokens: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """(batch, seq) ids to (batch, seq, hidden) normed states, which the head turns into logits."""
+        hidden = self.embedding(tokens)
+        for block in self.blocks:
+            hidden = run_block(block, hidden, attend, self._checkpointing and self.training)
+        return self.norm(hidden)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) normed states to (..., vocab) logits in fp32."""
+        return nn.functional.linear(hidden, self.head.weight).float()
+
+    def loss(
+        self,
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        z_loss: float = 0.0,
+    ) -> torch.Tensor:
+        """Cross entropy summed over the labels that count: a scalar in fp32. Arguments as in `Sample`."""
+        hidden = self(tokens, self.attention(position_ids, cu_seqlens))
+        return summed_cross_entropy(hidden, self.head.weight, labels, z_loss)
+
+
+def run_block(block: Block | nn.Module, hidden: torch.Tensor, attend: Attend, checkpointing: bool) -> torch.Tensor:
+    """One block, its activations kept or (checkpointing, without re-entry) computed again in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, hidden, attend, use_reentrant=False)
+    return block(hidden, attend)

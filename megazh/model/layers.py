@@ -1,0 +1,154 @@
+"""The layers of the decoder, numbered through: embedding 0, blocks 1 to L, last norm L + 1, head L + 2."""
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megazh.model.attention import Attend
+from megazh.model.config import Mlp, ModelConfig, Norm
+from megazh.model.rope import rotate
+
+
+class Embedding(nn.Module):
+    """Token ids to hidden states; where embedding and head are tied, its matrix is the head's as well."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self._scale, self._dropout = config.embedding_scale, config.residual_dropout
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, seq) integer ids to (batch, seq, hidden)."""
+        hidden = F.embedding(tokens, self.weight)
+        if self._scale != 1.0:
+            hidden = hidden * self._scale
+        return F.dropout(hidden, self._dropout, self.training)
+
+
+class Head(nn.Module):
+    """The output matrix; the loss uses its weight directly (see `megazh.model.loss`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) to logits (..., vocab)."""
+        return F.linear(hidden, self.weight)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """A normalisation over the hidden dimension."""
+    if config.norm is Norm.LAYERNORM:
+        return nn.LayerNorm(config.hidden_size, config.norm_eps)
+    return nn.RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class SelfAttention(nn.Module):
+    """Queries, keys and values by one product, rotation, attention within documents, projection."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self._layer = layer
+        self._heads, self._kv_heads, self._head_dim = config.num_attention_heads, config.kv_heads, config.head_size
+        width = (self._heads + 2 * self._kv_heads) * self._head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.attention_width, config.hidden_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """(batch, seq, hidden) to (batch, seq, hidden)."""
+        batch, seq, _ = hidden.shape
+        heads = self.qkv_proj(hidden).view(batch, seq, self._heads + 2 * self._kv_heads, self._head_dim)
+        query, key, value = heads.split((self._heads, self._kv_heads, self._kv_heads), 2)
+        query, key = rotate(query, attend.cos, attend.sin), rotate(key, attend.cos, attend.sin)
+        attended = attend(self._layer, query, key, value)
+        return self.o_proj(attended.reshape(batch, seq, self._heads * self._head_dim))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU or GELU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._gated = config.mlp is Mlp.SWIGLU
+        width = config.intermediate_size
+        self.up_proj = nn.Linear(config.hidden_size, 2 * width if self._gated else width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, hidden) to (batch, seq, hidden); for SwiGLU the first half of `up_proj` is the gate."""
+        states = self.up_proj(hidden)
+        if self._gated:
+            gate, up = states.chunk(2, -1)
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.gelu(states))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm, each added to the hidden state."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        """`layer`: the number of the block, from 0."""
+        super().__init__()
+        self._dropout, self._parallel = config.residual_dropout, config.parallel_residual
+        self.attention_norm = make_norm(config)
+        self.attention = SelfAttention(config, layer)
+        self.mlp_norm = make_norm(config)
+        self.mlp = FeedForward(config)
+
+    def forward(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """(batch, seq, hidden) to (batch, seq, hidden)."""
+        attended = hidden + self._drop(self.attention(self.attention_norm(hidden), attend))
+        behind = hidden if self._parallel else attended
+        return attended + self._drop(self.mlp(self.mlp_norm(behind)))
+
+    def _drop(self, states: torch.Tensor) -> torch.Tensor:
+        return F.dropout(states, self._dropout, self.training)
+
+
+def make_layer(config: ModelConfig, number: int, seed: int | None) -> nn.Module:
+    """Layer `number` of the model with its initial weights, in fp32; without a seed, without weights, too.
+
+    The weights are a function of seed, number and shape: the same in every layout of stages and ranks.
+    """
+    last = config.num_hidden_layers
+    layer: nn.Module
+    # torch's own initial weights would be drawn, from the global generator, only to be overwritten.
+    with torch.device("meta"):
+        if number == 0:
+            layer = Embedding(config)
+        elif number <= last:
+            layer = Block(config, number - 1)
+        elif number == last + 1:
+            layer = make_norm(config)
+        else:
+            layer = Head(config)
+    if seed is not None:
+        layer.to_empty(device="cpu")
+        initialize(layer, config, number, seed)
+    return layer
+
+
+def layer_count(config: ModelConfig) -> int:
+    """How many layers `make_layer` knows."""
+    return config.num_hidden_layers + 3
+
+
+@torch.no_grad()
+def initialize(layer: nn.Module, config: ModelConfig, number: int, seed: int) -> None:
+    """Normal weights with the configured standard deviation, biases zero, weights of norms one."""
+    digest = hashlib.sha256(f"megazh layer {number} of seed {seed}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    small = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    for name, parameter in layer.named_parameters():
+        if parameter.dim() == 2:
+            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = small if adds and config.scale_residual_init else config.initializer_range
+            parameter.normal_(0.0, std, generator=generator)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.fill_(1.0)

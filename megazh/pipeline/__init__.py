@@ -1,0 +1,1 @@
+"""The decoder as a DeepSpeed pipeline: costs, stage bounds, module and engine."""

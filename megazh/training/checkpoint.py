@@ -1,0 +1,183 @@
+"""Checkpoints: folders `step_NNNNNNNN` that appear by rename when all of it is on disk, each with a manifest.
+
+DeepSpeed lays out the files, one a layer and one a rank's share of the optimizer; they are written through to disk,
+hashed, and read back without ever unpickling anything but tensors and plain values.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+from megazh import __version__
+from megazh.errors import DataError, MegazhError, WorkerError
+from megazh.files import fsync_directory, sha256_file, write_atomic
+from megazh.model.decoder import Decoder
+from megazh.model.layers import layer_count
+from megazh.training.checkpoint_list import (
+    MANIFEST,
+    CheckpointManifest,
+    FileEntry,
+    checkpoint_path,
+    read_manifest,
+)
+from megazh.training.recipe import Recipe
+
+_TAG = "state"
+
+
+class _SafeCheckpointEngine(TorchCheckpointEngine):
+    """Writes files through to disk and hashes them; reads tensors and plain values only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[tuple[str, int, str]] = []
+
+    def save(self, state_dict: Any, path: str) -> None:
+        with open(path, "wb") as file:
+            torch.save(state_dict, file)
+            file.flush()
+            os.fsync(file.fileno())
+        self.written.append((path, os.path.getsize(path), sha256_file(Path(path))))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return load_tensors(Path(path), map_location)
+
+
+def load_tensors(path: Path, map_location: Any = None) -> Any:
+    """What a file of a checkpoint holds. Raises DataError where that is anything but tensors and plain values."""
+    with torch.serialization.safe_globals(_allowed()):
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:  # pickle, zip and torch raise whatever they like
+            raise DataError(f"{path}: not a checkpoint file: {str(error).splitlines()[0]}") from None
+
+
+def _allowed() -> list[Any]:
+    """DeepSpeed's own types in its files: enumerations, and records of numbers."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, set]
+
+
+def save_checkpoint(
+    engine: Any, folder: Path, step: int, samples: int, tokens: int, bounds: list[int], precision: str
+) -> Path:
+    """Write the checkpoint of `step`; all ranks call it. Returns its path.
+
+    Raises:
+        WorkerError: the disk is full or gone, on any rank; the checkpoints before are as they were.
+    """
+    target = checkpoint_path(folder, step)
+    temporary = folder / f".{target.name}.unfinished"
+    rank = dist.get_rank()
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+    files = _SafeCheckpointEngine()
+    engine.checkpoint_engine = files
+    try:
+        engine.save_checkpoint(str(temporary), tag=_TAG, save_latest=False)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        raise WorkerError(
+            f"{target}: cannot be written ({str(error).splitlines()[0]}); is the disk full? earlier checkpoints are "
+            "whole: make room and run the same command again"
+        ) from error
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, files.written)
+    if rank == 0:
+        entries = {
+            os.path.relpath(path, temporary): FileEntry(
+                name=os.path.relpath(path, temporary), bytes=size, sha256=digest
+            )
+            for written in gathered
+            for path, size, digest in written
+        }
+        grid = engine.grid
+        manifest = CheckpointManifest(
+            step=step,
+            samples=samples,
+            tokens=tokens,
+            stages=grid.pipe_parallel_size,
+            replicas=grid.data_parallel_size,
+            bounds=bounds,
+            precision=precision,
+            versions=_versions(),
+            files=[entries[name] for name in sorted(entries)],
+        )
+        write_atomic(temporary / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+        fsync_directory(temporary / _TAG)
+        shutil.rmtree(target, ignore_errors=True)  # of a life of this run that was rolled back
+        os.rename(temporary, target)
+        fsync_directory(folder)
+    dist.barrier()
+    return target
+
+
+def load_checkpoint(engine: Any, checkpoint: Path, manifest: CheckpointManifest) -> None:
+    """Put weights and optimizer back; all ranks call it.
+
+    Raises:
+        DataError: a file's content is not what the manifest says, on any rank.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = [entry.name for entry in manifest.files[rank::ranks] if sha256_file(checkpoint / entry.name) != entry.sha256]
+    gathered: list[Any] = [None] * ranks
+    dist.all_gather_object(gathered, mine)
+    if wrong := [name for names in gathered for name in names]:
+        raise DataError(
+            f"{checkpoint / wrong[0]}: its content has changed since it was written; remove {checkpoint} to go on "
+            "from the checkpoint before it"
+        )
+    engine.checkpoint_engine = _SafeCheckpointEngine()
+    try:
+        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=_TAG, load_lr_scheduler_states=False)
+    except MegazhError:
+        raise
+    except Exception as error:
+        raise DataError(f"{checkpoint}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    if loaded is None:
+        raise DataError(f"{checkpoint}: DeepSpeed finds no checkpoint in it")
+
+
+def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Decoder:
+    """The whole model of a checkpoint, in one process, in the dtype that it was trained in; for use, not for training.
+
+    Raises:
+        DataError: a file is missing, damaged, or of another shape.
+    """
+    read_manifest(checkpoint)
+    model = Decoder(recipe.model, seed=None)
+    last = layer_count(recipe.model) - 1
+    layers = {0: model.embedding, last - 1: model.norm}
+    layers.update({number + 1: block for number, block in enumerate(model.blocks)})  # type: ignore[arg-type]
+    if not recipe.model.tie_word_embeddings:
+        layers[last] = model.head
+    for number, layer in layers.items():
+        path = checkpoint / _TAG / f"layer_{number:02d}-model_states.pt"
+        try:
+            layer.load_state_dict(load_tensors(path, device), assign=True)
+        except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
+    return model.eval()
+
+
+def _versions() -> dict[str, str]:
+    import deepspeed
+
+    return {"megazh": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a checkpoint that was cut short has left."""
+    if folder.is_dir():
+        for path in folder.glob(".step_*.unfinished"):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path)

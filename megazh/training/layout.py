@@ -1,0 +1,69 @@
+"""How ranks, stages, replicas and micro-batches go together, or why they do not."""
+
+from dataclasses import dataclass
+
+from megazh.errors import UsageError
+from megazh.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of a run; ranks = stages * replicas."""
+
+    ranks: int
+    stages: int
+    replicas: int
+    micro_batch_size: int
+    micro_batches: int
+    """A step and replica."""
+
+
+def make_layout(recipe: Recipe, ranks: int, stages: int | None = None) -> Layout:
+    """The layout of `recipe` on so many ranks.
+
+    Args:
+        stages: instead of the recipe's.
+
+    Raises:
+        UsageError: ranks do not divide by stages, there are more stages than parts of the model, or the batch does
+            not add up; with the numbers, and what would do.
+    """
+    stages = stages or recipe.pipe_parallel_size
+    parts = recipe.model.num_hidden_layers + 2
+    if ranks % stages:
+        fitting = ", ".join(str(count) for count in range(1, ranks + 1) if ranks % count == 0 and count <= parts)
+        raise UsageError(f"{ranks} GPUs do not divide into {stages} pipeline stages; -p may be {fitting}")
+    if stages > parts:
+        raise UsageError(
+            f"{stages} pipeline stages for {parts} parts (embedding, {parts - 2} layers, head): -p may be at most "
+            f"{parts}"
+        )
+    replicas = ranks // stages
+    size, batch = recipe.micro_batch_size, recipe.global_batch_size
+    micro_batches, rest = divmod(batch, size * replicas)
+    given = recipe.gradient_accumulation_steps
+    if given is not None and size * given * replicas != batch:
+        other = "" if rest else f", or gradient_accumulation_steps={micro_batches}"
+        raise UsageError(
+            f"the batch does not add up: micro_batch_size {size} x gradient_accumulation_steps {given} x {replicas} "
+            f"replicas = {size * given * replicas}, and global_batch_size is {batch}; set "
+            f"global_batch_size={size * given * replicas}{other}"
+        )
+    if rest:
+        raise UsageError(
+            f"global_batch_size {batch} does not divide by micro_batch_size {size} x {replicas} replicas = "
+            f"{size * replicas}; {_remedy(batch, size, replicas)}"
+        )
+    if recipe.stage_bounds is not None and len(recipe.stage_bounds) != stages + 1:
+        raise UsageError(
+            f"stage_bounds {recipe.stage_bounds} cut into {len(recipe.stage_bounds) - 1} stages, and there are {stages}"
+        )
+    return Layout(ranks, stages, replicas, size, micro_batches)
+
+
+def _remedy(batch: int, size: int, replicas: int) -> str:
+    sizes = [count for count in range(1, size + 1) if batch % (count * replicas) == 0]
+    if sizes:
+        return f"set micro_batch_size={sizes[-1]}, or another global_batch_size"
+    near = max(1, round(batch / (size * replicas))) * size * replicas
+    return f"set global_batch_size={near}, or take another number of GPUs or stages"

@@ -1,0 +1,265 @@
+"""The training loop: build or resume, step, tell, validate, sample, save."""
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megazh.index.mixture import Mixture
+from megazh.model.attention import choose_backend
+from megazh.model.counts import flops_per_token
+from megazh.pipeline.engine import check_tied, make_engine, quiet
+from megazh.pipeline.module import DecoderPipeline
+from megazh.pipeline.precision import Precision
+from megazh.training.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
+from megazh.training.checkpoint_list import CheckpointManifest, list_checkpoints, read_manifest
+from megazh.training.evaluate import Validator, sample_text
+from megazh.training.feed import MicroBatch, training_feed
+from megazh.training.layout import Layout, make_layout
+from megazh.training.metrics import Metrics, StepRecord
+from megazh.training.optimizer import make_optimizer
+from megazh.training.peaks import peak_flops
+from megazh.training.precision import accumulation, communication, precision_on
+from megazh.training.recipe import Recipe
+from megazh.training.run_folder import RunFolder
+from megazh.training.schedule import learning_rate, warmup_steps
+from megazh.training.stages import agree_on_bounds
+
+
+class Interrupted(Exception):
+    """Ctrl-C; what was done is saved."""
+
+
+def train(path: Path, stages: int, device: torch.device) -> None:
+    """Train the run in folder `path` to its end; all ranks call it.
+
+    Args:
+        stages: of the pipeline.
+        device: this rank's.
+
+    Raises:
+        MegazhError: as what is called.
+        Interrupted: a rank got SIGINT; a checkpoint of the step that was being done is written.
+    """
+    begun = time.monotonic()
+    run = RunFolder(path)
+    recipe = run.recipe()
+    layout = make_layout(recipe, dist.get_world_size(), stages)
+    trainer = _Trainer(run, recipe, layout, device)
+    trainer.say(f"ready after {time.monotonic() - begun:.1f} s")
+    trainer.run()
+
+
+class _Trainer:
+    """What a rank needs for its steps."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, layout: Layout, device: torch.device) -> None:
+        self._folder, self._recipe, self._layout, self._device = run, recipe, layout, device
+        self._steps = recipe.total_steps
+        self._warmup = warmup_steps(self._steps, recipe.warmup)
+        self._precision = precision_on(recipe, device.type)
+        if recipe.memory_limit_gib is not None and device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, recipe.memory_limit_gib * 2**30 / total), device)
+        self._mixture = Mixture(recipe.data.manifest, recipe.seq_len, recipe.data.packing, recipe.data.max_docs)
+        self._tokenizer = run.tokenizer()
+        manifest = self._newest()
+        self._step = manifest.step if manifest else 0
+        """Steps done."""
+        self._bounds = manifest.bounds if manifest else agree_on_bounds(recipe, layout, device, self._precision)
+        self._engine = self._make_engine()
+        if manifest:
+            load_checkpoint(self._engine, list_checkpoints(run.checkpoints)[-1], manifest)
+            self.say(f"resumed at step {self._step} of {self._steps}")
+        module: DecoderPipeline = self._engine.module
+        self._replica = module.mpu().get_data_parallel_rank()
+        self._feed = self._make_feed(module)
+        self._validator = self._make_validator()
+        flops = flops_per_token(recipe.model, recipe.seq_len).total
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        peak = peak_flops(name, recipe.peak_tflops)
+        self._mfu_per_rate = flops / peak if peak else None
+        self._stop_asked = False
+        self._data_seconds = 0.0
+
+    def say(self, line: str) -> None:
+        """Tell the person at the terminal, once."""
+        if dist.get_rank() == 0:
+            print(line, flush=True)
+
+    def _newest(self) -> CheckpointManifest | None:
+        checkpoints = list_checkpoints(self._folder.checkpoints)
+        if dist.get_rank() == 0:
+            remove_unfinished(self._folder.checkpoints)
+        return read_manifest(checkpoints[-1]) if checkpoints else None
+
+    def _make_engine(self) -> Any:
+        recipe, layout = self._recipe, self._layout
+        backend = choose_backend(recipe.model, self._device, self._precision.dtype)
+        with quiet():
+            module = DecoderPipeline(
+                recipe.model, self._bounds, backend, recipe.seed, recipe.activation_checkpointing, recipe.z_loss
+            )
+        accumulated = accumulation(recipe, self._precision)
+        return make_engine(
+            module,
+            make_optimizer(module.parameters(), recipe),
+            layout.micro_batch_size,
+            layout.micro_batches,
+            layout.replicas,
+            self._precision,
+            accumulated,
+            communication(recipe, accumulated),
+            recipe.max_grad_norm,
+            recipe.zero_stage,
+        )
+
+    def _make_feed(self, module: DecoderPipeline) -> Iterator[MicroBatch] | None:
+        if not (module.is_first or module.is_last):
+            return None
+        feed = training_feed(self._mixture, self._layout, self._replica, self._step, self._recipe.data.workers)
+        return self._timed(feed)
+
+    def _timed(self, feed: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        while True:
+            begun = time.perf_counter()
+            batch = next(feed, None)
+            self._data_seconds += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
+
+    def _make_validator(self) -> Validator | None:
+        validation = self._mixture.manifest.validation
+        if not validation or not validation.fraction:
+            return None
+        return Validator(
+            self._mixture.validation, self._layout, self._replica, self._recipe.validation_samples, self._tokenizer
+        )
+
+    def run(self) -> None:
+        """All steps that are left."""
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        recipe = self._recipe
+        with Metrics(self._folder.path, self._step, quiet=dist.get_rank() != 0) as metrics:
+            if self._step == 0:
+                self._validate(metrics)
+            while self._step < self._steps:
+                stop = self._take_step(metrics)
+                last = self._step == self._steps
+                if last or _due(recipe.validate_every, self._step):
+                    self._validate(metrics)
+                if last or _due(recipe.sample_every, self._step):
+                    self._sample(metrics)
+                if last or _due(recipe.check_tied_every, self._step):
+                    check_tied(self._engine.module)
+                if last or stop or _due(recipe.checkpoint_every, self._step):
+                    self._save()
+                if stop and not last:
+                    raise Interrupted
+
+    def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
+        self._stop_asked = True
+
+    def _take_step(self, metrics: Metrics) -> bool:
+        """One optimizer step; returns whether a rank was asked to stop."""
+        engine, recipe = self._engine, self._recipe
+        rate = learning_rate(self._step, self._steps, recipe.learning_rate, self._warmup, recipe.min_lr_ratio)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        # Dropout follows from seed, step and rank, so that a run that is resumed draws what it would have drawn.
+        torch.manual_seed(hash_seed(recipe.seed, self._step, dist.get_rank()))
+        self._data_seconds = 0.0
+        skipped_before = engine.skipped_steps
+        begun = time.perf_counter()
+        loss = float(engine.train_batch(self._feed))
+        seconds = time.perf_counter() - begun
+        self._step += 1
+        stop, data_seconds, memory, reserved = self._largest(
+            [float(self._stop_asked), self._data_seconds, *self._memory()]
+        )
+        rate_all = recipe.batch_tokens / seconds
+        norm = engine.get_global_grad_norm()
+        metrics.step(
+            StepRecord(
+                step=self._step,
+                steps=self._steps,
+                tokens=self._step * recipe.batch_tokens,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=float("nan") if norm is None else float(norm),
+                step_seconds=seconds,
+                tokens_per_second=rate_all,
+                tokens_per_second_per_gpu=rate_all / self._layout.ranks,
+                mfu=rate_all / self._layout.ranks * self._mfu_per_rate if self._mfu_per_rate else None,
+                memory_bytes=int(memory) if memory else None,
+                memory_reserved=int(reserved) if memory else None,
+                data_seconds=data_seconds,
+                skipped=engine.skipped_steps > skipped_before,
+                eta_seconds=self._eta(seconds),
+                loss_scale=engine.loss_scale() if self._precision is Precision.FP16 else None,
+            )
+        )
+        return stop > 0
+
+    def _eta(self, seconds: float) -> float:
+        """Seconds to the end at the pace of late."""
+        before = getattr(self, "_pace", seconds)
+        self._pace = 0.9 * before + 0.1 * seconds if self._step > 2 else seconds
+        return (self._steps - self._step) * self._pace
+
+    def _memory(self) -> tuple[float, float]:
+        """Bytes of this GPU at most allocated and reserved so far; zeros on the CPU."""
+        if self._device.type != "cuda":
+            return 0.0, 0.0
+        return float(torch.cuda.max_memory_allocated()), float(torch.cuda.max_memory_reserved())
+
+    def _largest(self, values: list[float]) -> list[float]:
+        """The largest of each value over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def _validate(self, metrics: Metrics) -> None:
+        if self._validator is None:
+            return
+        found = self._validator(self._engine)
+        tokens = self._step * self._recipe.batch_tokens
+        metrics.validation(self._step, tokens, found.loss, found.bits_per_byte, self._validator.samples)
+
+    def _sample(self, metrics: Metrics) -> None:
+        for number, prompt in enumerate(self._recipe.sample_prompts):
+            seed = hash_seed(self._recipe.seed, self._step, number)
+            text = sample_text(self._engine, self._tokenizer, prompt, self._recipe.sample_tokens, seed)
+            metrics.sample(self._step, prompt, text)
+
+    def _save(self) -> None:
+        begun = time.perf_counter()
+        recipe = self._recipe
+        path = save_checkpoint(
+            self._engine,
+            self._folder.checkpoints,
+            self._step,
+            self._step * recipe.global_batch_size,
+            self._step * recipe.batch_tokens,
+            self._bounds,
+            self._precision.value,
+        )
+        self.say(f"checkpoint {os.path.relpath(path)} ({time.perf_counter() - begun:.1f} s)")
+
+
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def hash_seed(*parts: int) -> int:
+    """A seed of 63 bits from some numbers; the same on every machine."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,79 @@
+"""Which layers each stage gets: decided once a run, the same on all ranks."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megazh.model.attention import choose_backend
+from megazh.pipeline.costs import LayerCosts, costs_by_flops
+from megazh.pipeline.memory import stage_memory
+from megazh.pipeline.precision import Precision
+from megazh.pipeline.split import best_bounds
+from megazh.pipeline.timing import layer_seconds
+from megazh.training.layout import Layout
+from megazh.training.precision import accumulation
+from megazh.training.recipe import Recipe, StageCosts
+
+
+def agree_on_bounds(recipe: Recipe, layout: Layout, device: torch.device, precision: Precision) -> list[int]:
+    """The bounds of a new run's stages; all ranks call it, and rank 0 decides.
+
+    Raises:
+        UsageError: no cut fits the memory of a GPU.
+    """
+    if layout.stages == 1:
+        return [0, recipe.model.num_hidden_layers + 2]
+    if recipe.stage_bounds is not None:
+        return recipe.stage_bounds
+    measured = recipe.stage_costs is StageCosts.MEASURED or (
+        recipe.stage_costs is StageCosts.AUTO and device.type == "cuda"
+    )
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        costs = costs_by_flops(recipe.model, recipe.seq_len, recipe.micro_batch_size, recipe.activation_checkpointing)
+        if measured:
+            costs = layer_seconds(
+                recipe.model,
+                recipe.seq_len,
+                recipe.micro_batch_size,
+                precision.dtype,
+                choose_backend(recipe.model, device, precision.dtype),
+                device,
+                recipe.activation_checkpointing,
+            )
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+        limit = memory_limit(recipe, device)
+        box = [bounds_for(recipe, layout, precision, costs, limit)]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def memory_limit(recipe: Recipe, device: torch.device) -> float | None:
+    """Bytes that a GPU may use; None on the CPU, where nothing limits."""
+    if recipe.memory_limit_gib is not None:
+        return recipe.memory_limit_gib * 2**30
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+
+
+def bounds_for(
+    recipe: Recipe, layout: Layout, precision: Precision, costs: LayerCosts, limit: float | None
+) -> list[int]:
+    """The best bounds by these costs, within a limit in bytes.
+
+    Raises:
+        UsageError: no cut fits.
+    """
+    units = costs.units(recipe.model.num_hidden_layers)
+    if limit is None:
+        return best_bounds(units, layout.stages)
+
+    def memory(stage: int, begin: int, end: int) -> float:
+        return stage_memory(
+            recipe.model, begin, end, stage, layout.stages, layout.replicas, recipe.seq_len, layout.micro_batch_size,
+            layout.micro_batches, precision, accumulation(recipe, precision), recipe.activation_checkpointing,
+        ).total  # fmt: skip
+
+    return best_bounds(units, layout.stages, memory, limit)

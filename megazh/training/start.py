@@ -1,0 +1,231 @@
+"""From the command line to running ranks: everything that can be refused is refused here, before anything starts."""
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megazh.cluster.gpus import Devices, choose_devices, parse_gpu_list
+from megazh.cluster.hostfile import Host, is_this_machine, read_hostfile
+from megazh.cluster.launch import deepspeed_command, free_port, run_local
+from megazh.corpus.pieces import TextDocuments
+from megazh.errors import UsageError, WorkerError
+from megazh.files import locked
+from megazh.index.mixture import Mixture
+from megazh.training.checkpoint_list import list_checkpoints, read_manifest
+from megazh.training.layout import Layout, make_layout
+from megazh.training.precision import check_precision, precision_on
+from megazh.training.recipe import Recipe, Resume, load_recipe, recipe_path
+from megazh.training.run_folder import RunFolder
+from megazh.training.schedule import warmup_steps
+from megazh.training.summary import describe_end, describe_layout
+
+DEMO, BIG = "demo", "qwen0.5b_6x3090"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the command line asks for; see `megazh pretrain --help`."""
+
+    kind: str = "ds_pp"
+    recipe: str | None = None
+    gpus: str | None = None
+    count: int | None = None
+    stages: int | None = None
+    hostfile: Path | None = None
+    run: Path | None = None
+    inputs: list[str] | None = None
+    text_key: str = "text"
+    text_documents: TextDocuments | None = None
+    device: str | None = None
+    dry_run: bool = False
+    settings: list[str] = field(default_factory=list)
+
+
+def start(asked: Start) -> int:
+    """Train; returns the exit code.
+
+    Raises:
+        MegazhError: what is asked for cannot work; nothing was started.
+    """
+    if asked.kind == "hf":
+        raise UsageError("-t hf comes later; -t ds_pp trains through DeepSpeed's pipeline (also with one stage: -p 1)")
+    path = recipe_path(asked.recipe or (DEMO if asked.gpus is None or asked.inputs else BIG))
+    recipe, prepared = _with_data(load_recipe(path, asked.settings), asked)
+    run = RunFolder(asked.run or Path("runs") / (prepared.name if asked.inputs else path.stem))
+    hosts = read_hostfile(asked.hostfile) if asked.hostfile else []
+    devices = _devices(asked, hosts, recipe)
+    stages = _stages(asked, devices, recipe)
+    layout = make_layout(recipe, devices.ranks, stages)
+    check_precision(recipe, layout, devices.kind)
+    warmup_steps(recipe.total_steps, recipe.warmup)
+    command = ["rank", str(run.path.resolve()), "--stages", str(layout.stages), "--device", devices.kind]
+    if devices.note:
+        _say(devices.note)
+    if asked.dry_run:
+        _dry_run(recipe, layout, devices, run, command)
+        return 0
+    _refuse_changed_layout(run, layout, recipe)
+    if _complete(run, recipe):
+        for line in describe_end(run, recipe, _again(asked)):
+            print(line)
+        return 0
+    mixture = _open_mixture(recipe, prepared, asked)
+    with locked(run.lock, f"{run.path}: another job is training in this folder"):
+        run.begin(recipe, mixture)
+        for line in describe_layout(recipe, layout, devices.kind, run):
+            print(line, flush=True)
+        code = _launch(command, asked, hosts, devices, layout, run)
+    if code == 0:
+        for line in describe_end(run, recipe, _again(asked)):
+            print(line)
+    return code
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _with_data(recipe: Recipe, asked: Start) -> tuple[Recipe, Path]:
+    """The recipe with the manifest that -i will make, and the folder in which data is prepared."""
+    if asked.inputs is None:
+        return recipe, Path(recipe.data.manifest).parent
+    if not asked.inputs:
+        raise UsageError("-i: expected files or folders of text")
+    name = Path(asked.inputs[0].rstrip("/*")).name.split(".")[0] or "text"
+    folder = Path("data_index") / (asked.run.name if asked.run else name)
+    data = recipe.data.model_copy(update={"manifest": str(folder / "mixture.yaml"), "stories": None})
+    return recipe.model_copy(update={"data": data}), folder
+
+
+def _devices(asked: Start, hosts: list[Host], recipe: Recipe) -> Devices:
+    if not hosts or is_this_machine(hosts):
+        count = asked.count or (hosts[0].slots if hosts and asked.gpus is None else None)
+        return choose_devices(asked.device, asked.gpus, count, recipe.gpus)
+    slots = parse_gpu_list(asked.gpus) if asked.gpus else None
+    ranks = sum(len(slots) if slots is not None else host.slots for host in hosts)
+    if asked.count not in (None, ranks):
+        raise UsageError(f"-n {asked.count}, but the hosts of -H {asked.hostfile} give {ranks} GPUs; leave -n out")
+    return Devices("cpu" if asked.device == "cpu" else "cuda", ranks, None)
+
+
+def _stages(asked: Start, devices: Devices, recipe: Recipe) -> int:
+    """The recipe's stages; one, and said so, where nobody chose the GPUs and there are too few."""
+    if asked.stages is not None:
+        return asked.stages
+    chosen = asked.gpus is not None or asked.count is not None or asked.hostfile is not None
+    if not chosen and devices.ranks % recipe.pipe_parallel_size:
+        _say(f"{devices.ranks} GPUs here, and the recipe has {recipe.pipe_parallel_size} pipeline stages: taking one")
+        return 1
+    return recipe.pipe_parallel_size
+
+
+def _refuse_changed_layout(run: RunFolder, layout: Layout, recipe: Recipe) -> None:
+    checkpoints = list_checkpoints(run.checkpoints)
+    if recipe.resume is Resume.NEVER and (checkpoints or run.exists):
+        raise UsageError(f"{run.path}: holds a run already, and resume=never; give another folder with -r")
+    if checkpoints:
+        saved = read_manifest(checkpoints[-1])
+        if (saved.stages, saved.replicas) != (layout.stages, layout.replicas):
+            raise UsageError(
+                f"{checkpoints[-1]}: was saved by {saved.stages} stages x {saved.replicas} replicas, and this is "
+                f"{layout.stages} x {layout.replicas}; resume with "
+                f"-n {saved.stages * saved.replicas} -p {saved.stages}, or begin another run with -r"
+            )
+
+
+def _complete(run: RunFolder, recipe: Recipe) -> bool:
+    checkpoints = list_checkpoints(run.checkpoints)
+    return bool(checkpoints) and read_manifest(checkpoints[-1]).step >= recipe.total_steps
+
+
+def _open_mixture(recipe: Recipe, folder: Path, asked: Start) -> Mixture:
+    """The mixture, made first where the recipe or -i says from what; checked against the model and the length."""
+    data, manifest = recipe.data, Path(recipe.data.manifest)
+    if asked.inputs or (data.stories and not manifest.exists()):
+        from megazh.training.prepare import prepare
+
+        prepare(
+            folder,
+            recipe.model.vocab_size,
+            recipe.seed,
+            asked.inputs,
+            asked.text_key,
+            asked.text_documents,
+            data.stories or 1,
+            say=lambda line: print(line, flush=True),
+        )
+    if not manifest.exists() and not Path(f"{manifest}.idx").exists():
+        prefix = manifest.with_suffix("")
+        raise UsageError(
+            f"data.manifest {manifest}: no such file; make an index with 'python tools/index_dataset.py --input "
+            f"raw/*.jsonl --tokenizer TOKENIZER --output {prefix}', then set data.manifest={prefix}, or name the index in "
+            f"{manifest}"
+        )
+    mixture = Mixture(data.manifest, recipe.seq_len, data.packing, data.max_docs)
+    ids, rows = mixture.corpora[0].metadata.tokenizer.vocab_size, recipe.model.vocab_size
+    if ids > rows:
+        raise UsageError(
+            f"the tokenizer of {manifest} has ids up to {ids - 1}, and the model has {rows} rows: set "
+            f"model.vocab_size={-(-ids // 64) * 64}, or index with the recipe's tokenizer"
+        )
+    needed = recipe.total_steps * recipe.global_batch_size
+    if mixture.end is not None and needed > mixture.end:
+        raise UsageError(
+            f"the run takes {needed:,} samples, and {manifest} ends after {mixture.end:,} (on_exhausted: stop); set "
+            f"steps={mixture.end // recipe.global_batch_size}, or on_exhausted: wrap"
+        )
+    return mixture
+
+
+def _launch(
+    command: list[str], asked: Start, hosts: list[Host], devices: Devices, layout: Layout, run: RunFolder
+) -> int:
+    if hosts and not is_this_machine(hosts):
+        assert asked.hostfile is not None
+        slots = parse_gpu_list(asked.gpus) if asked.gpus else None
+        return _launch_on_hosts(deepspeed_command(asked.hostfile, hosts, slots, free_port(), command))
+    labels = [f"rank {rank} (stage {rank // layout.replicas})" for rank in range(layout.ranks)]
+    python_path = str(Path(__file__).resolve().parents[2])
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, (python_path, os.environ.get("PYTHONPATH"))))}
+    return run_local(["-m", "megazh", *command], layout.ranks, env, devices.ids, run.logs, labels)
+
+
+def _launch_on_hosts(command: list[str]) -> int:
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise WorkerError(
+            f"DeepSpeed's launcher ended with exit code {code}; what the ranks said is above; run the same command "
+            "again to go on from the last checkpoint"
+        )
+    return 0
+
+
+def _dry_run(recipe: Recipe, layout: Layout, devices: Devices, run: RunFolder, command: list[str]) -> None:
+    for line in describe_layout(recipe, layout, devices.kind, run, detailed=True):
+        print(line)
+    print(f"{'precision':<12}{precision_on(recipe, devices.kind)}")
+    if devices.ids:
+        print(f"{'GPUs':<12}{','.join(devices.ids)}")
+    missing = "" if Path(recipe.data.manifest).exists() else " (not there yet)"
+    print(f"{'data':<12}{recipe.data.manifest}{missing}")
+    print(f"{'command':<12}{layout.ranks} x {shlex.join(['python', '-m', 'megazh', *command])}")
+    print("dry run: nothing was started")
+
+
+def _again(asked: Start) -> str:
+    """The command that was given, without its settings."""
+    words = ["bash", "jobs/run_pretrain.sh", "-t", asked.kind]
+    options = {
+        "-c": asked.recipe, "-g": asked.gpus, "-n": asked.count, "-p": asked.stages, "-H": asked.hostfile,
+        "-r": asked.run, "--device": asked.device,
+    }  # fmt: skip
+    for name, value in options.items():
+        if value is not None:
+            words += [name, str(value)]
+    if asked.inputs:
+        words += ["-i", *asked.inputs]
+    kept = [setting for setting in asked.settings if not setting.startswith(("steps=", "tokens="))]
+    return shlex.join([*words, *kept])

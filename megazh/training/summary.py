@@ -1,0 +1,123 @@
+"""What a run says before it starts and after it ends."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megazh.model.counts import flops_per_token, parameter_counts
+from megazh.pipeline.costs import costs_by_flops
+from megazh.pipeline.memory import stage_memory
+from megazh.training.layout import Layout
+from megazh.training.metrics import read_metrics
+from megazh.training.plot import plot_losses
+from megazh.training.precision import accumulation, precision_on
+from megazh.training.recipe import Recipe
+from megazh.training.run_folder import RunFolder
+from megazh.training.stages import bounds_for
+
+_SAMPLES = 2
+
+
+def describe_layout(recipe: Recipe, layout: Layout, kind: str, run: RunFolder, detailed: bool = False) -> Iterator[str]:
+    """The lines that say what is about to run.
+
+    Args:
+        kind: `cpu` or `cuda`.
+        detailed: with a table of the stages, cut by FLOPs.
+    """
+    unit = "GPUs" if kind == "cuda" else "CPU processes"
+    counts = parameter_counts(recipe.model)
+    tokens = recipe.total_steps * recipe.batch_tokens
+    yield f"{'run':<12}{run.path}"
+    yield f"{'model':<12}{counts.total:,} parameters, {counts.blocks} layers x {recipe.model.hidden_size}"
+    yield (
+        f"{'layout':<12}{layout.ranks} {unit} = {layout.stages} stages x {layout.replicas} replicas, "
+        f"{precision_on(recipe, kind)}"
+    )
+    yield (
+        f"{'batch':<12}{layout.micro_batch_size} x {layout.micro_batches} micro-batches x {layout.replicas} replicas x "
+        f"{recipe.seq_len} = {recipe.batch_tokens:,} tokens a step"
+    )
+    yield f"{'length':<12}{recipe.total_steps:,} steps, {tokens:,} tokens"
+    if detailed:
+        yield from describe_stages(recipe, layout, kind)
+
+
+def describe_stages(recipe: Recipe, layout: Layout, kind: str) -> Iterator[str]:
+    """A table of the stages: layers, parameters, share of FLOPs, memory."""
+    precision = precision_on(recipe, kind)
+    limit = recipe.memory_limit_gib * 2**30 if recipe.memory_limit_gib else None
+    costs = costs_by_flops(recipe.model, recipe.seq_len, recipe.micro_batch_size, recipe.activation_checkpointing)
+    bounds = recipe.stage_bounds or bounds_for(recipe, layout, precision, costs, limit)
+    units = costs.units(recipe.model.num_hidden_layers)
+    counts = parameter_counts(recipe.model)
+    yield "stage  holds                          parameters   FLOPs   memory"
+    for stage, (begin, end) in enumerate(pairwise(bounds)):
+        memory = stage_memory(
+            recipe.model, begin, end, stage, layout.stages, layout.replicas, recipe.seq_len, layout.micro_batch_size,
+            layout.micro_batches, precision, accumulation(recipe, precision), recipe.activation_checkpointing,
+        )  # fmt: skip
+        share = sum(units[begin:end]) / sum(units)
+        parameters = stage_parameters(recipe, begin, end, counts)
+        yield (
+            f"{stage:>5}  {describe_parts(recipe, begin, end):<28} {parameters:>12,}  {share:>5.1%}  "
+            f"{memory.total / 2**30:>5.1f} GiB"
+        )
+
+
+def describe_parts(recipe: Recipe, begin: int, end: int) -> str:
+    """`embedding + 18 layers`, `6 layers + head`."""
+    last = recipe.model.num_hidden_layers + 1
+    blocks = min(end, last) - max(begin, 1)
+    parts = ["embedding"] if begin == 0 else []
+    if blocks > 0:
+        parts.append(f"{blocks} layer{'s' if blocks > 1 else ''}")
+    if end == last + 1:
+        parts.append("head")
+    return " + ".join(parts)
+
+
+def stage_parameters(recipe: Recipe, begin: int, end: int, counts: Any) -> int:
+    """Parameters that lie on a stage; a tied matrix counts on each stage that has a copy."""
+    last = recipe.model.num_hidden_layers + 1
+    blocks = max(0, min(end, last) - max(begin, 1))
+    first, final = begin == 0, end == last + 1
+    tables = first + final - (first and final and recipe.model.tie_word_embeddings)
+    return tables * counts.embedding + blocks * counts.block + final * counts.norm
+
+
+def describe_end(run: RunFolder, recipe: Recipe, again: str) -> Iterator[str]:
+    """The lines that say what a complete run has come to, and how to go on."""
+    records = read_metrics(run.path)
+    steps = [record for record in records if record["kind"] == "step"]
+    validations = [record for record in records if record["kind"] == "validation"]
+    samples = [record for record in records if record["kind"] == "sample"]
+    plot_losses(run.path, run.plot)
+    yield ""
+    yield f"{run.path}: complete, {recipe.total_steps:,} steps"
+    yield f"{'loss':<12}{steps[0]['loss']:.4f} at step {steps[0]['step']}, {steps[-1]['loss']:.4f} at the end"
+    if validations:
+        first, last = validations[0], validations[-1]
+        yield (
+            f"{'validation':<12}{first['loss']:.4f} before, {last['loss']:.4f} after; "
+            f"{first['bits_per_byte']:.3f} and {last['bits_per_byte']:.3f} bits a byte"
+        )
+    for sample in samples[-_SAMPLES:]:
+        yield f"{'sample':<12}{sample['prompt']}|{' '.join(sample['text'].split())}"
+    yield f"{'plot':<12}{run.plot}"
+    flops = flops_per_token(recipe.model, recipe.seq_len).total
+    seconds = sum(record["step_seconds"] for record in steps)
+    operations = flops * recipe.batch_tokens * len(steps) / 1e12
+    yield f"{'time':<12}{seconds:.0f} s in {len(steps)} steps, {operations:.1f} TFLOP"
+    yield ""
+    yield "go on:"
+    prompt = recipe.sample_prompts[0] if recipe.sample_prompts else "从前，"
+    yield f"  megazh sample {run.path} '{prompt}'"
+    yield f"  tensorboard --logdir {run.path / 'tensorboard'}"
+    yield f"  {again} steps={2 * recipe.total_steps}    # train on, twice as long"
+    yield f"  {_anew(again, run.path)}    # another run from the start"
+
+
+def _anew(again: str, path: Path) -> str:
+    return f"{again} -r {path}-2"

@@ -1,0 +1,78 @@
+"""One rank of a run, as `megazh rank` runs it; the launcher starts one for each GPU."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megazh.cluster.operators import use_no_compiled_operators
+from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
+
+
+def work(run: Path, stages: int, kind: str) -> int:
+    """Train what the run folder says; returns the exit code (see `megazh.errors`).
+
+    Args:
+        run: the run folder.
+        stages: of the pipeline.
+        kind: `cpu` or `cuda`.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the loop can save; a run that has not begun loses nothing
+    from megazh.training.loop import Interrupted, train  # imports DeepSpeed, which looks for its accelerator
+
+    try:
+        device = _join(kind)
+        with _ended_group():
+            train(run, stages, device)
+    except MegazhError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except Interrupted:
+        return INTERRUPTED
+    except torch.OutOfMemoryError as error:
+        first = str(error).split(". ")[0]
+        print(
+            f"error: rank {os.environ.get('RANK')}: {first}; set a smaller micro_batch_size, or "
+            "activation_checkpointing=true ('megazh plan' shows what fits)",
+            file=sys.stderr,
+            flush=True,
+        )
+        return WorkerError.exit_code
+    except OSError as error:
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        return WorkerError.exit_code
+    return 0
+
+
+def _join(kind: str) -> torch.device:
+    """Choose this rank's device and join the others."""
+    import deepspeed
+
+    from megazh.pipeline.engine import quiet
+    from megazh.pipeline.precision import check_deepspeed_version
+
+    check_deepspeed_version(deepspeed.__version__)
+    use_no_compiled_operators()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if kind == "cpu":
+        device = torch.device("cpu")
+    else:
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"rank {os.environ['RANK']}: no GPU {local_rank}; there are {torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    with quiet():
+        deepspeed.init_distributed(dist_backend="gloo" if kind == "cpu" else "nccl", auto_mpi_discovery=False)
+    return device
+
+
+@contextlib.contextmanager
+def _ended_group() -> Iterator[None]:
+    """Leave the process group at the end of a run that went well; after a failure the launcher ends all ranks."""
+    yield
+    dist.destroy_process_group()

@@ -1,0 +1,165 @@
+"""Choosing GPUs, on machines that are made up: what torch and the machine say is replaced."""
+
+from pathlib import Path
+
+import pytest
+
+from megazh.cluster import gpus
+from megazh.cluster.gpus import Devices, Torch, choose_devices, nvidia_card, parse_gpu_list
+from megazh.errors import UsageError
+
+DESCRIBE_TORCH = gpus.describe_torch  # each test replaces it
+CPU_BUILD = Torch("2.13.0+cpu", None, 0)
+CUDA_BUILD = Torch("2.13.0", "13.0", 0, "Found no NVIDIA driver on your system")
+
+
+@pytest.fixture(autouse=True)
+def _no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine(monkeypatch, CPU_BUILD)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, torch: Torch, card: str = "") -> None:
+    monkeypatch.setattr(gpus, "describe_torch", lambda: torch)
+    monkeypatch.setattr(gpus, "nvidia_card", lambda: card)
+
+
+@pytest.fixture
+def six(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six GPUs that work."""
+    machine(monkeypatch, Torch("2.13.0", "13.0", 6), "/dev/nvidia0")
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("1,2,3", [1, 2, 3]), ("0-5", [0, 1, 2, 3, 4, 5]), ("5,0-1", [5, 0, 1]), ("3", [3]), (" 1 , 2 ", [1, 2])],
+)
+def test_lists(text: str, numbers: list[int]) -> None:
+    assert parse_gpu_list(text) == numbers
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "1,,2", "1,", "-1", "3-1", "1-2-3", "1.5", "0 1", "²", "1" * 30, "1,1", "0-3,2"]
+)
+def test_what_is_no_list_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^-g .*(expected numbers|twice)"):
+        parse_gpu_list(text)
+
+
+@pytest.mark.usefixtures("six")
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [
+        ((None, None, None, 6), "012345"),
+        ((None, None, None, 2), "01"),
+        ((None, None, None, 8), "012345"),
+        ((None, None, None, None), "012345"),
+        ((None, None, 3, 6), "012"),
+        ((None, "1,2,3", None, 6), "123"),
+        (("cuda", "5,4", 2, 6), "54"),
+    ],
+)
+def test_six_gpus(options: tuple[str | None, str | None, int | None, int | None], ids: str) -> None:
+    assert choose_devices(*options) == Devices("cuda", len(ids), tuple(ids))
+
+
+@pytest.mark.usefixtures("six")
+def test_what_contradicts_or_is_not_there_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^-n 3, but -g 1,2 lists 2 GPUs"):
+        choose_devices(None, "1,2", 3, 6)
+    with pytest.raises(UsageError, match=r"^-g 4,6,7: no GPU 6, 7; there are 0, 1, 2, 3, 4, 5$"):
+        choose_devices(None, "4,6,7", None, 6)
+    with pytest.raises(UsageError, match=r"^-n 7: there are 6 GPUs"):
+        choose_devices(None, None, 7, 6)
+    with pytest.raises(UsageError, match="-g 0 and --device cpu"):
+        choose_devices("cpu", "0", None, 6)
+
+
+def test_numbers_count_within_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-8a3f")
+    machine(monkeypatch, Torch("2.13.0", "13.0", 3), "/dev/nvidia0")
+    chosen = choose_devices(None, "0,2", None, 6)
+    assert chosen.ids == ("4", "GPU-8a3f")
+    assert "-g 0,2 counts within CUDA_VISIBLE_DEVICES=4,5,GPU-8a3f: GPUs 4,GPU-8a3f" in chosen.note
+    assert choose_devices(None, None, None, 6) == Devices("cuda", 3, ("4", "5", "GPU-8a3f"))
+    with pytest.raises(UsageError, match="no GPU 4; there are 0, 1, 2 within CUDA_VISIBLE_DEVICES=4,5"):
+        choose_devices(None, "4", None, 6)
+
+
+def test_the_cpu_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unasked() -> Torch:
+        raise AssertionError("torch was imported for nothing")
+
+    monkeypatch.setattr(gpus, "describe_torch", unasked)
+    assert choose_devices("cpu", None, 4, 2) == Devices("cpu", 4, None)
+    assert choose_devices("cpu", None, None, 2) == Devices("cpu", 2, None)
+    assert choose_devices("cpu", None, None, None) == Devices("cpu", 1, None)
+
+
+@pytest.mark.parametrize(
+    ("torch", "card", "visible", "why"),
+    [
+        (CPU_BUILD, "", None, "this torch (2.13.0+cpu) is built without CUDA"),
+        (CPU_BUILD, "/dev/nvidia0", None, "would not use the NVIDIA card in this machine"),
+        (CUDA_BUILD, "", None, "no NVIDIA GPU is in this machine"),
+        (CUDA_BUILD, "/dev/nvidia0", "", "CUDA_VISIBLE_DEVICES= hides all GPUs"),
+        (CUDA_BUILD, "/dev/nvidia0", "-1", "CUDA_VISIBLE_DEVICES=-1 hides all GPUs"),
+    ],
+)
+def test_the_cpu_where_there_is_nothing_else_and_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, torch: Torch, card: str, visible: str | None, why: str
+) -> None:
+    machine(monkeypatch, torch, card)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    chosen = choose_devices(None, None, None, 2)
+    assert (chosen.kind, chosen.ranks, chosen.ids) == ("cpu", 2, None)
+    assert why in chosen.note
+    assert "\n" not in chosen.note
+
+
+@pytest.mark.parametrize(("device", "numbers"), [(None, None), ("cuda", None), (None, "0")])
+def test_a_card_without_a_working_driver_is_never_passed_over(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, numbers: str | None
+) -> None:
+    machine(monkeypatch, CUDA_BUILD, "/dev/nvidia0")
+    with pytest.raises(UsageError, match=r"Found no NVIDIA driver.*nvidia-smi.*CUDA 13.0.*--device cpu") as error:
+        choose_devices(device, numbers, None, 6)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("device", "numbers", "asked"), [("cuda", None, "--device cuda"), (None, "0", "-g 0")])
+def test_a_gpu_that_was_asked_for_is_not_replaced_by_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, numbers: str | None, asked: str
+) -> None:
+    with pytest.raises(UsageError, match=f"^{asked}: .*without CUDA; install one"):
+        choose_devices(device, numbers, None, 6)
+    machine(monkeypatch, CUDA_BUILD)
+    with pytest.raises(UsageError, match=f"^{asked}: no NVIDIA GPU is in this machine"):
+        choose_devices(device, numbers, None, 6)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UsageError, match=f"^{asked}: CUDA_VISIBLE_DEVICES= hides all"):
+        choose_devices(device, numbers, None, 6)
+
+
+def test_cards_are_found_without_a_driver(tmp_path: Path) -> None:
+    assert nvidia_card(tmp_path) == ""
+    for name, vendor, kind in [("0", "0x1002", "0x030000"), ("1", "0x10de", "0x040300"), ("2", "0x10de", "0x030200")]:
+        folder = tmp_path / "sys/bus/pci/devices" / name
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(f"{vendor}\n")
+        (folder / "class").write_text(f"{kind}\n")
+        assert bool(nvidia_card(tmp_path)) == (name == "2"), "another maker's card, the card's sound, the card"
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()
+    assert nvidia_card(tmp_path).endswith("devices/2")
+    (tmp_path / "dev/nvidia3").touch()
+    assert nvidia_card(tmp_path).endswith("dev/nvidia3")
+
+
+def test_torch_is_described_as_it_is() -> None:
+    import torch
+
+    described = DESCRIBE_TORCH()
+    assert (described.version, described.cuda) == (torch.__version__, torch.version.cuda)
+    assert (described.gpus > 0) == torch.cuda.is_available()

@@ -1,0 +1,56 @@
+"""`jobs/run_pretrain.sh`: which Python it runs, with what, and where."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from processes import run_command
+
+JOBS = Path(__file__).parents[1] / "jobs"
+
+# Passes setup's check, and tells what it is called with.
+PYTHON = f"""#!/bin/bash
+[[ $1 == - ]] && exec {sys.executable} "$@"
+printf '%s\\n' "$PWD" "$PYTHONPATH" "$@"
+exit 7
+"""
+
+
+def test_it_hands_the_options_over_and_stays_where_it_was_started(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    here = tmp_path / "a folder"
+    here.mkdir()
+    options = ["-c", "demo", "-p", "从前 有", "-r", "data.path=$HOME"]
+    finished = run_command(
+        ["bash", JOBS / "run_pretrain.sh", *options],
+        env={"MEGAZH_PYTHON": str(python), "PYTHONPATH": "/elsewhere"},
+        cwd=here,
+    )
+    assert finished.stdout.splitlines() == [
+        str(here),
+        f"{JOBS.parent}:/elsewhere",
+        "-P",
+        "-m",
+        "megazh",
+        "pretrain",
+        *options,
+    ]
+    assert finished.returncode == 7, "the exit code is Python's"
+
+
+def test_without_a_python_it_says_what_setup_says() -> None:
+    finished = run_command(["bash", JOBS / "run_pretrain.sh"], env={"MEGAZH_PYTHON": "/nowhere/python"})
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: setup: MEGAZH_PYTHON=/nowhere/python: ")
+
+
+def test_nothing_in_the_current_folder_passes_for_a_module(tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text("raise SystemExit('the wrong argparse')")
+    shutil.copytree(JOBS.parent / "megazh" / "cli", tmp_path / "megazh")
+    finished = run_command(
+        ["bash", JOBS / "run_pretrain.sh", "--no-such-option"], env={"MEGAZH_PYTHON": sys.executable}, cwd=tmp_path
+    )
+    assert finished.returncode == 2
+    assert "usage: megazh" in finished.stderr

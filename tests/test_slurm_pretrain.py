@@ -1,0 +1,86 @@
+"""`slurm/pretrain_6x3090.sh` on a private Slurm cluster: what it asks for, what it starts, and a run to its end."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from processes import wait_until
+from slurm_cluster import SlurmCluster
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "slurm" / "pretrain_6x3090.sh"
+TELL = f"""#!/bin/bash
+[[ $1 == - ]] && exec {sys.executable} "$@"
+trap 'touch told; exit 0' TERM
+printf '%s\\n' "$CUDA_VISIBLE_DEVICES" "$@" > arguments
+[[ $* == *wait* ]] && for _ in {{1..300}}; do sleep 0.1; done
+exit 0
+"""
+
+
+def submit(slurm: SlurmCluster, folder: Path, *line: str | Path, environ: dict[str, str] | None = None) -> str:
+    """Submit, from `folder`, and return the job's number."""
+    names = ",".join(["ALL", *(f"{name}={value}" for name, value in (environ or {}).items())])
+    finished = slurm.run("sbatch", "--parsable", f"--export={names}", *line, cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.strip()
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job whose Python only writes down what it is called with."""
+    python = tmp_path / "python"
+    python.write_text(TELL)
+    python.chmod(0o755)
+    return {"MEGAZH_PYTHON": str(python)}
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(("request_line", "gpus"), [([], "0,1,2,3,4,5"), (["--gres=none"], "")])
+def test_it_takes_six_gpus_or_none(
+    slurm: SlurmCluster, tmp_path: Path, told: dict[str, str], request_line: list[str], gpus: str
+) -> None:
+    job = submit(slurm, tmp_path, *request_line, SCRIPT, "-c", "demo", environ=told)
+    log = tmp_path / f"slurm-pretrain-{job}.out"
+    assert slurm.wait_job(job) == "COMPLETED", log.read_text()
+    visible, *arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert visible == gpus
+    # Of an option that is there twice, the later counts.
+    assert arguments == ["-P", "-m", "megazh", "pretrain", "-t", "ds_pp", "-c", "qwen0.5b_6x3090", "-c", "demo"]
+
+
+@pytest.mark.slurm
+def test_a_copy_is_found_from_the_repository_only(slurm: SlurmCluster, tmp_path: Path, told: dict[str, str]) -> None:
+    copy = tmp_path / "mine.sh"
+    copy.write_bytes(SCRIPT.read_bytes())
+    job = submit(slurm, tmp_path, "--gres=none", copy, environ=told)
+    assert slurm.wait_job(job) == "FAILED"
+    log = (tmp_path / f"slurm-pretrain-{job}.out").read_text()
+    assert log == "error: cannot find jobs/run_pretrain.sh; call sbatch in the folder of the repository\n"
+    job = submit(slurm, ROOT, "--gres=none", f"--chdir={tmp_path}", f"--output={tmp_path}/log", copy, environ=told)
+    assert slurm.wait_job(job) == "COMPLETED", (tmp_path / "log").read_text()
+
+
+@pytest.mark.slurm
+def test_the_signal_before_the_end_reaches_the_launcher(
+    slurm: SlurmCluster, tmp_path: Path, told: dict[str, str]
+) -> None:
+    job = submit(slurm, tmp_path, "--gres=none", SCRIPT, "wait", environ=told)
+    wait_until((tmp_path / "arguments").exists, 30, "the job has started")
+    assert slurm.run("scancel", "--batch", "--signal=TERM", job).returncode == 0
+    assert slurm.wait_job(job) == "COMPLETED"
+    assert (tmp_path / "told").exists()
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_run_to_its_end(slurm: SlurmCluster, tmp_path: Path) -> None:
+    options = ["--device", "cpu", "-c", "demo", "-n", "2", "steps=3", "data.story_count=300"]
+    environ = {"MEGAZH_PYTHON": sys.executable}
+    job = submit(slurm, tmp_path, "--gres=none", SCRIPT, *options, environ=environ)
+    log = tmp_path / f"slurm-pretrain-{job}.out"
+    assert slurm.wait_job(job, timeout=240) == "COMPLETED", log.read_text()
+    (metrics,) = tmp_path.rglob("metrics.jsonl")
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "step"] == [1, 2, 3]
