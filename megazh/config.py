@@ -38,7 +38,15 @@ def parse_amount(text: str) -> int:
 
 def choice(kind: type[StrEnum]) -> BeforeValidator:
     """Lets a key of the enumeration `kind` be written as its text; for `Annotated[Kind, choice(Kind)]`."""
-    return BeforeValidator(lambda value: kind(value) if isinstance(value, str) and value in list(kind) else value)
+
+    def member(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in list(kind):
+            raise ValueError(f"expected one of {', '.join(kind)}")
+        return kind(value)
+
+    return BeforeValidator(member)
 
 
 ConfigType = TypeVar("ConfigType", bound=Config)

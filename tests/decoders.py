@@ -1,5 +1,6 @@
 """Small models, packed rows for them, and the decoder a second time: in float64, written with loops."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -120,7 +121,9 @@ def turned(heads: Floats, position: int, config: ModelConfig) -> Floats:
     return np.concatenate((complex_pairs.real, complex_pairs.imag, heads[:, 2 * half :]), 1)
 
 
-def reference_logits(model: Decoder, tokens: torch.Tensor, positions: torch.Tensor, documents: list[list[int]]) -> Floats:
+def reference_logits(
+    model: Decoder, tokens: torch.Tensor, positions: torch.Tensor, documents: list[list[int]]
+) -> Floats:
     """(rows, seq, vocab) of what `packed` makes, `documents` being its `rows`; token by token in float64."""
     config = model.config
     weights: dict[str, Floats] = {name: value.double().numpy() for name, value in model.state_dict().items()}
@@ -130,7 +133,9 @@ def reference_logits(model: Decoder, tokens: torch.Tensor, positions: torch.Tens
         bounds = np.cumsum([0, *lengths, seq_len - sum(lengths)])
         states = weights["embedding.weight"][tokens[row].numpy()] * config.embedding_scale
         for layer in range(config.num_hidden_layers):
-            own = {n.removeprefix(f"blocks.{layer}."): w for n, w in weights.items() if n.startswith(f"blocks.{layer}.")}
+            own = {
+                n.removeprefix(f"blocks.{layer}."): w for n, w in weights.items() if n.startswith(f"blocks.{layer}.")
+            }
             added = _attention(config, own, _norm(config, own, "attention_norm", states), positions[row], bounds)
             behind = states if config.parallel_residual else states + added
             states = states + added + _mlp(config, own, _norm(config, own, "mlp_norm", behind))
@@ -157,7 +162,7 @@ def _attention(
     queries = np.stack([turned(each, int(at), config) for each, at in zip(queries, positions, strict=True)])
     keys = np.stack([turned(each, int(at), config) for each, at in zip(keys, positions, strict=True)])
     attended = np.zeros((len(states), heads, size))
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         for at in range(begin, end):
             for head in range(heads):
                 group = head // (heads // kv_heads)

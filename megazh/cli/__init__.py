@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megazh import __version__
-from megazh.cli import index, mixture, pack, pretrain, stories, tokenizer
+from megazh.cli import index, mixture, pack, plan, pretrain, sample, stories, tokenizer
 from megazh.errors import INTERRUPTED, MegazhError, WorkerError
 
 
@@ -16,9 +16,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser = argparse.ArgumentParser(prog="megazh", description="From raw Chinese text to a chat model.")
     parser.add_argument("--version", action="version", version=f"megazh {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (index, tokenizer, mixture, pack, stories, pretrain):
+    for module in (index, tokenizer, mixture, pack, stories, plan, pretrain, sample):
         module.add_to(commands)
-    sys.exit(run(parser.parse_args(arguments)))
+    options, rest = parser.parse_known_args(arguments)
+    # Settings may stand anywhere among the options, which argparse does not allow for positional arguments.
+    if rest and hasattr(options, "settings") and all("=" in word for word in rest):
+        options.settings, rest = rest, []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    sys.exit(run(options))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -45,8 +45,8 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print layout, stages, memory and command; start nothing"
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="override a key of the recipe")
-    parser.set_defaults(call=_pretrain)
+    parser.usage = "%(prog)s [options] [key=value ...]"
+    parser.set_defaults(settings=[], call=_pretrain)
     rank = commands.add_parser("rank", help="one rank of a run (pretrain starts them)")
     rank.add_argument("run", type=Path, metavar="RUN")
     rank.add_argument("--stages", type=count, required=True)
@@ -55,7 +55,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from megazh.training.start import Start, start
+    from megazh.cluster.start import Start, start
 
     inputs, settings = _apart(options.input, options.settings)
     code = start(

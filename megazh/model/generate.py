@@ -34,7 +34,8 @@ class KeyValueCache:
             raise UsageError(f"{self.length + count} tokens, and the cache holds {self._shape[1]}")
         positions = torch.arange(self.length, self.length + count, device=self._device)
         self.length += count
-        return CachedAttention(self, *self._rotary(positions[None]), positions)
+        cos, sin = self._rotary(positions[None])
+        return CachedAttention(self, cos, sin, positions)
 
     def write(
         self, layer: int, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -74,6 +75,21 @@ def cached_forward(model: Decoder, capacity: int) -> Forward:
 
     @torch.no_grad()
     def forward(tokens: list[int]) -> torch.Tensor:
+        hidden = model(torch.tensor([tokens], device=weight.device), cache.extend(len(tokens)))
+        return model.logits(hidden[0, -1])
+
+    return forward
+
+
+def uncached_forward(model: Decoder) -> Forward:
+    """Like `cached_forward`, but computes all tokens again each time; what the cache must equal."""
+    weight = model.head.weight
+    tokens: list[int] = []
+
+    @torch.no_grad()
+    def forward(new: list[int]) -> torch.Tensor:
+        tokens.extend(new)
+        cache = KeyValueCache(model.config, len(tokens), weight.device, weight.dtype)
         hidden = model(torch.tensor([tokens], device=weight.device), cache.extend(len(tokens)))
         return model.logits(hidden[0, -1])
 

@@ -77,8 +77,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = gradients
         # In fp16 the scale (that of the loss, over the number of tokens) must not make small gradients vanish.
-        # A copy, since what is saved must serve a second backward pass as well.
-        scaled = grad_hidden.to(torch.float32, copy=True).mul_(scale).to(grad_hidden.dtype)
+        scaled = grad_hidden.float().mul_(scale).to(grad_hidden.dtype)
         return scaled, grad_weight.mul_(scale).to(ctx.dtype), None, None, None
 
 

@@ -28,7 +28,10 @@ def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
 
 
 def _kept_share(scaling: RopeScaling, dim: int, theta: float) -> torch.Tensor:
-    """Yarn's ramp: 1 where a frequency is kept as it is, 0 where it is divided (arXiv 2309.00071, section 3.2)."""
+    """Yarn's ramp: 1 where a frequency is kept as it is, 0 where it is divided (arXiv 2309.00071, section 3.2).
+
+    As in the authors' code, and not as in the paper, it is linear in the index of a frequency, between whole numbers.
+    """
     length = scaling.original_max_position_embeddings
     assert length is not None
 

@@ -6,6 +6,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +39,32 @@ def layer_seconds(
     Takes a few seconds and, for the while, the memory of one layer of each kind.
     """
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    key = {
+    known = remembered_seconds(config, seq_len, micro_batch_size, dtype, card, checkpointing)
+    if known is not None:
+        return known
+    costs = _measure(config, seq_len, micro_batch_size, dtype, backend, device, checkpointing)
+    key = _key(config, seq_len, micro_batch_size, dtype, card, checkpointing)
+    note = json.dumps({**key, "costs": costs.model_dump()}, indent=1)
+    with contextlib.suppress(OSError):  # without a cache, the next run measures again
+        write_atomic(_path(key), note.encode(), durable=False)
+    return costs
+
+
+def remembered_seconds(
+    config: ModelConfig, seq_len: int, micro_batch_size: int, dtype: torch.dtype, card: str, checkpointing: bool
+) -> LayerCosts | None:
+    """What an earlier `layer_seconds` found on a card of this name; None: nothing, or its note is damaged."""
+    path = _path(_key(config, seq_len, micro_batch_size, dtype, card, checkpointing))
+    try:
+        return from_mapping(json.loads(path.read_bytes())["costs"], LayerCosts, str(path))
+    except (OSError, ValueError, KeyError, TypeError, UsageError):
+        return None
+
+
+def _key(
+    config: ModelConfig, seq_len: int, micro_batch_size: int, dtype: torch.dtype, card: str, checkpointing: bool
+) -> dict[str, Any]:
+    return {
         "version": _VERSION,
         "card": card,
         "torch": torch.__version__,
@@ -47,17 +74,11 @@ def layer_seconds(
         "dtype": str(dtype),
         "checkpointing": checkpointing,
     }
+
+
+def _path(key: dict[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = cache_dir() / "timings" / f"{digest[:32]}.json"
-    try:
-        return from_mapping(json.loads(path.read_bytes())["costs"], LayerCosts, str(path))
-    except (OSError, ValueError, KeyError, TypeError, UsageError):
-        pass  # not measured yet, or the note is damaged: measure
-    costs = _measure(config, seq_len, micro_batch_size, dtype, backend, device, checkpointing)
-    note = json.dumps({**key, "costs": costs.model_dump()}, indent=1)
-    with contextlib.suppress(OSError):  # without a cache, the next run measures again
-        write_atomic(path, note.encode(), durable=False)
-    return costs
+    return cache_dir() / "timings" / f"{digest[:32]}.json"
 
 
 def _measure(

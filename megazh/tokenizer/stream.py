@@ -8,7 +8,7 @@ _LONGEST = 3
 _PATIENCE = 8
 """So many tokens without the end of a character are no character; some decoders doubt a whole run of bytes."""
 _WINDOW = 32
-"""Ids that are decoded again for each new one, at most: the time for all must not grow with the square."""
+"""Ids that are decoded again for each new one, twice as many amid garbage: time must not grow with the square."""
 
 
 class TextStream:
@@ -36,7 +36,7 @@ class TextStream:
         certain = self._told if doubtful and self._held < _PATIENCE else len(text) - doubtful
         new = text[self._told : certain]
         self._told = max(self._told, certain)
-        if len(self._ids) > _WINDOW:
+        if len(self._ids) > (2 * _WINDOW if doubtful else _WINDOW):
             self._shorten(text)
         return new
 
@@ -52,6 +52,6 @@ class TextStream:
             rest = self._tokenizer.decode(self._ids[cut:])
             gone = len(text) - len(rest)
             # What lies within the last replacements may yet change, and says nothing about the cut.
-            if len(rest) > _LONGEST and text.endswith(rest) and gone <= self._told:
+            if len(rest) > _LONGEST and text.endswith(rest):
                 self._ids, self._told = self._ids[cut:], self._told - gone
                 return

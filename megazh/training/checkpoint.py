@@ -17,18 +17,8 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from megazh import __version__
 from megazh.errors import DataError, MegazhError, WorkerError
 from megazh.files import fsync_directory, sha256_file, write_atomic
-from megazh.model.decoder import Decoder
-from megazh.model.layers import layer_count
-from megazh.training.checkpoint_list import (
-    MANIFEST,
-    CheckpointManifest,
-    FileEntry,
-    checkpoint_path,
-    read_manifest,
-)
-from megazh.training.recipe import Recipe
-
-_TAG = "state"
+from megazh.training.checkpoint_list import MANIFEST, STATE, CheckpointManifest, FileEntry, checkpoint_path
+from megazh.training.weights import load_tensors
 
 
 class _SafeCheckpointEngine(TorchCheckpointEngine):
@@ -46,16 +36,7 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
         self.written.append((path, os.path.getsize(path), sha256_file(Path(path))))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return load_tensors(Path(path), map_location)
-
-
-def load_tensors(path: Path, map_location: Any = None) -> Any:
-    """What a file of a checkpoint holds. Raises DataError where that is anything but tensors and plain values."""
-    with torch.serialization.safe_globals(_allowed()):
-        try:
-            return torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:  # pickle, zip and torch raise whatever they like
-            raise DataError(f"{path}: not a checkpoint file: {str(error).splitlines()[0]}") from None
+        return load_tensors(Path(path), map_location, _allowed())
 
 
 def _allowed() -> list[Any]:
@@ -84,7 +65,7 @@ def save_checkpoint(
     files = _SafeCheckpointEngine()
     engine.checkpoint_engine = files
     try:
-        engine.save_checkpoint(str(temporary), tag=_TAG, save_latest=False)
+        engine.save_checkpoint(str(temporary), tag=STATE, save_latest=False)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         raise WorkerError(
             f"{target}: cannot be written ({str(error).splitlines()[0]}); is the disk full? earlier checkpoints are "
@@ -113,7 +94,7 @@ def save_checkpoint(
             files=[entries[name] for name in sorted(entries)],
         )
         write_atomic(temporary / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
-        fsync_directory(temporary / _TAG)
+        fsync_directory(temporary / STATE)
         shutil.rmtree(target, ignore_errors=True)  # of a life of this run that was rolled back
         os.rename(temporary, target)
         fsync_directory(folder)
@@ -138,35 +119,13 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: CheckpointManifest)
         )
     engine.checkpoint_engine = _SafeCheckpointEngine()
     try:
-        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=_TAG, load_lr_scheduler_states=False)
+        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE, load_lr_scheduler_states=False)
     except MegazhError:
         raise
     except Exception as error:
         raise DataError(f"{checkpoint}: cannot be loaded: {str(error).splitlines()[0]}") from error
     if loaded is None:
         raise DataError(f"{checkpoint}: DeepSpeed finds no checkpoint in it")
-
-
-def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Decoder:
-    """The whole model of a checkpoint, in one process, in the dtype that it was trained in; for use, not for training.
-
-    Raises:
-        DataError: a file is missing, damaged, or of another shape.
-    """
-    read_manifest(checkpoint)
-    model = Decoder(recipe.model, seed=None)
-    last = layer_count(recipe.model) - 1
-    layers = {0: model.embedding, last - 1: model.norm}
-    layers.update({number + 1: block for number, block in enumerate(model.blocks)})  # type: ignore[arg-type]
-    if not recipe.model.tie_word_embeddings:
-        layers[last] = model.head
-    for number, layer in layers.items():
-        path = checkpoint / _TAG / f"layer_{number:02d}-model_states.pt"
-        try:
-            layer.load_state_dict(load_tensors(path, device), assign=True)
-        except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
-    return model.eval()
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,8 @@ from megazh.config import Config, from_mapping
 from megazh.errors import DataError, UsageError
 
 MANIFEST = "manifest.json"
+STATE = "state"
+"""The folder in a checkpoint that DeepSpeed's files lie in."""
 
 
 class FileEntry(Config):

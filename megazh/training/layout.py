@@ -30,13 +30,12 @@ def make_layout(recipe: Recipe, ranks: int, stages: int | None = None) -> Layout
     """
     stages = stages or recipe.pipe_parallel_size
     parts = recipe.model.num_hidden_layers + 2
+    fitting = ", ".join(str(count) for count in range(1, ranks + 1) if ranks % count == 0 and count <= parts)
     if ranks % stages:
-        fitting = ", ".join(str(count) for count in range(1, ranks + 1) if ranks % count == 0 and count <= parts)
         raise UsageError(f"{ranks} GPUs do not divide into {stages} pipeline stages; -p may be {fitting}")
     if stages > parts:
         raise UsageError(
-            f"{stages} pipeline stages for {parts} parts (embedding, {parts - 2} layers, head): -p may be at most "
-            f"{parts}"
+            f"{stages} pipeline stages for {parts} parts (embedding, {parts - 2} layers, head); -p may be {fitting}"
         )
     replicas = ranks // stages
     size, batch = recipe.micro_batch_size, recipe.global_batch_size

@@ -66,7 +66,7 @@ class ValidationRecord:
     """Consumed by the training so far."""
     loss: float
     bits_per_byte: float | None
-    documents: int
+    samples: int
     """How many were evaluated."""
 
 
@@ -146,13 +146,13 @@ class Metrics:
         }
         self._add_scalars(scalars, record.step)
 
-    def validation(self, step: int, tokens: int, loss: float, bits_per_byte: float | None, documents: int) -> None:
+    def validation(self, step: int, tokens: int, loss: float, bits_per_byte: float | None, samples: int) -> None:
         """Record a validation; see `ValidationRecord`."""
         if self._quiet:
             return
-        record = ValidationRecord(step, tokens, loss, bits_per_byte, documents)
+        record = ValidationRecord(step, tokens, loss, bits_per_byte, samples)
         bits = "" if bits_per_byte is None else f" | {bits_per_byte:.4f} bits/byte"
-        _say(f"validation after step {step} | {_compact(tokens)} tok | loss {loss:.4f}{bits} | {documents:,} documents")
+        _say(f"validation after step {step} | {_compact(tokens)} tok | loss {loss:.4f}{bits} | {samples:,} samples")
         self._append("validation", record)
         self._add_scalars({"validation/loss": loss, "validation/bits_per_byte": bits_per_byte}, step)
 

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megazh.config import Config, from_mapping
 from megazh.errors import DataError, UsageError
@@ -20,6 +22,7 @@ _FREE = {
     "stage_costs", "stage_bounds", "memory_limit_gib", "resume", "checkpoint_every", "validate_every",
     "validation_samples", "sample_every", "sample_prompts", "sample_tokens", "check_tied_every", "peak_tflops",
     "pipe_parallel_size", "gradient_accumulation_steps", "micro_batch_size", "activation_checkpointing",
+    "data.manifest", "data.stories", "data.workers",  # what the manifest holds is compared by itself
 }  # fmt: skip
 
 
@@ -111,16 +114,9 @@ class RunFolder:
     def _check_same(self, recipe: Recipe, info: RunInfo) -> None:
         before, now = self.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
         remedy = "give the same again, or another folder with -r"
-        for key in before:
-            old, new = before[key], now[key]
-            if key in _FREE or old == new:
-                continue
-            if isinstance(old, dict) and isinstance(new, dict):
-                inner = next(name for name in old if old[name] != new[name])
-                if key == "data" and inner in ("manifest", "workers", "stories"):
-                    continue  # what the manifest holds is compared below
-                key, old, new = f"{key}.{inner}", old[inner], new[inner]
-            raise UsageError(f"{self.path}: the run was begun with {key}={old}, and this one has {new}; {remedy}")
+        for key, (old, new) in _differences(before, now):
+            if key not in _FREE:
+                raise UsageError(f"{self.path}: the run was begun with {key}={old}, and this one has {new}; {remedy}")
         was = self.info()
         if was.tokenizer.fingerprint != info.tokenizer.fingerprint:
             raise UsageError(f"{self.path}: the run was begun with another tokenizer; {remedy}")
@@ -128,6 +124,16 @@ class RunFolder:
         new_data = [(corpus.name, corpus.sha256, corpus.training_documents) for corpus in info.corpora]
         if (old_data, was.mixture_seed) != (new_data, info.mixture_seed):
             raise UsageError(f"{self.path}: the data of {info.mixture} is not what the run was begun with; {remedy}")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Keys, as in `model.hidden_size`, whose values differ, with both."""
+    for key, old in before.items():
+        new = now[key]
+        if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+            yield from ((f"{key}.{inner}", pair) for inner, pair in _differences(old, new))
+        elif old != new:
+            yield key, (old, new)
 
 
 def _suffix(info: TokenizerInfo) -> str:

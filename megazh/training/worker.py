@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megazh.cluster.operators import use_no_compiled_operators
 from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
+from megazh.pipeline.operators import use_no_compiled_operators
 
 
 def work(run: Path, stages: int, kind: str) -> int:

@@ -57,7 +57,7 @@ def test_packed_is_as_alone(name: str) -> None:
 
 def test_gradient_reaches_only_what_is_seen() -> None:
     config = small()
-    tokens, _, positions, cu_seqlens = packed([[6, 5]], 16)
+    _, _, positions, cu_seqlens = packed([[6, 5]], 16)
     attend = Documents(config, Backend.MASKED)(positions, cu_seqlens, False)
     query, key, value = (torch.randn(1, 16, 4, 8, requires_grad=True) for _ in range(3))
     attend(0, query, key, value)[0, 8].sum().backward()

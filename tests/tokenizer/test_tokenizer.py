@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from byte_fallback import write_byte_fallback_json
 from textdata import (
     CHATGLM_MODEL,
     is_one_line_error,
@@ -348,3 +349,38 @@ def test_show_command_counts_bytes_a_token(tmp_path: Path) -> None:
     assert f"19 bytes, 11 characters, {len(ids)} tokens" in out
     assert f"{19 / len(ids):.3f} bytes" in out
     assert "1,500" in out
+
+
+def test_bytes_of_tokens_make_up_the_text(model: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_path())
+    for text in [*texts(40, 11), "\x00\x7f", "👩‍👩‍👧 𠮷 <|endoftext|>"]:
+        ids = tokenizer.encode(text)
+        assert b"".join(tokenizer.token_bytes(number) for number in ids) == tokenizer.decode(ids).encode()
+    for front_tokens in (False, True):
+        tokenizer = load_tokenizer(model, front_tokens=front_tokens)
+        for text in [*texts(40, 11), "龘𪚥 two  spaces"]:
+            joined = b"".join(tokenizer.token_bytes(number) for number in tokenizer.encode(text))
+            assert joined == b" " + text.encode(), "SentencePiece begins a text with a space of its own"
+
+
+def test_bytes_of_tokens_with_byte_fallback(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_byte_fallback_json(tmp_path / "tokenizer.json"))
+    assert tokenizer.token_bytes(3 + 0xE4) == b"\xe4"
+    assert [tokenizer.token_bytes(number) for number in (260, 261, 266)] == [" 今天".encode(), "天".encode(), b"  "]
+
+
+def test_every_byte_has_a_token(model: Path) -> None:
+    for tokenizer in (load_tokenizer(tokenizer_path()), load_tokenizer(model)):
+        found = {tokenizer.token_bytes(number) for number in range(tokenizer.vocab_size)}
+        assert found >= {bytes([byte]) for byte in range(256)}
+
+
+def test_control_tokens_and_unknown_ids_have_no_bytes(model: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_path())
+    assert [tokenizer.token_bytes(number) for number in (0, 1, 2, 3, 1500, 9999)] == [b""] * 6
+    assert tokenizer.token_bytes(4) != b""
+    for front_tokens, control in ((False, (1, 2)), (True, (0, 1, 2, 3, 5, 6))):
+        tokenizer = load_tokenizer(model, front_tokens=front_tokens)
+        assert [tokenizer.token_bytes(number) for number in (*control, tokenizer.vocab_size)] == [b""] * (
+            len(control) + 1
+        )

@@ -69,7 +69,7 @@ def test_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.splitlines() == [
         "step 120/600 | 1.97M tok | loss 2.3141  | lr 4.87e-04 | norm 0.83  | 11.2k tok/s (5.60k/GPU)  "
         "| MFU 41.3% | 18.2 GiB | ETA 0:03:12",
-        "validation after step 120 | 1.97M tok | loss 2.2915 | 1.0834 bits/byte | 1,400 documents",
+        "validation after step 120 | 1.97M tok | loss 2.2915 | 1.0834 bits/byte | 1,400 samples",
     ]
 
 
@@ -147,7 +147,7 @@ def test_reads_back_what_was_recorded(metrics_file: Path) -> None:
         "tokens": 32_768,
         "loss": 2.5,
         "bits_per_byte": 1.25,
-        "documents": 400,
+        "samples": 400,
     }
 
 

@@ -9,7 +9,7 @@ from processes import run_command
 
 RANK = """
 import os
-from megazh.cluster.operators import use_no_compiled_operators
+from megazh.pipeline.operators import use_no_compiled_operators
 use_no_compiled_operators()
 import deepspeed, torch
 deepspeed.init_distributed("gloo")

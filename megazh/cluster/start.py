@@ -160,9 +160,8 @@ def _open_mixture(recipe: Recipe, folder: Path, asked: Start) -> Mixture:
     if not manifest.exists() and not Path(f"{manifest}.idx").exists():
         prefix = manifest.with_suffix("")
         raise UsageError(
-            f"data.manifest {manifest}: no such file; make an index with 'python tools/index_dataset.py --input "
-            f"raw/*.jsonl --tokenizer TOKENIZER --output {prefix}', then set data.manifest={prefix}, or name the index in "
-            f"{manifest}"
+            f"data.manifest {manifest}: no such file; make an index with 'python tools/index_dataset.py --input TEXT "
+            f"--tokenizer TOKENIZER --output {prefix}' and give data.manifest={prefix} (docs/data.md: mixtures)"
         )
     mixture = Mixture(data.manifest, recipe.seq_len, data.packing, data.max_docs)
     ids, rows = mixture.corpora[0].metadata.tokenizer.vocab_size, recipe.model.vocab_size

@@ -1,0 +1,41 @@
+"""`megazh plan`: stages, memory, speed and days of a recipe, before anything is bought or started."""
+
+import argparse
+
+from megazh.cli.options import Subparsers, add_command, count
+
+EXAMPLES = """examples:
+  megazh plan qwen0.5b_6x3090
+  megazh plan qwen0.5b_6x3090 -n 8 --card 4090 --mfu 0.45
+  megazh plan minillm_1.4b micro_batch_size=4 activation_checkpointing=false
+
+Figures are projections from FLOPs, or from layer times that an earlier run measured on that card."""
+
+
+def add_to(commands: Subparsers) -> None:
+    """Add `plan`."""
+    parser = add_command(commands, "plan", "what a recipe needs, and the best layout for it", EXAMPLES)
+    parser.add_argument("recipe", metavar="RECIPE", help="a name in jobs/recipes/, or the path of a .yaml file")
+    parser.add_argument("-n", "--count", type=count, metavar="N", help="GPUs (default: the recipe's)")
+    parser.add_argument("--card", default="3090", metavar="CARD", help="3090, 4090, a100, a100-40, h100, h200")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of the card, instead of its own")
+    parser.add_argument("--mfu", type=float, default=0.40, metavar="SHARE", help="of peak, by one GPU (default: 0.4)")
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        default=10.0,
+        metavar="GB/S",
+        help="between GPUs (default: 10, PCIe 4 without NVLink)",
+    )
+    parser.usage = "%(prog)s RECIPE [options] [key=value ...]"
+    parser.set_defaults(settings=[], call=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from megazh.cluster.plan import Assumptions, plan
+    from megazh.training.recipe import load_recipe, recipe_path
+
+    recipe = load_recipe(recipe_path(options.recipe), options.settings)
+    assumed = Assumptions(options.card, options.memory, options.mfu, options.bandwidth)
+    for line in plan(recipe, options.count or recipe.gpus or 1, assumed):
+        print(line)

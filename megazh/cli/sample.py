@@ -1,0 +1,65 @@
+"""`megazh sample`: text from a trained model."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from megazh.cli.options import Subparsers, add_command, count
+from megazh.errors import UsageError
+
+EXAMPLES = """examples:
+  megazh sample runs/demo '从前，'
+  megazh sample runs/demo '小兔子' --temperature 0                     the most likely continuation
+  megazh sample runs/demo '小兔子' --top-p 0.9 --count 3 --seed 7
+  megazh sample runs/qwen0.5b_6x3090 '中国的首都是' --checkpoint step_00001000 --device cuda"""
+
+
+def add_to(commands: Subparsers) -> None:
+    """Add `sample`."""
+    parser = add_command(commands, "sample", "continue a text with a trained model", EXAMPLES)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument("--checkpoint", metavar="NAME", help="one of RUN/checkpoints (default: the newest)")
+    parser.add_argument("--max-tokens", type=count, default=200, metavar="N", help="at most so many (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=50, metavar="K", help="of the K most likely; 0: all (default: 50)")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus (default: 0.95)")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)"
+    )
+    parser.add_argument("--count", type=count, default=1, metavar="N", help="so many continuations (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same text (default: 0)")
+    parser.add_argument("--ignore-end", action="store_true", help="go on behind the end of a document")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="compute all tokens again for each new one (to compare)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+    parser.set_defaults(call=_sample)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from megazh.model.generate import SamplingOptions
+    from megazh.training.sample import open_model
+
+    drawing = SamplingOptions(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
+    if not options.prompt:
+        raise UsageError("the prompt is empty: give at least one character")
+    model = open_model(options.run, options.checkpoint, options.device)
+    for number in range(options.count):
+        begun, tokens = time.perf_counter(), 0
+        sys.stdout.write(options.prompt)
+        for text in model.stream(
+            options.prompt,
+            options.max_tokens,
+            drawing,
+            options.seed + number,
+            stop_at_end=not options.ignore_end,
+            cached=not options.no_cache,
+        ):
+            tokens += 1
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        seconds = time.perf_counter() - begun
+        print(f"[{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} a second]", file=sys.stderr)

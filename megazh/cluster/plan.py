@@ -1,0 +1,252 @@
+"""Which layout of stages and replicas suits a recipe on given GPUs: memory, bubble, speed, days; best first."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megazh.errors import UsageError
+from megazh.model.counts import Flops, flops_per_token, parameter_counts
+from megazh.pipeline.costs import LayerCosts, costs_by_flops
+from megazh.pipeline.memory import StageMemory, stage_memory
+from megazh.pipeline.timing import remembered_seconds
+from megazh.training.layout import Layout, make_layout
+from megazh.training.peaks import peak_flops
+from megazh.training.precision import accumulation, precision_on
+from megazh.training.recipe import Recipe
+from megazh.training.stages import bounds_for
+from megazh.training.summary import describe_parts, stage_parameters
+
+CARDS = {
+    "3090": ("NVIDIA GeForce RTX 3090", 24.0),
+    "4090": ("NVIDIA GeForce RTX 4090", 24.0),
+    "a100-40": ("NVIDIA A100-SXM4-40GB", 40.0),
+    "a100": ("NVIDIA A100-SXM4-80GB", 80.0),
+    "h100": ("NVIDIA H100 80GB HBM3", 80.0),
+    "h200": ("NVIDIA H200", 141.0),
+}
+"""By the name on the command line: torch's name of the card, and its GiB."""
+
+OUTSIDE_TORCH = 1.5
+"""GiB of a card that the CUDA context, NCCL and the driver take."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What speed is estimated from; none of it is measured."""
+
+    card: str = "3090"
+    memory_gib: float | None = None
+    """Instead of the card's."""
+    mfu: float = 0.40
+    """What one GPU reaches on its own part of the work, of its peak."""
+    bandwidth: float = 10.0
+    """GB/s between GPUs, each direction."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layout, estimated."""
+
+    layout: Layout
+    bounds: list[int]
+    costs: LayerCosts
+    memory: list[StageMemory]
+    bubble: float
+    """Share of the step that a GPU waits for others to fill and drain the pipeline."""
+    imbalance: float
+    """Share of the rest that the average stage waits for the slowest."""
+    reduce_seconds: float
+    """A step, to sum gradients over replicas."""
+    step_seconds: float
+    tokens_per_second: float
+    days: float
+
+    @property
+    def memory_gib(self) -> float:
+        """Of the fullest stage."""
+        return max(part.total for part in self.memory) / 2**30
+
+
+def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
+    """The lines of the plan.
+
+    Raises:
+        UsageError: an assumption cannot work, or no layout does.
+    """
+    if assumed.card not in CARDS:
+        raise UsageError(f"--card {assumed.card}: expected one of {', '.join(CARDS)}")
+    if not 0 < assumed.mfu <= 1:
+        raise UsageError(f"--mfu {assumed.mfu}: expected a share above 0 and up to 1")
+    if not assumed.bandwidth > 0:
+        raise UsageError(f"--bandwidth {assumed.bandwidth}: expected more than 0 GB/s")
+    name, memory_gib = CARDS[assumed.card]
+    limit_gib = (assumed.memory_gib or memory_gib) - OUTSIDE_TORCH
+    peak = peak_flops(name, recipe.peak_tflops)
+    assert peak is not None
+    choices, refused = [], []
+    for stages in range(1, gpus + 1):
+        if gpus % stages:
+            continue
+        try:
+            layout = make_layout(recipe.model_copy(update={"gradient_accumulation_steps": None}), gpus, stages)
+            choices.append(_estimate(recipe, layout, name, peak, limit_gib, assumed))
+        except UsageError as error:
+            refused.append(f"pp={stages} x dp={gpus // stages}: {error}")
+    if not choices:
+        raise UsageError(f"no layout of {gpus} GPUs works: {'; '.join(refused)}")
+    choices.sort(key=lambda choice: (choice.memory_gib > limit_gib, choice.step_seconds))
+    yield from _describe_model(recipe, gpus, name, peak, limit_gib, assumed)
+    yield ""
+    yield from _describe_choices(choices, limit_gib)
+    yield from refused
+    yield ""
+    for choice in choices:
+        yield from _describe_stages(recipe, choice)
+        yield ""
+    yield "total: gradients are summed when activations and head are free again, so the larger of the two counts"
+    yield from _reason(choices, limit_gib)
+
+
+def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib: float, assumed: Assumptions) -> Choice:
+    precision = precision_on(recipe, "cuda")
+    costs = remembered_seconds(
+        recipe.model, recipe.seq_len, recipe.micro_batch_size, precision.dtype, card, recipe.activation_checkpointing
+    ) or costs_by_flops(recipe.model, recipe.seq_len, recipe.micro_batch_size, recipe.activation_checkpointing)
+    if recipe.stage_bounds and len(recipe.stage_bounds) == layout.stages + 1:
+        bounds = recipe.stage_bounds
+    else:
+        try:
+            bounds = bounds_for(recipe, layout, precision, costs, limit_gib * 2**30)
+        except UsageError:  # shown all the same, as too large
+            bounds = bounds_for(recipe, layout, precision, costs, None)
+    accumulated = accumulation(recipe, precision)
+    memory = [
+        stage_memory(
+            recipe.model, begin, end, stage, layout.stages, layout.replicas, recipe.seq_len, layout.micro_batch_size,
+            layout.micro_batches, precision, accumulated, recipe.activation_checkpointing,
+        )
+        for stage, (begin, end) in enumerate(pairwise(bounds))
+    ]  # fmt: skip
+    units = costs.units(recipe.model.num_hidden_layers)
+    per_second = 1.0 if costs.unit == "seconds" else peak * assumed.mfu
+    slowest = max(sum(units[begin:end]) for begin, end in pairwise(bounds)) / per_second
+    average = sum(units) / per_second / layout.stages
+    counts = parameter_counts(recipe.model)
+    largest = max(stage_parameters(recipe, begin, end, counts) for begin, end in pairwise(bounds))
+    # A ring moves every byte of the gradient twice, but for the share of one rank; then weights are gathered.
+    moved = (8 + 2) * (layout.replicas - 1) / layout.replicas * largest
+    reduce_seconds = moved / (assumed.bandwidth * 1e9)
+    slots = layout.micro_batches + layout.stages - 1
+    step_seconds = slots * slowest + reduce_seconds
+    rate = recipe.batch_tokens / step_seconds
+    return Choice(
+        layout=layout,
+        bounds=bounds,
+        costs=costs,
+        memory=memory,
+        bubble=(layout.stages - 1) / slots,
+        imbalance=1 - average / slowest,
+        reduce_seconds=reduce_seconds,
+        step_seconds=step_seconds,
+        tokens_per_second=rate,
+        days=recipe.total_steps * step_seconds / 86400,
+    )
+
+
+def _describe_model(
+    recipe: Recipe, gpus: int, card: str, peak: float, limit_gib: float, assumed: Assumptions
+) -> Iterator[str]:
+    counts, flops = parameter_counts(recipe.model), flops_per_token(recipe.model, recipe.seq_len)
+    tokens = recipe.total_steps * recipe.batch_tokens
+    yield (
+        f"model       {counts.total:,} parameters: embedding {counts.embedding:,}, {counts.blocks} layers x "
+        f"{counts.block:,}, last norm {counts.norm:,}, head {_head(counts.head)}"
+    )
+    yield (
+        f"FLOPs       {flops.total / 1e9:.3f} GFLOP a token (forward and backward, causal, {recipe.seq_len} tokens): "
+        f"layer {flops.block / 1e6:.1f} M, head {flops.head / 1e6:.1f} M = {_in_blocks(flops):.1f} layers"
+    )
+    yield f"run         {recipe.total_steps:,} steps x {recipe.batch_tokens:,} = {tokens:,} tokens"
+    yield (
+        f"GPUs        {gpus} x {card}, {limit_gib:.1f} GiB for torch, {peak / 1e12:g} TFLOP/s peak; assumed: MFU "
+        f"{assumed.mfu:.0%}, {assumed.bandwidth:g} GB/s between GPUs"
+    )
+    days = 8 * tokens * counts.total / (gpus * peak * assumed.mfu) / 86400
+    yield (
+        f"rule of thumb: 8 x tokens x parameters / (GPUs x peak x MFU) = {days:.2f} days (8: everything computed "
+        "forward twice)"
+    )
+
+
+def _head(parameters: int) -> str:
+    return f"{parameters:,}" if parameters else "tied"
+
+
+def _in_blocks(flops: Flops) -> float:
+    return flops.head / flops.block
+
+
+def _describe_choices(choices: list[Choice], limit_gib: float) -> Iterator[str]:
+    yield "projected, best first; bubble and imbalance are shares of the step:"
+    yield " pp  dp  micro-batches  bubble  imbalance  reduce/step  memory GiB  tokens/s/GPU      days"
+    for choice in choices:
+        layout = choice.layout
+        full = "  too large" if choice.memory_gib > limit_gib else ""
+        yield (
+            f"{layout.stages:>3} {layout.replicas:>3} {layout.micro_batches:>14} {choice.bubble:>7.1%} "
+            f"{choice.imbalance:>10.1%} {choice.reduce_seconds:>11.2f}s {choice.memory_gib:>11.1f} "
+            f"{choice.tokens_per_second / layout.ranks:>13,.0f} {choice.days:>9.2f}{full}"
+        )
+
+
+def _describe_stages(recipe: Recipe, choice: Choice) -> Iterator[str]:
+    source = "seconds measured on this card" if choice.costs.unit == "seconds" else "FLOPs; nothing measured yet"
+    layout = choice.layout
+    yield f"stages of pp={layout.stages} x dp={layout.replicas} (cut by {source}), GiB by part:"
+    yield (
+        "stage  holds                          parameters    share  weights  gradients  optimizer  activations  "
+        "head  reduction  total"
+    )
+    units = choice.costs.units(recipe.model.num_hidden_layers)
+    counts = parameter_counts(recipe.model)
+    for stage, (begin, end) in enumerate(pairwise(choice.bounds)):
+        part = choice.memory[stage]
+        gib = [
+            value / 2**30
+            for value in (
+                part.weights, part.gradients, part.optimizer, part.activations, part.head, part.reduction, part.total
+            )
+        ]  # fmt: skip
+        parameters = stage_parameters(recipe, begin, end, counts)
+        yield (
+            f"{stage:>5}  {describe_parts(recipe, begin, end):<28} {parameters:>12,}  "
+            f"{sum(units[begin:end]) / sum(units):>6.1%}  {gib[0]:>7.2f}  {gib[1]:>9.2f}  {gib[2]:>9.2f}  "
+            f"{gib[3]:>11.2f}  {gib[4]:>4.2f}  {gib[5]:>9.2f}  {gib[6]:>5.2f}"
+        )
+
+
+def _reason(choices: list[Choice], limit_gib: float) -> Iterator[str]:
+    best = choices[0]
+    layout = best.layout
+    if best.memory_gib > limit_gib:
+        yield (
+            f"nothing fits {limit_gib:.1f} GiB; the least is pp={layout.stages} with {best.memory_gib:.1f}: set "
+            "activation_checkpointing=true, or a smaller micro_batch_size"
+        )
+        return
+    why = []
+    if layout.stages == 1:
+        why.append("no bubble, and all stages are equal because there is one")
+        why.append(f"summing gradients costs {best.reduce_seconds / best.step_seconds:.1%} of the step")
+    else:
+        flat = next((choice for choice in choices if choice.layout.stages == 1), None)
+        if flat is None:
+            why.append("one stage does not work with this batch")
+        elif flat.memory_gib > limit_gib:
+            why.append(f"one stage needs {flat.memory_gib:.1f} GiB and there are {limit_gib:.1f}")
+        else:
+            saved, lost = flat.reduce_seconds - best.reduce_seconds, best.bubble + best.imbalance
+            why.append(f"summing gradients takes {saved:.2f} s a step less than with one stage")
+            why.append(f"bubble and imbalance cost {lost:.1%}")
+    yield f"best: pp={layout.stages} x dp={layout.replicas}: {'; '.join(why)}"
+    yield f"take it with: -p {layout.stages}"

@@ -1,0 +1,74 @@
+"""A trained model, opened from its run folder for use."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megazh.errors import UsageError
+from megazh.model.decoder import Decoder
+from megazh.model.generate import SamplingOptions, cached_forward, generate, uncached_forward
+from megazh.tokenizer import Tokenizer
+from megazh.tokenizer.stream import TextStream
+from megazh.training.checkpoint_list import list_checkpoints
+from megazh.training.run_folder import RunFolder
+from megazh.training.weights import load_decoder
+
+
+class TextModel:
+    """A model and its tokenizer."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def stream(
+        self,
+        prompt: str,
+        count: int,
+        options: SamplingOptions,
+        seed: int,
+        stop_at_end: bool = True,
+        cached: bool = True,
+    ) -> Iterator[str]:
+        """A continuation of `prompt`, a piece of text a token (perhaps empty), never half a character.
+
+        Args:
+            count: tokens at most.
+            stop_at_end: end where the model ends the document.
+            cached: keep keys and values of earlier tokens; without, the same text, slower.
+        """
+        ids = self.tokenizer.encode(prompt)
+        forward = cached_forward(self.model, len(ids) + count) if cached else uncached_forward(self.model)
+        end = self.tokenizer.eod_id if stop_at_end else None
+        text = TextStream(self.tokenizer, ids)
+        for token in generate(forward, ids, count, options, self.tokenizer.vocab_size, end, seed):
+            yield text.put(token)
+        yield text.end()
+
+
+def open_model(run: Path, checkpoint: str | None = None, device: str | None = None) -> TextModel:
+    """The model of a run.
+
+    Args:
+        run: its folder.
+        checkpoint: the name of one of its checkpoints; default the newest.
+        device: `cpu` or `cuda`; default a GPU where there is one.
+
+    Raises:
+        UsageError: no run, no checkpoint, or no such GPU.
+        DataError: a file is damaged.
+    """
+    folder = RunFolder(run)
+    recipe = folder.recipe()
+    found = list_checkpoints(folder.checkpoints)
+    if not found:
+        raise UsageError(f"{run}: holds no checkpoint yet")
+    path = found[-1]
+    if checkpoint is not None:
+        path = folder.checkpoints / checkpoint
+        if path not in found:
+            raise UsageError(f"{run}: no checkpoint '{checkpoint}'; there are {', '.join(each.name for each in found)}")
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch can use no GPU here; leave it out, or give --device cpu")
+    return TextModel(load_decoder(path, recipe, torch.device(kind)), folder.tokenizer())

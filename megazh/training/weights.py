@@ -1,0 +1,51 @@
+"""The weights of a checkpoint as one model in one process; reads tensors and plain values, never code."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megazh.errors import DataError
+from megazh.model.decoder import Decoder
+from megazh.model.layers import layer_count
+from megazh.training.checkpoint_list import STATE, read_manifest
+from megazh.training.recipe import Recipe
+
+
+def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Decoder:
+    """The whole model of a checkpoint, in one process, in the dtype that it was trained in; for use, not for training.
+
+    Raises:
+        DataError: a file is missing, damaged, or of another shape.
+    """
+    read_manifest(checkpoint)
+    model = Decoder(recipe.model, seed=None)
+    last = layer_count(recipe.model) - 1
+    layers = {0: model.embedding, last - 1: model.norm}
+    layers.update({number + 1: block for number, block in enumerate(model.blocks)})  # type: ignore[arg-type]
+    if not recipe.model.tie_word_embeddings:
+        layers[last] = model.head
+    for number, layer in layers.items():
+        path = checkpoint / STATE / f"layer_{number:02d}-model_states.pt"
+        try:
+            layer.load_state_dict(load_tensors(path, device), assign=True)
+        except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
+    return model.eval()
+
+
+def load_tensors(path: Path, map_location: Any = None, allowed: Sequence[Any] = ()) -> Any:
+    """What a file of a checkpoint holds.
+
+    Args:
+        allowed: types that may be in it besides tensors and plain values.
+
+    Raises:
+        DataError: anything else is in it, or it is damaged.
+    """
+    with torch.serialization.safe_globals(list(allowed)):
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:  # pickle, zip and torch raise whatever they like
+            raise DataError(f"{path}: not a checkpoint file: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,102 @@
+"""Initial weights: the same for a seed and a number whatever came before, and with the spread that was asked for."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from decoders import small
+from torch import nn
+
+from megazh.model.decoder import Decoder
+from megazh.model.layers import layer_count, make_layer
+
+OPTIONS: list[dict[str, Any]] = [
+    {"tie_word_embeddings": False},
+    {"norm": "layernorm", "mlp": "gelu", "qkv_bias": True, "tie_word_embeddings": False},
+]
+
+
+def weights(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("changes", OPTIONS)
+def test_weights_follow_from_seed_and_number_alone(changes: dict[str, Any]) -> None:
+    config = small(**changes)
+    numbers = range(layer_count(config))
+    first = [weights(make_layer(config, number, 7)) for number in numbers]
+    torch.manual_seed(99)
+    torch.randn(5)
+    again = {number: weights(make_layer(config, number, 7)) for number in reversed(numbers)}
+    assert all(equal(first[number], again[number]) for number in numbers)
+    model = Decoder(config, 7)
+    for number, layer in enumerate([model.embedding, *model.blocks, model.norm, model.head]):
+        assert equal(first[number], weights(layer))
+
+
+@pytest.mark.parametrize("changes", OPTIONS)
+def test_another_seed_or_number_gives_other_weights(changes: dict[str, Any]) -> None:
+    config = small(**changes)
+    first = weights(make_layer(config, 1, 7))
+    for other in (weights(make_layer(config, 2, 7)), weights(make_layer(config, 1, 8))):
+        matrices = [name for name in first if first[name].dim() == 2]
+        assert len(matrices) == 4
+        assert not any((first[name] == other[name]).any() for name in matrices)
+    embedding, head = (weights(make_layer(config, number, 7))["weight"] for number in (0, layer_count(config) - 1))
+    assert embedding.shape == head.shape
+    assert not (embedding == head).any()
+
+
+@pytest.mark.parametrize("changes", OPTIONS)
+def test_the_random_numbers_of_the_process_are_left_alone(changes: dict[str, Any]) -> None:
+    config = small(**changes)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    Decoder(config, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+def test_spread_of_initial_weights(mlp: str, scaled: bool) -> None:
+    config = small(
+        vocab_size=500,
+        hidden_size=128,
+        intermediate_size=300,
+        num_hidden_layers=8,
+        initializer_range=0.03,
+        scale_residual_init=scaled,
+        mlp=mlp,
+        tie_word_embeddings=False,
+        num_key_value_heads=2,
+    )
+    for number in (0, 1, 8, layer_count(config) - 1):
+        for name, weight in weights(make_layer(config, number, 1)).items():
+            if weight.dim() != 2:
+                continue
+            adds = name in ("attention.o_proj.weight", "mlp.down_proj.weight")
+            expected = 0.03 / math.sqrt(2 * 8) if adds and scaled else 0.03
+            assert weight.std().item() == pytest.approx(expected, rel=0.03), name
+            assert abs(weight.mean().item()) < 5 * expected / math.sqrt(weight.numel()), name
+            assert weight.abs().max() > 3 * expected, "normal, not uniform"
+
+
+def test_biases_are_zero_and_norms_one() -> None:
+    config = small(norm="layernorm", qkv_bias=True)
+    for number in (1, 2, 3):
+        for name, weight in weights(make_layer(config, number, 1)).items():
+            if weight.dim() == 1:
+                assert torch.equal(weight, torch.full_like(weight, 0.0 if name.endswith("bias") else 1.0)), name
+    assert torch.equal(weights(make_layer(small(), 3, 1))["weight"], torch.ones(32))
+
+
+def test_layers_are_fp32_on_the_cpu_and_without_a_seed_take_no_memory() -> None:
+    for number in range(layer_count(small())):
+        for weight in weights(make_layer(small(), number, 1)).values():
+            assert (weight.dtype, weight.device.type) == (torch.float32, "cpu")
+        assert all(weight.is_meta for weight in weights(make_layer(small(), number, None)).values())

@@ -1,0 +1,176 @@
+"""One rank of a small pipeline that trains, and the same training without DeepSpeed; see `test_ladder.py`.
+
+`python ladder_rank.py FOLDER STAGES/NAME...` runs these cases one after the other.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from decoders import packed, small
+from ranks import join_ranks, tell
+
+from megazh.model.attention import Backend
+from megazh.model.config import ModelConfig
+from megazh.model.decoder import Decoder
+from megazh.model.layers import layer_count
+from megazh.pipeline.precision import Precision
+
+STEPS, MICRO_BATCHES, ROWS, SEQ = 10, 4, 2, 16
+LEARNING_RATE, DECAY, CLIP = 1e-3, 0.1, 0.3
+SEED = 3
+PARTS = 4
+"""Of the model, and so the most stages: embedding, two blocks, head."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False
+    z_loss: float = 0.0
+    precision: Precision = Precision.FP32
+    accumulation: Precision = Precision.FP32
+
+    @property
+    def config(self) -> ModelConfig:
+        """Grouped heads, biases, rotation of all dimensions."""
+        return small(**{"num_key_value_heads": 2, "qkv_bias": True, "initializer_range": 0.05, **self.model})
+
+
+UNTIED = {"tie_word_embeddings": False}
+# No bias: dimensions of keys that are not rotated have none that matters, and AdamW makes steps of its rounding error.
+NEOX = {
+    "norm": "layernorm", "mlp": "gelu", "parallel_residual": True, "partial_rotary_factor": 0.5, "qkv_bias": False,
+}  # fmt: skip
+CASES = {
+    "tied": Case(),
+    "untied": Case(UNTIED, checkpointing=True),
+    "z_loss": Case(z_loss=0.01, checkpointing=True),
+    "neox": Case(NEOX),
+    "tied bf16": Case(precision=Precision.BF16),
+    "untied bf16": Case(UNTIED, precision=Precision.BF16),
+    "tied bf16 sums": Case(precision=Precision.BF16, accumulation=Precision.BF16),
+}
+
+
+def micro_batch(number: int) -> tuple[torch.Tensor, ...]:
+    """Tokens, labels, positions and bounds of micro-batch `number`; every third one has few labels that count."""
+    lengths = [[5 + number % 7, 3], [2, 9]] if number % 3 else [[SEQ], [4]]
+    tokens, labels, positions, bounds = packed(lengths, SEQ, seed=number)
+    if number % 3 == 1:
+        labels[:, : SEQ // 2] = -100
+    return tokens, labels, positions, bounds
+
+
+def valid_labels(step: int) -> int:
+    """Labels that count in a step."""
+    first = step * MICRO_BATCHES
+    return sum(int((micro_batch(number)[1] >= 0).sum()) for number in range(first, first + MICRO_BATCHES))
+
+
+def optimizer_for(parameters: Iterator[torch.nn.Parameter], fused: bool) -> torch.optim.AdamW:
+    """AdamW that decays matrices only."""
+    found = list(parameters)
+    groups = [
+        {"params": [p for p in found if p.dim() > 1], "weight_decay": DECAY},
+        {"params": [p for p in found if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], LEARNING_RATE, (0.9, 0.95), fused=fused)
+
+
+def train_plainly(case: Case) -> dict[str, Any]:
+    """Train in fp32 in this process, by torch alone: losses and gradient norms of all steps, weights by layer."""
+    model = Decoder(case.config, SEED)
+    optimizer = optimizer_for(model.parameters(), fused=False)
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss = torch.zeros(())
+        for number in range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES):
+            tokens, labels, positions, bounds = micro_batch(number)
+            loss = loss + model.loss(tokens, labels, positions, bounds, case.z_loss)
+        loss = loss / valid_labels(step)
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": losses, "norms": norms, "weights": layer_weights(model)}
+
+
+def layer_weights(model: Decoder) -> dict[str, torch.Tensor]:
+    """Weights as `NUMBER.name`, numbers as in `make_layer`."""
+    last = layer_count(model.config) - 1
+    layers = {0: model.embedding, last - 1: model.norm, last: model.head}
+    layers.update({number + 1: block for number, block in enumerate(model.blocks)})
+    return {f"{n}.{name}": w.detach().clone() for n, layer in layers.items() for name, w in layer.named_parameters()}
+
+
+def make_pipeline(case: Case, stages: int) -> tuple[Any, Any]:
+    """The module of this rank's stage, and its engine."""
+    from megazh.pipeline.costs import costs_by_flops
+    from megazh.pipeline.engine import make_engine, quiet
+    from megazh.pipeline.module import DecoderPipeline
+    from megazh.pipeline.split import best_bounds
+
+    config, replicas = case.config, dist.get_world_size() // stages
+    bounds = best_bounds(costs_by_flops(config, SEQ, ROWS, False).units(config.num_hidden_layers), stages)
+    with quiet():
+        module = DecoderPipeline(config, bounds, Backend.MASKED, SEED, case.checkpointing, case.z_loss)
+    engine = make_engine(
+        module,
+        optimizer_for(module.parameters(), fused=True),
+        ROWS,
+        MICRO_BATCHES // replicas,
+        replicas,
+        case.precision,
+        case.accumulation,
+        case.accumulation,
+        CLIP,
+    )
+    return module, engine
+
+
+def feed(step: int, replica: int, replicas: int) -> Iterator[Any]:
+    """The micro-batches of a replica, scaled as `training_feed` scales them."""
+    share = MICRO_BATCHES // replicas
+    scale = torch.tensor([share * replicas / valid_labels(step)])
+    for number in range(share):
+        tokens, labels, positions, bounds = micro_batch(step * MICRO_BATCHES + number * replicas + replica)
+        yield (tokens, torch.cat((positions, bounds), 1)), (labels, scale)
+
+
+def stage_weights(module: Any) -> dict[str, torch.Tensor]:
+    """What this rank holds, as `layer_weights` names it."""
+    numbered = enumerate(module.forward_funcs, module._local_start)
+    return {f"{n}.{name}": w.detach().clone() for n, layer in numbered for name, w in layer.named_parameters()}
+
+
+def train_in_stages(case: Case, stages: int) -> dict[str, Any]:
+    """Train through DeepSpeed; losses and norms as this rank sees them, the weights that it holds."""
+    from megazh.pipeline.engine import check_tied
+
+    module, engine = make_pipeline(case, stages)
+    replicas, replica = dist.get_world_size() // stages, module.mpu().get_data_parallel_rank()
+    losses, norms = [], []
+    for step in range(STEPS):
+        losses.append(float(engine.train_batch(feed(step, replica, replicas))))
+        norms.append(float(engine.get_global_grad_norm()))
+    check_tied(module)
+    return {"losses": losses, "norms": norms, "weights": stage_weights(module)}
+
+
+if __name__ == "__main__":
+    join_ranks()
+    results = {}
+    for run in sys.argv[2:]:
+        stages, name = run.split("/")
+        results[run] = train_in_stages(CASES[name], int(stages))
+    tell(Path(sys.argv[1]), results)
+    dist.barrier()
+    dist.destroy_process_group()

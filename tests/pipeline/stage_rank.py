@@ -1,0 +1,125 @@
+"""One rank of a small pipeline that is asked single questions; see `JOBS`.
+
+`python stage_rank.py FOLDER STAGES JOB...`.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from decoders import packed
+from pipeline.ladder_rank import CASES, Case, feed, make_pipeline, stage_weights
+from ranks import join_ranks, tell
+
+LENGTHS = [5, 4, 6]
+"""Of the documents in the rows that `documents` looks at."""
+PIECES = [[5, 17, 3, 80], [9], [0], [41, 2]]
+"""What `pipeline_forward` is fed."""
+
+
+def altered(batches: Iterator[Any], scale: float = 1.0, ignored: bool = False) -> Iterator[Any]:
+    """Micro-batches with another scale, or with no label that counts."""
+    for inputs, (labels, own) in batches:
+        yield inputs, (torch.full_like(labels, -100) if ignored else labels, own * scale)
+
+
+def not_finite(name: str, stages: int) -> dict[str, Any]:
+    """A good step, one whose loss is not a number, and a good one again."""
+    module, engine = make_pipeline(CASES[name], stages)
+    losses, skipped, weights = [], [], []
+    for step, scale in enumerate((1.0, math.nan, 1.0)):
+        losses.append(float(engine.train_batch(altered(feed(step, 0, 1), scale))))
+        skipped.append(engine.skipped_steps)
+        weights.append(stage_weights(module))
+    return {"losses": losses, "skipped": skipped, "weights": weights}
+
+
+def no_labels(name: str, stages: int) -> dict[str, Any]:
+    """A step in which no label counts."""
+    module, engine = make_pipeline(CASES[name], stages)
+    before = stage_weights(module)
+    loss = float(engine.train_batch(altered(feed(0, 0, 1), ignored=True)))
+    return {"loss": loss, "skipped": engine.skipped_steps, "before": before, "weights": stage_weights(module)}
+
+
+def tampered(name: str, stages: int) -> dict[str, Any]:
+    """What `check_tied` says before and after one weight of the last stage's copy goes up by one step of its dtype."""
+    from megazh.errors import WorkerError
+    from megazh.pipeline.engine import check_tied
+
+    module, _ = make_pipeline(CASES[name], stages)
+    check_tied(module)
+    weight = module.tied_weight()
+    if module.is_last:
+        with torch.no_grad():
+            weight[7, 3] = torch.nextafter(weight[7, 3], torch.tensor(1.0, dtype=weight.dtype))
+    try:
+        check_tied(module)
+    except WorkerError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def through_stages(module: Any, tokens: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """(rows, seq, vocab) logits on the last stage, hidden states of the stage elsewhere; sent from stage to stage."""
+    layout = torch.cat((positions, bounds), 1)
+    states = tokens
+    for stage in range(module.num_stages):
+        found = torch.empty(*tokens.shape, module.config.hidden_size)
+        if stage == module.stage_id:
+            found = module((states, layout))[0].detach()
+            own = module.logits(found) if module.is_last else found
+        if stage < module.num_stages - 1:
+            dist.broadcast(found, stage)
+            states = found
+    return own
+
+
+def documents(name: str, stages: int) -> dict[str, Any]:
+    """Logits of a row of three documents, as it is, with another first token, and with another last document."""
+    found = {}
+    for checkpointing in (False, True):
+        module, _ = make_pipeline(dataclasses.replace(CASES[name], checkpointing=checkpointing), stages)
+        module.train()
+        tokens, _, positions, bounds = packed([LENGTHS], sum(LENGTHS) + 1)
+        first, future = tokens.clone(), tokens.clone()
+        first[0, 0] = (first[0, 0] + 1) % 97
+        future[0, sum(LENGTHS[:2]) + 2 :] = (future[0, sum(LENGTHS[:2]) + 2 :] + 1) % 97
+        found[str(checkpointing)] = [through_stages(module, ids, positions, bounds) for ids in (tokens, first, future)]
+    return found
+
+
+def forward(name: str, stages: int) -> dict[str, Any]:
+    """Logits behind each of `PIECES`, fed one after the other."""
+    from megazh.pipeline.generate import pipeline_forward
+
+    case = Case({"residual_dropout": 0.5}) if name == "dropout" else CASES[name]
+    module, _ = make_pipeline(case, stages)
+    module.eval()
+    step = pipeline_forward(module, sum(map(len, PIECES)))
+    return {"logits": [step(piece) for piece in PIECES]}
+
+
+JOBS = {
+    "not_finite": not_finite,
+    "no_labels": no_labels,
+    "tampered": tampered,
+    "documents": documents,
+    "forward": forward,
+}
+"""`JOB/CASE` on the command line."""
+
+if __name__ == "__main__":
+    join_ranks()
+    results = {}
+    for asked in sys.argv[3:]:
+        job, case_name = asked.split("/")
+        results[asked] = JOBS[job](case_name, int(sys.argv[2]))
+    tell(Path(sys.argv[1]), results)
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,61 @@
+"""What is refused by name before anything starts."""
+
+import pytest
+
+from megazh.errors import UsageError
+from megazh.pipeline.precision import Precision, check_deepspeed_version, check_engine
+
+FP32, BF16, FP16 = Precision.FP32, Precision.BF16, Precision.FP16
+
+
+@pytest.mark.parametrize("version", ["0.16.9", "0.18.2", "0.19.4", "0.19.8", "0.20.0", "1.0.0", "0.19.4+cu128"])
+def test_good_versions_of_deepspeed_pass(version: str) -> None:
+    check_deepspeed_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.18.3", "0.18.10", "0.19.0", "0.19.3", "0.19.3+cu128"])
+def test_versions_with_wrong_gradients_are_refused(version: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        check_deepspeed_version(version)
+    assert str(refusal.value).startswith(f"DeepSpeed {version} scales pipeline gradients wrongly")
+    assert str(refusal.value).endswith("install 0.19.4 or later")
+
+
+@pytest.mark.parametrize(
+    ("stages", "precision", "accumulation", "zero_stage", "tied"),
+    [
+        (1, FP32, FP32, 0, True),
+        (1, FP32, FP32, 1, True),
+        (6, BF16, FP32, 1, True),
+        (6, BF16, BF16, 1, True),
+        (6, FP16, FP16, 1, True),
+        (6, FP16, FP32, 1, False),
+        (1, FP16, FP32, 1, True),
+    ],
+)
+def test_what_works_passes(
+    stages: int, precision: Precision, accumulation: Precision, zero_stage: int, tied: bool
+) -> None:
+    check_engine(stages, precision, accumulation, zero_stage, tied)
+
+
+@pytest.mark.parametrize(
+    ("stages", "precision", "accumulation", "zero_stage", "tied", "named", "remedy"),
+    [
+        (1, FP32, FP32, 2, False, "zero_stage=2", "set zero_stage=1"),
+        (2, BF16, FP32, 3, True, "zero_stage=3", "set zero_stage=1"),
+        (2, FP32, FP32, 0, False, "zero_stage=0 with pipe_parallel_size=2", "set zero_stage=1"),
+        (1, FP32, BF16, 1, False, "grad_accum_dtype=bf16 with precision=fp32", "take fp32"),
+        (1, BF16, FP16, 1, False, "grad_accum_dtype=fp16 with precision=bf16", "take fp32, or bf16"),
+        (1, FP16, BF16, 1, False, "grad_accum_dtype=bf16 with precision=fp16", "take fp32, or fp16"),
+        (2, FP16, FP32, 1, True, "precision=fp16 with grad_accum_dtype=fp32", "set precision=bf16"),
+    ],
+)
+def test_what_deepspeed_gets_wrong_is_refused_by_name(
+    stages: int, precision: Precision, accumulation: Precision, zero_stage: int, tied: bool, named: str, remedy: str
+) -> None:
+    with pytest.raises(UsageError) as refusal:
+        check_engine(stages, precision, accumulation, zero_stage, tied)
+    assert str(refusal.value).startswith(named)
+    assert remedy in str(refusal.value)
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,69 @@
+"""Measured costs of layers: positive, kept, and measured anew where what was kept is damaged or of another shape."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from decoders import small
+
+from megazh.model.attention import Backend
+from megazh.pipeline import timing
+from megazh.pipeline.costs import LayerCosts
+
+SMALL = small(residual_dropout=0.1)
+
+
+@pytest.fixture
+def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LayerCosts]:
+    """`layer_seconds` with a cache of its own."""
+    monkeypatch.setenv("MEGAZH_CACHE", str(tmp_path))
+
+    def measured(seq_len: int = 16, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> LayerCosts:
+        return timing.layer_seconds(SMALL, seq_len, 2, dtype, Backend.MASKED, torch.device("cpu"), checkpointing)
+
+    return measured
+
+
+def notes(cache: Path) -> list[Path]:
+    """What is kept."""
+    return sorted((cache / "timings").iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kind_of_layer_takes_time(measure: Callable[..., LayerCosts], dtype: torch.dtype) -> None:
+    costs = measure(dtype=dtype)
+    assert costs.unit == "seconds"
+    assert 0 < costs.embedding < 1
+    assert 0 < costs.block < 1
+    assert 0 < costs.head < 1
+    assert costs.block > costs.embedding, "a look-up is the least"
+
+
+def test_it_is_measured_once(
+    measure: Callable[..., LayerCosts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = measure()
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "_measure", None)
+        assert measure() == first
+    for changes in ({"seq_len": 24}, {"dtype": torch.bfloat16}, {"checkpointing": True}):
+        measure(**changes)
+    assert len(notes(tmp_path)) == 4, "each shape for itself"
+
+
+@pytest.mark.parametrize(
+    "damaged", ["", "{", "[]", "null", '{"costs": {"unit": "seconds"}}', '{"costs": {"unit": "hours"}}', "\ufffd"]
+)
+def test_a_damaged_note_is_measured_again(measure: Callable[..., LayerCosts], tmp_path: Path, damaged: str) -> None:
+    measure()
+    (note,) = notes(tmp_path)
+    note.write_text(damaged)
+    again = measure()
+    assert json.loads(note.read_text())["costs"] == again.model_dump(), "and kept"
+
+
+def test_without_a_cache_it_measures(measure: Callable[..., LayerCosts], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAZH_CACHE", "/proc/nowhere")
+    assert measure().block > 0

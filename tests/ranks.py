@@ -1,0 +1,61 @@
+"""Start the ranks of a script, and read what each of them has found."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from processes import Running, start_command
+
+TESTS = Path(__file__).parent
+_LAUNCHER = """
+import json, sys
+from pathlib import Path
+from megazh.cluster.launch import run_local
+arguments, ranks, logs = json.loads(sys.argv[1])
+sys.exit(run_local(arguments, ranks, {}, None, Path(logs)))
+"""
+
+
+@contextlib.contextmanager
+def start_ranks(script: Path, ranks: int, arguments: Sequence[object], folder: Path) -> Iterator[Running]:
+    """Start `script FOLDER ARGUMENTS` on CPU ranks; at the end of the block they are ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps([[str(script), str(folder), *map(str, arguments)], ranks, str(folder / "logs")])
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    env = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    with start_command([sys.executable, "-c", _LAUNCHER, settings], env, folder) as running:
+        yield running
+
+
+def run_ranks(
+    script: Path, ranks: int, arguments: Sequence[object], folder: Path, timeout: float
+) -> list[dict[str, Any]]:
+    """Like `start_ranks`, to the end, which must be a good one; returns what each rank gave to `tell`."""
+    with start_ranks(script, ranks, arguments, folder) as running:
+        finished = running.wait(timeout)
+    logs = "".join(log.read_text() for log in sorted((folder / "logs").glob("*.log")))
+    assert finished.returncode == 0, f"{finished.stdout}{finished.stderr}{logs}"
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def tell(folder: Path, found: dict[str, Any]) -> None:
+    """Hand this rank's finds, tensors and plain values, to `run_ranks`."""
+    torch.save(found, folder / f"rank_{os.environ['RANK']}.pt")
+
+
+def join_ranks() -> None:
+    """Join the other ranks, as a rank of a run does."""
+    import deepspeed
+
+    from megazh.pipeline.operators import use_no_compiled_operators
+    from megazh.pipeline.engine import quiet
+
+    torch.set_num_threads(1)
+    use_no_compiled_operators()
+    with quiet():
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)

@@ -1,0 +1,115 @@
+"""One rank of a small pipeline that saves and loads checkpoints; see `test_checkpoint.py`.
+
+`python checkpoint_rank.py FOLDER JOB ARGUMENT...`; the stages are as many as the ranks.
+"""
+
+import itertools
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from decoders import packed
+from pipeline.ladder_rank import CASES, Case, feed, make_pipeline, stage_weights
+from pipeline.stage_rank import through_stages
+from ranks import join_ranks, tell
+
+from megazh.errors import MegazhError
+
+TRAINED = {
+    "tied": CASES["tied"],
+    "untied": CASES["untied"],
+    "bf16": CASES["tied bf16"],
+}
+ROW = [7, 6]
+"""Lengths of the documents in the row whose logits are compared."""
+
+
+def trained(case: Case, steps: int) -> tuple[Any, Any]:
+    """Module and engine after some steps."""
+    module, engine = make_pipeline(case, dist.get_world_size())
+    for step in range(steps):
+        engine.train_batch(feed(step, 0, 1))
+    return module, engine
+
+
+def save_to(engine: Any, folder: Path, step: int) -> Path:
+    """Save; the data goes on behind so many steps."""
+    from megazh.training.checkpoint import save_checkpoint
+
+    ranks = dist.get_world_size()
+    bounds = [0, 4] if ranks == 1 else [0, 2, 4]
+    return save_checkpoint(engine, folder, step, 8 * step, 128 * step, bounds, "fp32")
+
+
+def save(folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """Save each of `TRAINED` after two steps; tells the logits of the trained pipeline, and its weights a step later."""
+    found = {}
+    for name, case in TRAINED.items():
+        module, engine = trained(case, 2)
+        save_to(engine, folder / name, 2)
+        module.eval()
+        tokens, _, positions, bounds = packed([ROW], sum(ROW) + 1)
+        with torch.no_grad():
+            logits = through_stages(module, tokens, positions, bounds)
+        engine.train_batch(feed(2, 0, 1))
+        found[name] = {"logits": logits, "later": stage_weights(module)}
+    return found
+
+
+def load(folder: Path, checkpoints: list[str]) -> dict[str, Any]:
+    """Load each checkpoint into an engine of the case that its folder is named after; tells what came of it."""
+    from megazh.training.checkpoint import load_checkpoint
+    from megazh.training.checkpoint_list import read_manifest
+
+    found: dict[str, Any] = {}
+    for path in map(Path, checkpoints):
+        module, engine = make_pipeline(TRAINED[path.parent.name], dist.get_world_size())
+        said = ""
+        try:
+            load_checkpoint(engine, path, read_manifest(path))
+        except MegazhError as error:
+            said = str(error)
+        errors = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, said)  # a rank alone may have failed
+        if any(errors):
+            found[str(path)] = {"error": said}
+            continue
+        engine.train_batch(feed(2, 0, 1))
+        found[str(path)] = {"later": stage_weights(module)}
+    return found
+
+
+def save_for_ever(folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """Save step after step, until something ends it."""
+    _, engine = trained(CASES["tied"], 1)
+    for step in itertools.count(int(arguments[0])):
+        save_to(engine, folder / "tied", step)
+    return {}
+
+
+def fill_the_disk(folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """Save once, and again when the last rank can write no more than a few bytes a file."""
+    _, engine = trained(CASES["tied"], 1)
+    save_to(engine, folder / "tied", 1)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    save_to(engine, folder / "tied", 2)
+    return {}
+
+
+JOBS = {"save": save, "load": load, "save_for_ever": save_for_ever, "fill_the_disk": fill_the_disk}
+
+if __name__ == "__main__":
+    join_ranks()
+    try:
+        results = JOBS[sys.argv[2]](Path(sys.argv[1]), sys.argv[3:])
+    except MegazhError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+    tell(Path(sys.argv[1]), results)
+    dist.barrier()
+    dist.destroy_process_group()

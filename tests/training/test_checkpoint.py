@@ -1,0 +1,268 @@
+"""Checkpoints: whole or not there, refused where they are damaged, and never a way for code to get in."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoders import packed
+from pipeline.ladder_rank import PARTS
+from processes import wait_until
+from ranks import run_ranks, start_ranks
+from recipes import make_recipe
+
+from megazh.errors import DataError, WorkerError
+from megazh.model.decoder import Decoder
+from megazh.training.checkpoint import remove_unfinished
+from megazh.training.checkpoint_list import MANIFEST, STATE, list_checkpoints, read_manifest
+from megazh.training.weights import load_decoder
+from training.checkpoint_rank import ROW, TRAINED
+
+SCRIPT = Path(__file__).parent / "checkpoint_rank.py"
+CPU = torch.device("cpu")
+STEP = "step_00000002"
+LAYER = "layer_01-model_states.pt"
+Found = list[dict[str, Any]]
+Saved = tuple[Path, Found]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A folder with checkpoints of `TRAINED` by two stages, and what the ranks found."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run_ranks(SCRIPT, 2, ["save"], folder, timeout=120)
+
+
+def recipe_of(name: str) -> Any:
+    """As `load_decoder` wants it."""
+    return make_recipe(model=TRAINED[name].config.model_dump(mode="json"))
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def agree(checkpoint: Path) -> None:
+    """Make the manifest say what the files are, as one would who changes them on purpose."""
+    manifest = checkpoint / MANIFEST
+    values = json.loads(manifest.read_text())
+    for entry in values["files"]:
+        data = (checkpoint / entry["name"]).read_bytes()
+        entry["bytes"], entry["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+    manifest.write_text(json.dumps(values))
+
+
+def flip(path: Path, place: int | None = None) -> None:
+    """Change one bit, in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if place is None else place] ^= 1
+    path.write_bytes(data)
+
+
+# What a checkpoint holds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_whole_model_of_two_stages(saved: Saved, name: str) -> None:
+    """Loaded in one process it has the logits of the pipeline that was trained."""
+    folder, found = saved
+    model = load_decoder(folder / name / STEP, recipe_of(name), CPU)
+    tokens, _, positions, bounds = packed([ROW], sum(ROW) + 1)
+    with torch.no_grad():
+        logits = model.logits(model(tokens, model.attention(positions, bounds)))
+    assert torch.equal(logits, found[-1][name]["logits"])
+    assert not torch.equal(model.embedding.weight.float(), Decoder(recipe_of(name).model, 3).embedding.weight)
+
+
+@pytest.mark.slow
+def test_the_manifest_names_every_file_with_its_hash(saved: Saved) -> None:
+    checkpoint = saved[0] / "tied" / STEP
+    manifest = read_manifest(checkpoint)
+    assert (manifest.step, manifest.samples, manifest.tokens) == (2, 16, 256)
+    assert (manifest.stages, manifest.replicas, manifest.bounds) == (2, 1, [0, 2, PARTS])
+    assert set(manifest.versions) == {"megazh", "torch", "deepspeed"}
+    there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert {entry.name for entry in manifest.files} == there - {MANIFEST}
+    for entry in manifest.files:
+        assert hashlib.sha256((checkpoint / entry.name).read_bytes()).hexdigest() == entry.sha256
+    assert [path.name for path in checkpoint.parent.iterdir()] == [STEP], "nothing is left beside it"
+
+
+# What is refused
+
+
+def truncate(path: Path) -> None:
+    """As a copy that was cut short."""
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        (f"{STATE}/{LAYER}", truncate, "bytes instead of"),
+        (f"{STATE}/{LAYER}", Path.unlink, "missing"),
+        (MANIFEST, Path.unlink, "missing or damaged"),
+        (MANIFEST, lambda path: path.write_bytes(b"\xff\xfe{"), "missing or damaged"),
+        (MANIFEST, lambda path: path.write_text("[]"), "missing or damaged"),
+        (MANIFEST, lambda path: path.write_text('{"step": "two"}'), "missing or damaged"),
+        (MANIFEST, truncate, "missing or damaged"),
+    ],
+)
+def test_damage_that_the_manifest_shows(
+    saved: Saved, tmp_path: Path, name: str, damage: Callable[[Path], None], said: str
+) -> None:
+    checkpoint = tmp_path / STEP
+    shutil.copytree(saved[0] / "tied" / STEP, checkpoint)
+    damage(checkpoint / name)
+    for read in (lambda: read_manifest(checkpoint), lambda: load_decoder(checkpoint, recipe_of("tied"), CPU)):
+        with pytest.raises(DataError) as refusal:
+            read()
+        assert str(refusal.value).startswith(f"{checkpoint / name}: ")
+        assert said in str(refusal.value)
+        assert str(refusal.value).endswith(f"remove {checkpoint} to go on from the checkpoint before it")
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.slow
+def test_a_manifest_of_a_later_format_is_refused(saved: Saved, tmp_path: Path) -> None:
+    checkpoint = tmp_path / STEP
+    shutil.copytree(saved[0] / "tied" / STEP, checkpoint)
+    values = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps({**values, "format_version": 2}))
+    with pytest.raises(DataError, match="format_version"):
+        read_manifest(checkpoint)
+
+
+@pytest.mark.slow
+def test_weights_of_another_shape_are_refused(saved: Saved) -> None:
+    other = make_recipe(model={**TRAINED["tied"].config.model_dump(mode="json"), "hidden_size": 64})
+    with pytest.raises(DataError, match="does not fit the model"):
+        load_decoder(saved[0] / "tied" / STEP, other, CPU)
+
+
+@pytest.mark.slow
+def test_loading_gives_back_all_or_says_what_is_wrong(saved: Saved, tmp_path: Path) -> None:
+    """Good ones go on as if nothing had been; flipped bits and foreign objects are refused by all ranks."""
+    folder, wanted = saved
+    traces = tmp_path / "traces"
+    traces.mkdir()
+    good = [folder / name / STEP for name in TRAINED]
+    bad: dict[Path, tuple[str, str]] = {}
+    state_files = sorted(path.name for path in (folder / "tied" / STEP / STATE).iterdir())
+    for file in state_files:
+        for kind in ("flipped", "evil"):
+            checkpoint = tmp_path / kind / file / "tied" / STEP
+            shutil.copytree(folder / "tied" / STEP, checkpoint)
+            path = checkpoint / STATE / file
+            if kind == "flipped":
+                flip(path)
+                bad[checkpoint] = (f"{path}: its content has changed", f"remove {checkpoint} to go on")
+            else:
+                torch.save({"module": torch.ones(2), "extra": Evil(traces / file)}, path)
+                agree(checkpoint)
+                bad[checkpoint] = (f"{path}: not a checkpoint file", "")
+    found = run_ranks(SCRIPT, 2, ["load", *good, *bad], tmp_path / "load", timeout=240)
+    for rank, before in zip(found, wanted, strict=True):
+        for path in good:
+            later = rank[str(path)]["later"]
+            for key, weight in before[path.parent.name]["later"].items():
+                assert torch.equal(weight, later[key]), f"{path}: {key}"
+    for path, (start, end) in bad.items():
+        errors = [rank[str(path)].get("error") for rank in found]
+        assert any(error and error.startswith(start) and end in error for error in errors), (path, errors)
+    assert list(traces.iterdir()) == [], "nothing was executed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_model_file_with_code_in_it_is_refused_and_not_run(saved: Saved, tmp_path: Path, protocol: int) -> None:
+    checkpoint, trace = tmp_path / STEP, tmp_path / "trace"
+    shutil.copytree(saved[0] / "tied" / STEP, checkpoint)
+    path = checkpoint / STATE / LAYER
+    torch.save({"weight": Evil(trace)}, path, pickle_protocol=protocol)
+    agree(checkpoint)
+    with pytest.raises(DataError, match="not a checkpoint file"):
+        load_decoder(checkpoint, recipe_of("tied"), CPU)
+    path.write_bytes(pickle.dumps(Evil(trace), protocol))
+    agree(checkpoint)
+    with pytest.raises(DataError, match="not a checkpoint file"):
+        load_decoder(checkpoint, recipe_of("tied"), CPU)
+    assert not trace.exists()
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_a_weight_is_found_when_the_model_is_loaded_for_use(saved: Saved, tmp_path: Path) -> None:
+    checkpoint = tmp_path / STEP
+    shutil.copytree(saved[0] / "tied" / STEP, checkpoint)
+    path = checkpoint / STATE / LAYER
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    flip(path, largest.header_offset + 4000)
+    with pytest.raises(DataError) as refusal:
+        load_decoder(checkpoint, recipe_of("tied"), CPU)
+    assert str(refusal.value).startswith(f"{path}: ")
+
+
+# Ends in between
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
+    choose = random.Random(5)
+    folder = tmp_path / "tied"
+    first = 1
+    for victim in ("a rank", "the launcher"):
+        with start_ranks(SCRIPT, 2, ["save_for_ever", first], tmp_path) as running:
+            wait_until(lambda first=first: (folder / f"step_{first + 2:08d}").exists(), 120, "three checkpoints")
+            time.sleep(choose.uniform(0, 0.5))
+            ranks = [pid for pid in running.descendants() if pid != running.process.pid]
+            os.kill(choose.choice(ranks) if victim == "a rank" else running.process.pid, signal.SIGKILL)
+            running.wait(60)
+            wait_until(lambda running=running: not running.descendants(), 30, "all end")
+        checkpoints = list_checkpoints(folder)
+        assert len(checkpoints) >= 3
+        for checkpoint in checkpoints:
+            for entry in read_manifest(checkpoint).files:
+                assert hashlib.sha256((checkpoint / entry.name).read_bytes()).hexdigest() == entry.sha256
+        load_decoder(checkpoints[-1], recipe_of("tied"), CPU)
+        first = read_manifest(checkpoints[-1]).step + 1
+
+
+def test_what_a_checkpoint_that_was_cut_short_left_is_none_and_is_removed(tmp_path: Path) -> None:
+    for name in (".step_00000004.unfinished", "step_00000002", "step_3", "notes"):
+        (tmp_path / name / STATE).mkdir(parents=True)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002"]
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step_00000002", "step_3"]
+    remove_unfinished(tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    with start_ranks(SCRIPT, 2, ["fill_the_disk"], tmp_path) as running:
+        finished = running.wait(120)
+    assert finished.returncode == WorkerError.exit_code, finished
+    assert f"error: {tmp_path / 'tied' / STEP}: cannot be written (" in finished.stderr
+    assert "make room and run the same command again" in finished.stderr
+    (kept,) = list_checkpoints(tmp_path / "tied")
+    for entry in read_manifest(kept).files:
+        assert hashlib.sha256((kept / entry.name).read_bytes()).hexdigest() == entry.sha256
+    load_decoder(kept, recipe_of("tied"), CPU)

@@ -1,0 +1,141 @@
+"""Micro-batches: a step is the same samples in every layout, each label counts once, and a resumed feed goes on."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from indexes import random_documents, write_index
+
+from megazh.index.mixture import Mixture
+from megazh.training.feed import MicroBatch, ValidationFeed, training_feed
+from megazh.training.layout import Layout
+
+SEQ, BATCH = 64, 12
+
+
+@pytest.fixture
+def mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mixture:
+    monkeypatch.setenv("MEGAZH_CACHE", str(tmp_path / "cache"))
+    write_index(tmp_path / "a", random_documents(1, 300))
+    path = tmp_path / "mix.yaml"
+    path.write_text("validation: {fraction: 0.2}\ncorpora:\n  - {name: a, prefix: a, weight: 1}\n")
+    return Mixture(path, SEQ)
+
+
+def layout_of(replicas: int, size: int) -> Layout:
+    """Twelve samples a step."""
+    return Layout(replicas, 1, replicas, size, BATCH // replicas // size)
+
+
+LAYOUTS = [layout_of(*each) for each in ((1, 1), (1, 12), (1, 4), (2, 3), (2, 1), (3, 2), (3, 4))]
+
+
+def steps(mixture: Mixture, layout: Layout, first: int, count: int, workers: int = 0) -> list[list[MicroBatch]]:
+    """The micro-batches of all replicas, step by step."""
+    feeds = [training_feed(mixture, layout, replica, first, workers) for replica in range(layout.replicas)]
+    return [
+        [next(feed) for _ in range(layout.micro_batches) for feed in feeds]  # in the order of samples
+        for _ in range(count)
+    ]
+
+
+def rows(batches: list[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, layouts and labels of all samples of some micro-batches."""
+    return (
+        torch.cat([inputs[0] for inputs, _ in batches]),
+        torch.cat([inputs[1] for inputs, _ in batches]),
+        torch.cat([labels[0] for _, labels in batches]),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.replicas}x{layout.micro_batch_size}")
+def test_a_step_is_the_same_samples_in_every_layout(mixture: Mixture, layout: Layout) -> None:
+    for step, batches in enumerate(steps(mixture, layout, 0, 4, workers=1)):
+        expected = mixture.batch(range(step * BATCH, (step + 1) * BATCH))
+        tokens, packing, labels = rows(batches)
+        assert torch.equal(tokens, torch.from_numpy(expected.tokens))
+        assert torch.equal(labels, torch.from_numpy(expected.labels))
+        assert torch.equal(packing[:, :SEQ], torch.from_numpy(expected.position_ids))
+        assert torch.equal(packing[:, SEQ:], torch.from_numpy(expected.cu_seqlens))
+        assert {tensor.dtype for tensor in (tokens, packing, labels)} == {torch.int32}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.replicas}x{layout.micro_batch_size}")
+def test_mean_of_scaled_sums_is_the_mean_over_tokens(mixture: Mixture, layout: Layout) -> None:
+    """Whatever each token's loss: DeepSpeed's mean over micro-batches and replicas is the mean of the step's labels."""
+    scales = set()
+    for batches in steps(mixture, layout, 0, 3):
+        losses = [torch.where(labels >= 0, labels.double().square() + 1, 0) for _, (labels, _) in batches]
+        scaled = [loss.sum() * scale.double() for loss, (_, (_, scale)) in zip(losses, batches, strict=True)]
+        valid = sum(int((labels >= 0).sum()) for _, (labels, _) in batches)
+        assert torch.stack(scaled).mean().item() == pytest.approx(sum(loss.sum().item() for loss in losses) / valid)
+        assert {(tuple(scale.shape), scale.dtype) for _, (_, scale) in batches} == {((1,), torch.float32)}
+        scales.update(float(scale) for _, (_, scale) in batches)
+    assert len(scales) == 3, "steps have different numbers of labels, and all micro-batches of one have the same scale"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("layout", [layout_of(1, 4), layout_of(3, 2)], ids=["1x4", "3x2"])
+def test_resumed_feed_gives_what_an_uninterrupted_one_gives(mixture: Mixture, layout: Layout, workers: int) -> None:
+    whole = steps(mixture, layout, 0, 6, workers)
+    for first in (1, 5):
+        resumed = steps(mixture, layout, first, 6 - first, workers)
+        for left, right in zip(itertools.chain(*whole[first:]), itertools.chain(*resumed), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip((*left[0], *left[1]), (*right[0], *right[1]), strict=True))
+
+
+def test_a_feed_ends_with_the_last_whole_step_of_a_mixture_that_stops(tmp_path: Path, mixture: Mixture) -> None:
+    path = tmp_path / "stop.yaml"
+    path.write_text("on_exhausted: stop\ncorpora:\n  - {name: a, prefix: a, weight: 1}\n")
+    stopping = Mixture(path, SEQ)
+    assert stopping.end is not None
+    assert stopping.end % BATCH, "a part of a step is left over"
+    for layout in (layout_of(1, 4), layout_of(2, 3)):
+        for replica in range(layout.replicas):
+            for workers in (0, 2):
+                batches = list(training_feed(stopping, layout, replica, 0, workers))
+                assert len(batches) == stopping.end // BATCH * layout.micro_batches
+    assert list(training_feed(stopping, layout_of(1, 4), 0, stopping.end // BATCH, 0)) == []
+
+
+@pytest.mark.parametrize("limit", [None, 1, 5, 7, 10_000])
+@pytest.mark.parametrize(("replicas", "size"), [(1, 1), (1, 4), (2, 3), (3, 2), (5, 1), (3, 50)])
+def test_validation_counts_each_label_once(mixture: Mixture, replicas: int, size: int, limit: int | None) -> None:
+    samples = mixture.validation
+    count = min(limit or len(samples), len(samples))
+    layout = Layout(replicas, 1, replicas, size, 1)
+    feeds = [ValidationFeed(samples, layout, replica, limit) for replica in range(replicas)]
+    assert len({feed.micro_batches for feed in feeds}) == 1
+    assert len(set(feeds[0].numbers)) == count
+    batches = [list(feed) for feed in feeds]
+    assert {len(each) for each in batches} == {feeds[0].micro_batches}
+    assert {tuple(labels.shape) for each in batches for _, (labels, _) in each} == {(size, SEQ)}
+    tokens, packing, labels = rows([each[number] for number in range(feeds[0].micro_batches) for each in batches])
+    expected = samples.batch(feeds[0].numbers)
+    assert torch.equal(tokens[:count], torch.from_numpy(expected.tokens))
+    assert torch.equal(labels[:count], torch.from_numpy(expected.labels))
+    assert torch.equal(packing[:count, SEQ:], torch.from_numpy(expected.cu_seqlens))
+    assert (labels[count:] == -100).all(), "rows that fill up count nothing"
+    valid = int((expected.labels >= 0).sum())
+    assert {feed.valid for feed in feeds} == {valid}
+    scaled = [(labels >= 0).sum() * scale for each in batches for _, (labels, scale) in each]
+    assert torch.stack(scaled).mean().item() == pytest.approx(1.0), "the mean of ones is one"
+
+
+def test_validation_may_be_gone_through_again(mixture: Mixture) -> None:
+    feed = ValidationFeed(mixture.validation, Layout(2, 1, 2, 3, 1), 1, 8)
+    first, again = list(feed), list(feed)
+    assert len(first) == 2
+    for left, right in zip(first, again, strict=True):
+        assert torch.equal(left[0][0], right[0][0])
+        assert torch.equal(left[1][0], right[1][0])
+
+
+def test_a_limit_takes_samples_from_everywhere(mixture: Mixture) -> None:
+    samples = mixture.validation
+    numbers = ValidationFeed(samples, Layout(1, 1, 1, 1, 1), 0, 4).numbers
+    assert len(samples) > 12
+    gaps = {b - a for a, b in itertools.pairwise([*numbers, len(samples)])}
+    assert numbers[0] == 0
+    assert max(gaps) - min(gaps) <= 1

@@ -1,0 +1,149 @@
+"""Recipes: those that come along, settings on top, what is refused, and the way to a file and back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipes import make_recipe
+
+from megazh.errors import UsageError
+from megazh.training.layout import make_layout
+from megazh.training.recipe import RECIPES, Recipe, load_recipe, recipe_path
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def write(folder: Path, text: str = "", name: str = "own.yaml") -> Path:
+    path = folder / name
+    path.write_text(
+        "model: {vocab_size: 64, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 8}\n"
+        "data: {manifest: m.yaml}\nseq_len: 16\nmicro_batch_size: 2\nglobal_batch_size: 8\nlearning_rate: 1e-3\n"
+        + text,
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_that_come_along_work(name: str) -> None:
+    recipe = load_recipe(recipe_path(name))
+    layout = make_layout(recipe, recipe.gpus or 6)
+    assert layout.micro_batches >= 1
+    assert recipe.total_steps >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "layout", "steps"),
+    [
+        ("qwen0.5b_6x3090", 786_432, (6, 2, 3, 8, 32), 38_147),
+        ("qwen0.5b_6x3090_dp", 786_432, (6, 1, 6, 8, 16), 38_147),
+        ("microstories_44m", 262_144, (1, 1, 1, 32, 16), 5_723),
+        ("llama_28x704", 61_440, (1, 1, 1, 16, 20), 14_649),
+        ("minillm_1.4b", 245_760, (6, 2, 3, 8, 20), 32_553),
+    ],
+)
+def test_numbers_of_the_recipes(name: str, tokens: int, layout: tuple[int, ...], steps: int) -> None:
+    recipe = load_recipe(recipe_path(name))
+    found = make_layout(recipe, layout[0])
+    assert recipe.batch_tokens == tokens
+    assert (found.ranks, found.stages, found.replicas, found.micro_batch_size, found.micro_batches) == layout
+    assert recipe.total_steps == steps
+
+
+def test_settings_of_the_half_billion_run() -> None:
+    recipe = load_recipe(recipe_path("qwen0.5b_6x3090"))
+    assert (recipe.learning_rate, recipe.betas, recipe.weight_decay) == (5e-4, [0.9, 0.95], 0.1)
+    assert (recipe.model.rope_theta, recipe.model.norm_eps, recipe.model.qkv_bias) == (1e6, 1e-6, True)
+    assert (recipe.precision, recipe.grad_accum_dtype, recipe.tokens) == ("bf16", None, 30_000_000_000)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_written_and_read_back_it_is_the_same(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_path(name), ["stage_bounds=[0, 3, 6]"] if name == "demo" else [])
+    path = tmp_path / "config.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(path) == recipe
+    assert load_recipe(path).to_yaml() == recipe.to_yaml()
+
+
+def test_defaults_of_one_recipe_are_not_those_of_another() -> None:
+    first, second = make_recipe(), make_recipe()
+    assert (first.betas, first.sample_prompts) == ([0.9, 0.95], ["从前，"])
+    assert first.betas is not second.betas
+    assert first.sample_prompts is not second.sample_prompts
+
+
+def test_tokens_and_steps_replace_each_other(tmp_path: Path) -> None:
+    path = write(tmp_path, "tokens: 1.5M\n")
+    assert load_recipe(path).total_steps == -(-1_500_000 // 128)
+    for setting in ("steps=7", "--steps=7"):
+        recipe = load_recipe(path, [setting])
+        assert (recipe.tokens, recipe.total_steps) == (None, 7)
+    recipe = load_recipe(write(tmp_path, "steps: 9\n"), ["tokens=1k"])
+    assert (recipe.steps, recipe.tokens, recipe.total_steps) == (None, 1000, 8)
+    for settings in (["tokens=1k", "steps=7"], ["steps=null"]):
+        with pytest.raises(UsageError, match="one of tokens and steps"):
+            load_recipe(path, settings)
+
+
+def test_settings_reach_the_model(tmp_path: Path) -> None:
+    path = write(tmp_path, "steps: 9\n")
+    settings = ["model.num_hidden_layers=5", "model.rope_scaling={type: linear, factor: 2}", "betas=[0.8, 0.9]"]
+    recipe = load_recipe(path, [*settings, "precision=fp16", "data.packing=concat", "max_grad_norm=0"])
+    assert recipe.model.num_hidden_layers == 5
+    assert recipe.model.rope_scaling is not None
+    assert recipe.model.rope_scaling.factor == 2
+    assert (recipe.betas, recipe.precision, recipe.data.packing) == ([0.8, 0.9], "fp16", "concat")
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("hidden_size=5", ["'hidden_size'", "'model.hidden_size'"]),
+        ("micro_batchsize=5", ["'micro_batchsize'", "'micro_batch_size'"]),
+        ("micro_batch_size=0", ["'micro_batch_size'", "0"]),
+        ("micro_batch_size=2.5", ["'micro_batch_size'", "2.5"]),
+        ("precision=bf61", ["'precision'", "'bf61'", "bf16"]),
+        ("betas=[0.9]", ["'betas'"]),
+        ("betas=[0.9, 1.0]", ["'betas[1]'", "1.0"]),
+        ("learning_rate=-1", ["'learning_rate'", "-1"]),
+        ("learning_rate=.nan", ["'learning_rate'"]),
+        ("tokens=30X", ["'tokens'", "30X"]),
+        ("tokens=0", ["'tokens'", "0"]),
+        ("seq_len=1", ["'seq_len'", "1"]),
+        ("stage_bounds=[0, 2]", ["stage_bounds [0, 2]", "0 to 4", "2 blocks"]),
+        ("stage_bounds=[0, 3, 2, 4]", ["stage_bounds", "rising"]),
+        ("stage_bounds=[1, 4]", ["stage_bounds", "0 to 4"]),
+        ("stage_bounds=[]", ["stage_bounds"]),
+        ("stage_bounds=[0, 2, 2, 4]", ["stage_bounds", "rising"]),
+        ("data.max_docs=1", ["'data.max_docs'", "1"]),
+        ("zero_stage=4", ["'zero_stage'", "4"]),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path: Path, setting: str, parts: list[str]) -> None:
+    path = write(tmp_path, "steps: 9\n")
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path, [setting])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("bounds", [[0, 4], [0, 1, 4], [0, 1, 2, 3, 4]])
+def test_bounds_by_hand(bounds: list[int]) -> None:
+    assert make_recipe(stage_bounds=bounds).stage_bounds == bounds
+
+
+def test_unknown_recipe_names_those_that_there_are() -> None:
+    with pytest.raises(UsageError) as caught:
+        recipe_path("qwen")
+    assert all(name in str(caught.value) for name in ("qwen", "demo", "minillm_1.4b"))
+    assert "_pretrain" not in str(caught.value)
+    assert recipe_path("minillm_1.4b") == RECIPES / "minillm_1.4b.yaml"
+    assert recipe_path("some/where.yaml") == Path("some/where.yaml")
+
+
+@pytest.mark.parametrize(("changes", "steps"), [({"tokens": 128}, 1), ({"tokens": 129}, 2), ({"steps": 3}, 3)])
+def test_steps_are_rounded_up(changes: dict[str, Any], steps: int) -> None:
+    recipe: Recipe = make_recipe(**{"steps": None, **changes})
+    assert (recipe.batch_tokens, recipe.total_steps) == (128, steps)

@@ -1,0 +1,182 @@
+"""A run that is stopped or killed and started again ends with the same bits as one that was not; dropout is on."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from processes import Finished, run_command, start_command, wait_until
+
+from megazh.config import from_mapping
+from megazh.errors import INTERRUPTED
+from megazh.pipeline.costs import LayerCosts
+from megazh.pipeline.split import best_bounds
+from megazh.training.checkpoint_list import STATE, list_checkpoints, read_manifest
+from megazh.training.metrics import read_metrics
+from megazh.training.weights import load_tensors
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS, EVERY = 24, 4
+BLOCKS = 4
+RECIPE = {
+    "model": {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "residual_dropout": 0.1,
+    },
+    "seq_len": 64,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "steps": STEPS,
+    "learning_rate": 1e-2,
+    "warmup": 4,
+    "checkpoint_every": EVERY,
+    "validate_every": 8,
+    "validation_samples": 5,
+    "sample_tokens": 4,
+    "max_grad_norm": 0.5,
+    "precision": "fp32",
+}
+
+
+@pytest.fixture
+def recipe(stories: Path, tmp_path: Path) -> Path:
+    """A recipe on an index of 200 stories."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "data": {"manifest": str(stories)}}))
+    return path
+
+
+class Lives:
+    """Runs of one layout."""
+
+    def __init__(self, recipe: Path, folder: Path, ranks: int, stages: int, settings: list[str]) -> None:
+        self._folder = folder
+        self._command = [sys.executable, "-m", "megazh", "pretrain", "-c", recipe, "--device", "cpu"]
+        self._command += ["-n", str(ranks), "-p", str(stages), *settings]
+        self._env = {
+            "MEGAZH_CACHE": str(folder / "cache"),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def to_the_end(self, run: Path) -> Finished:
+        """A life that ends by itself, and well."""
+        finished = run_command([*self._command, "-r", run], 240, self._env, self._folder)
+        assert finished.returncode == 0, finished
+        return finished
+
+    def ended_by(self, number: signal.Signals, run: Path, step: int) -> int:
+        """A life that gets a signal once `step` is done; returns the steps that are recorded then."""
+        with start_command([*self._command, "-r", run], self._env, self._folder) as running:
+            wait_until(
+                lambda: steps_of(run) >= step or running.process.poll() is not None, 240, f"step {step} of {run}"
+            )
+            running.process.send_signal(number)
+            finished = running.wait(90)
+            wait_until(lambda: not running.descendants(), 30, "the ranks end with the launcher")
+        assert finished.returncode == (-number if number == signal.SIGKILL else INTERRUPTED), finished
+        return steps_of(run)
+
+
+def steps_of(run: Path) -> int:
+    """Steps that a run has recorded so far; also where its last line is being written."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"kind": "step"') if path.exists() else 0
+
+
+def newest(run: Path) -> Path:
+    """The last checkpoint."""
+    return list_checkpoints(run / "checkpoints")[-1]
+
+
+def curve(run: Path) -> list[tuple[Any, ...]]:
+    """All that a run computes and tells, in order, without times."""
+    names = ("kind", "step", "tokens", "loss", "grad_norm", "learning_rate", "skipped", "bits_per_byte", "text")
+    return [tuple(record.get(name) for name in names) for record in read_metrics(run)]
+
+
+def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors in a file of a checkpoint."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from tensors(inner, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for key, inner in enumerate(value):
+            yield from tensors(inner, f"{path}/{key}")
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Curves, weights and optimizer are equal, bit for bit."""
+    assert curve(one) == curve(other)
+    assert newest(one).name == newest(other).name == f"step_{STEPS:08d}"
+    assert read_manifest(newest(one)).bounds == read_manifest(newest(other)).bounds
+    files = sorted(path.name for path in (newest(one) / STATE).iterdir())
+    assert files == sorted(path.name for path in (newest(other) / STATE).iterdir())
+    compared = 0
+    for name in files:
+        first, second = (dict(tensors(_load(newest(run) / STATE / name))) for run in (one, other))
+        assert first.keys() == second.keys()
+        for key, tensor in first.items():
+            assert torch.equal(tensor, second[key]), f"{name}: {key}"
+            compared += tensor.numel()
+    assert compared > 3 * 512 * 32, "weights and both moments"
+
+
+def _load(path: Path) -> Any:
+    from megazh.training.checkpoint import _allowed
+
+    return load_tensors(path, allowed=_allowed())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stages", "settings"),
+    [(1, 1, []), (2, 2, ["model.tie_word_embeddings=false", "activation_checkpointing=true"]), (4, 2, [])],
+)
+def test_the_same_bits_after_a_kill(
+    recipe: Path, tmp_path: Path, ranks: int, stages: int, settings: list[str]
+) -> None:
+    lives = Lives(recipe, tmp_path, ranks, stages, settings)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    lives.to_the_end(whole)
+    lost = lives.ended_by(signal.SIGKILL, broken, EVERY + 2)
+    kept = read_manifest(newest(broken)).step
+    assert EVERY <= kept <= lost < STEPS
+    assert kept % EVERY == 0
+    (broken / "checkpoints" / ".step_00000099.unfinished" / STATE).mkdir(parents=True)
+    finished = lives.to_the_end(broken)
+    assert f"resumed at step {kept} of {STEPS}" in finished.stdout
+    assert [path.name for path in (broken / "checkpoints").glob(".*")] == []
+    assert_same(whole, broken)
+
+
+def test_the_same_bits_after_ctrl_c_and_a_kill_in_bf16(recipe: Path, tmp_path: Path) -> None:
+    """With stages cut by the clock; what is measured in between may not move the layers of a run that is under way."""
+    lives = Lives(recipe, tmp_path, 2, 2, ["precision=bf16", "stage_costs=measured"])
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    lives.to_the_end(whole)
+    lives.ended_by(signal.SIGINT, broken, 2)
+    stopped = read_manifest(newest(broken))
+    assert 2 <= stopped.step < STEPS
+    assert steps_of(broken) == stopped.step, "the step that was being done is saved"
+    (note,) = (tmp_path / "cache" / "timings").iterdir()
+    values = json.loads(note.read_text())
+    values["costs"]["embedding"] = values["costs"]["block"] * 100
+    note.write_text(json.dumps(values))
+    assert best_bounds(from_mapping(values["costs"], LayerCosts, "").units(BLOCKS), 2) != stopped.bounds
+    lives.ended_by(signal.SIGKILL, broken, stopped.step + EVERY + 1)
+    lives.to_the_end(broken)
+    assert_same(whole, broken)
