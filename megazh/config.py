@@ -106,7 +106,9 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
     return values
 
 
-def read_layers(path: Path | str, inside: Sequence[Path] = ()) -> dict[str, Any]:
+def read_layers(
+    path: Path | str, alternatives: Sequence[tuple[str, str]] = (), inside: Sequence[Path] = ()
+) -> dict[str, Any]:
     """The mapping in a YAML file on top of those that its key `include` names.
 
     `include: base.yaml`, or a list of such, relative to the file. What is included first is overridden by what comes
@@ -114,6 +116,7 @@ def read_layers(path: Path | str, inside: Sequence[Path] = ()) -> dict[str, Any]
 
     Args:
         path: the file.
+        alternatives: pairs of keys of which one is wanted: a file that gives one drops the other from those below.
         inside: the files that are being read because they include this one.
 
     Raises:
@@ -129,7 +132,10 @@ def read_layers(path: Path | str, inside: Sequence[Path] = ()) -> dict[str, Any]
         raise UsageError(f"{path}: key 'include': expected the name of a file or a list of such, found {include!r}")
     merged: dict[str, Any] = {}
     for name in names:
-        merged = _merged(merged, read_layers(path.parent / name, [*inside, path.resolve()]))
+        merged = _merged(merged, read_layers(path.parent / name, alternatives, [*inside, path.resolve()]))
+    for one, other in [*alternatives, *((other, one) for one, other in alternatives)]:
+        if one in values and other not in values:
+            merged.pop(other, None)
     return _merged(merged, values)
 
 

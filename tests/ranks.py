@@ -52,8 +52,8 @@ def join_ranks() -> None:
     """Join the other ranks, as a rank of a run does."""
     import deepspeed
 
-    from megazh.pipeline.operators import use_no_compiled_operators
     from megazh.pipeline.engine import quiet
+    from megazh.pipeline.operators import use_no_compiled_operators
 
     torch.set_num_threads(1)
     use_no_compiled_operators()

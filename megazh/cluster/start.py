@@ -94,10 +94,18 @@ def _with_data(recipe: Recipe, asked: Start) -> tuple[Recipe, Path]:
         return recipe, Path(recipe.data.manifest).parent
     if not asked.inputs:
         raise UsageError("-i: expected files or folders of text")
-    name = Path(asked.inputs[0].rstrip("/*")).name.split(".")[0] or "text"
-    folder = Path("data_index") / (asked.run.name if asked.run else name)
+    folder = Path("data_index") / (asked.run.name if asked.run else _name_of(asked.inputs[0]))
     data = recipe.data.model_copy(update={"manifest": str(folder / "mixture.yaml"), "stories": None})
     return recipe.model_copy(update={"data": data}), folder
+
+
+def _name_of(text: str) -> str:
+    """`books` of `books.jsonl.gz`, `books/` and `books/*.txt`."""
+    for part in reversed(Path(text).parts):
+        name = part.split(".")[0]
+        if name and not any(wild in part for wild in "*?[") and part not in ("..", "/"):
+            return name
+    return "text"
 
 
 def _devices(asked: Start, hosts: list[Host], recipe: Recipe) -> Devices:

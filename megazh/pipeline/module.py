@@ -78,6 +78,10 @@ class DecoderPipeline(PipelineModule):
         self._blocks: list[Block] = [layer for layer in self.forward_funcs if isinstance(layer, Block)]
         self._head: Embedding | Head | None = self.forward_funcs[-1] if last in numbers else None
         self._norm: nn.Module | None = self.forward_funcs[-2] if last in numbers else None
+        # DeepSpeed sums gradient norms over the stages once for each of the optimizer's groups: with matrices in one
+        # and vectors in another, a stage without vectors (the embedding alone) would leave the others waiting for ever.
+        if all(parameter.dim() > 1 for parameter in self.parameters()):
+            self.placeholder = nn.Parameter(torch.zeros(1))
 
     def _partition_layers(self, method: str = "uniform") -> None:
         """Use our bounds; DeepSpeed's methods know neither FLOPs nor seconds."""

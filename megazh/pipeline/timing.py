@@ -91,9 +91,8 @@ def _measure(
     checkpointing: bool,
 ) -> LayerCosts:
     last = layer_count(config) - 1
-    embedding, block, norm, head = (
-        make_layer(config, number, seed=0).to(device, dtype) for number in (0, 1, last - 1, last)
-    )
+    embedding, block, norm = (make_layer(config, number, seed=0).to(device, dtype) for number in (0, 1, last - 1))
+    weight = make_layer(config, last, seed=0).get_parameter("weight").to(device, dtype).detach().requires_grad_()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (batch, seq_len), generator=generator).to(device)
     position_ids = torch.arange(seq_len, device=device).expand(batch, -1)
@@ -109,7 +108,7 @@ def _measure(
         run_block(block, hidden, attend, checkpointing).backward(gradient)
 
     def to_loss() -> None:
-        summed_cross_entropy(norm(hidden), head.weight, tokens).backward()
+        summed_cross_entropy(norm(hidden), weight, tokens).backward()
 
     return LayerCosts(
         unit="seconds",

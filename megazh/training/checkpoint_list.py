@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Literal
 
 from megazh.config import Config, from_mapping
 from megazh.errors import DataError, UsageError
@@ -24,7 +25,7 @@ class FileEntry(Config):
 class CheckpointManifest(Config):
     """The contents of `manifest.json`."""
 
-    format_version: int = 1
+    format_version: Literal[1] = 1
     step: int
     """Optimizer steps done."""
     samples: int

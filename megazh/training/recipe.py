@@ -197,7 +197,7 @@ def load_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: a key or value cannot work; one line that names it.
     """
-    values: dict[str, Any] = read_layers(path)
+    values: dict[str, Any] = read_layers(path, [("tokens", "steps")])
     for key, other in (("tokens", "steps"), ("steps", "tokens")):
         if any(setting.removeprefix("--").startswith(f"{key}=") for setting in settings):
             values.pop(other, None)

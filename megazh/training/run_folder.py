@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megazh.config import Config, from_mapping
 from megazh.errors import DataError, UsageError
@@ -41,7 +41,7 @@ class CorpusInfo(Config):
 class RunInfo(Config):
     """The contents of `run.json`."""
 
-    format_version: int = 1
+    format_version: Literal[1] = 1
     tokenizer: TokenizerInfo
     mixture: str
     """The manifest that the run reads."""

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from megazh.errors import DataError
+from megazh.files import check_sha256
 from megazh.model.decoder import Decoder
 from megazh.model.layers import layer_count
-from megazh.training.checkpoint_list import STATE, read_manifest
+from megazh.training.checkpoint_list import MANIFEST, STATE, read_manifest
 from megazh.training.recipe import Recipe
 
 
@@ -19,15 +20,19 @@ def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Deco
     Raises:
         DataError: a file is missing, damaged, or of another shape.
     """
-    read_manifest(checkpoint)
+    hashes = {entry.name: entry.sha256 for entry in read_manifest(checkpoint).files}
     model = Decoder(recipe.model, seed=None)
     last = layer_count(recipe.model) - 1
     layers = {0: model.embedding, last - 1: model.norm}
-    layers.update({number + 1: block for number, block in enumerate(model.blocks)})  # type: ignore[arg-type]
+    layers.update({number + 1: block for number, block in enumerate(model.blocks)})
     if not recipe.model.tie_word_embeddings:
         layers[last] = model.head
     for number, layer in layers.items():
-        path = checkpoint / STATE / f"layer_{number:02d}-model_states.pt"
+        name = f"{STATE}/layer_{number:02d}-model_states.pt"
+        path = checkpoint / name
+        if name not in hashes:
+            raise DataError(f"{path}: missing in {checkpoint / MANIFEST}: the checkpoint is of another model")
+        check_sha256(path, hashes[name])
         try:
             layer.load_state_dict(load_tensors(path, device), assign=True)
         except (RuntimeError, KeyError, AttributeError, TypeError) as error:

@@ -24,7 +24,7 @@ LAYOUTS = {
     1: {1: [*FP32, *BF16]},
     2: {2: [*FP32, *BF16], 1: ["tied", "z_loss"]},
     3: {3: ["tied", "neox"]},
-    4: {2: ["tied", "untied"], PARTS: ["untied"]},
+    4: {2: ["tied", "untied"], PARTS: ["tied", "untied"]},
 }
 RUNS = [(n, stages, name) for n, layouts in LAYOUTS.items() for stages, names in layouts.items() for name in names]
 
@@ -44,7 +44,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     @functools.cache
     def launched(ranks: int) -> list[dict[str, Any]]:
         runs = [f"{stages}/{name}" for stages, names in LAYOUTS[ranks].items() for name in names]
-        return run_ranks(SCRIPT, ranks, runs, tmp_path_factory.mktemp("ladder"), timeout=240)
+        return run_ranks(SCRIPT, ranks, runs, tmp_path_factory.mktemp("ladder"), timeout=150)
 
     return launched
 

@@ -46,7 +46,7 @@ def save_to(engine: Any, folder: Path, step: int) -> Path:
 
 
 def save(folder: Path, arguments: list[str]) -> dict[str, Any]:
-    """Save each of `TRAINED` after two steps; tells the logits of the trained pipeline, and its weights a step later."""
+    """Save each of `TRAINED` after two steps; tells the trained pipeline's logits, and its weights a step later."""
     found = {}
     for name, case in TRAINED.items():
         module, engine = trained(case, 2)

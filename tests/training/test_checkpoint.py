@@ -20,13 +20,13 @@ from pipeline.ladder_rank import PARTS
 from processes import wait_until
 from ranks import run_ranks, start_ranks
 from recipes import make_recipe
+from training.checkpoint_rank import ROW, TRAINED
 
 from megazh.errors import DataError, WorkerError
 from megazh.model.decoder import Decoder
 from megazh.training.checkpoint import remove_unfinished
 from megazh.training.checkpoint_list import MANIFEST, STATE, list_checkpoints, read_manifest
 from megazh.training.weights import load_decoder
-from training.checkpoint_rank import ROW, TRAINED
 
 SCRIPT = Path(__file__).parent / "checkpoint_rank.py"
 CPU = torch.device("cpu")

@@ -146,9 +146,7 @@ def _load(path: Path) -> Any:
     ("ranks", "stages", "settings"),
     [(1, 1, []), (2, 2, ["model.tie_word_embeddings=false", "activation_checkpointing=true"]), (4, 2, [])],
 )
-def test_the_same_bits_after_a_kill(
-    recipe: Path, tmp_path: Path, ranks: int, stages: int, settings: list[str]
-) -> None:
+def test_the_same_bits_after_a_kill(recipe: Path, tmp_path: Path, ranks: int, stages: int, settings: list[str]) -> None:
     lives = Lives(recipe, tmp_path, ranks, stages, settings)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     lives.to_the_end(whole)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from recipes import make_recipe
+from training.stages_rank import RANKS, RECIPE, clock
 
 from megazh.errors import UsageError
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
@@ -15,7 +16,6 @@ from megazh.pipeline.split import best_bounds
 from megazh.training.layout import Layout, make_layout
 from megazh.training.recipe import Recipe
 from megazh.training.stages import agree_on_bounds, bounds_for, memory_limit
-from training.stages_rank import RANKS, RECIPE, clock
 
 CPU = torch.device("cpu")
 EVEN = LayerCosts(unit="seconds", embedding=1.0, block=1.0, head=1.0)
