@@ -9,9 +9,9 @@ from megazh.cli.options import Subparsers, add_command, count
 from megazh.errors import UsageError
 
 EXAMPLES = """examples:
-  megazh sample runs/demo '从前，'
-  megazh sample runs/demo '小兔子' --temperature 0                     the most likely continuation
-  megazh sample runs/demo '小兔子' --top-p 0.9 --count 3 --seed 7
+  megazh sample runs/demo '春天的一个早晨，'
+  megazh sample runs/demo '秋天到了，' --temperature 0                  the most likely continuation
+  megazh sample runs/demo '秋天到了，' --top-p 0.9 --count 3 --seed 7
   megazh sample runs/qwen0.5b_6x3090 '中国的首都是' --checkpoint step_00001000 --device cuda"""
 
 

@@ -79,6 +79,10 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
         raise UsageError(f"--mfu {assumed.mfu}: expected a share above 0 and up to 1")
     if not assumed.bandwidth > 0:
         raise UsageError(f"--bandwidth {assumed.bandwidth}: expected more than 0 GB/s")
+    if assumed.memory_gib is not None and not assumed.memory_gib > OUTSIDE_TORCH:
+        raise UsageError(
+            f"--memory {assumed.memory_gib}: expected more GiB than the {OUTSIDE_TORCH} that CUDA and NCCL take"
+        )
     name, memory_gib = CARDS[assumed.card]
     limit_gib = (assumed.memory_gib or memory_gib) - OUTSIDE_TORCH
     peak = peak_flops(name, recipe.peak_tflops)
@@ -229,8 +233,9 @@ def _reason(choices: list[Choice], limit_gib: float) -> Iterator[str]:
     best = choices[0]
     layout = best.layout
     if best.memory_gib > limit_gib:
+        least = min(choices, key=lambda choice: choice.memory_gib)
         yield (
-            f"nothing fits {limit_gib:.1f} GiB; the least is pp={layout.stages} with {best.memory_gib:.1f}: set "
+            f"nothing fits {limit_gib:.1f} GiB; the least is pp={least.layout.stages} with {least.memory_gib:.1f}: set "
             "activation_checkpointing=true, or a smaller micro_batch_size"
         )
         return

@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megazh.cluster.gpus import Devices, choose_devices, parse_gpu_list
@@ -68,9 +68,12 @@ def start(asked: Start) -> int:
         _dry_run(recipe, layout, devices, run, command)
         return 0
     _refuse_changed_layout(run, layout, recipe)
+    if run.exists:
+        run.check_recipe(recipe)
+    if asked.inputs:
+        _prepare(recipe, prepared, asked)
     if _complete(run, recipe):
-        for line in describe_end(run, recipe, _again(asked)):
-            print(line)
+        _describe_end(run, recipe, asked)
         return 0
     mixture = _open_mixture(recipe, prepared, asked)
     with locked(run.lock, f"{run.path}: another job is training in this folder"):
@@ -79,8 +82,7 @@ def start(asked: Start) -> int:
             print(line, flush=True)
         code = _launch(command, asked, hosts, devices, layout, run)
     if code == 0:
-        for line in describe_end(run, recipe, _again(asked)):
-            print(line)
+        _describe_end(run, recipe, asked)
     return code
 
 
@@ -125,7 +127,8 @@ def _stages(asked: Start, devices: Devices, recipe: Recipe) -> int:
         return asked.stages
     chosen = asked.gpus is not None or asked.count is not None or asked.hostfile is not None
     if not chosen and devices.ranks % recipe.pipe_parallel_size:
-        _say(f"{devices.ranks} GPUs here, and the recipe has {recipe.pipe_parallel_size} pipeline stages: taking one")
+        unit = "GPU" if devices.ranks == 1 else "GPUs"
+        _say(f"{devices.ranks} {unit} here, and the recipe has {recipe.pipe_parallel_size} pipeline stages: taking one")
         return 1
     return recipe.pipe_parallel_size
 
@@ -149,22 +152,27 @@ def _complete(run: RunFolder, recipe: Recipe) -> bool:
     return bool(checkpoints) and read_manifest(checkpoints[-1]).step >= recipe.total_steps
 
 
-def _open_mixture(recipe: Recipe, folder: Path, asked: Start) -> Mixture:
-    """The mixture, made first where the recipe or -i says from what; checked against the model and the length."""
-    data, manifest = recipe.data, Path(recipe.data.manifest)
-    if asked.inputs or (data.stories and not manifest.exists()):
-        from megazh.training.prepare import prepare
+def _prepare(recipe: Recipe, folder: Path, asked: Start) -> None:
+    """Make data from the text of -i, or from stories; where it is there already, check it."""
+    from megazh.training.prepare import prepare
 
-        prepare(
-            folder,
-            recipe.model.vocab_size,
-            recipe.seed,
-            asked.inputs,
-            asked.text_key,
-            asked.text_documents,
-            data.stories or 1,
-            say=lambda line: print(line, flush=True),
-        )
+    prepare(
+        folder,
+        recipe.model.vocab_size,
+        recipe.seed,
+        asked.inputs,
+        asked.text_key,
+        asked.text_documents,
+        recipe.data.stories or 1,
+        say=lambda line: print(line, flush=True),
+    )
+
+
+def _open_mixture(recipe: Recipe, folder: Path, asked: Start) -> Mixture:
+    """The mixture, made first where the recipe says from what; checked against the model and the length."""
+    data, manifest = recipe.data, Path(recipe.data.manifest)
+    if data.stories and not manifest.exists():
+        _prepare(recipe, folder, asked)
     if not manifest.exists() and not Path(f"{manifest}.idx").exists():
         prefix = manifest.with_suffix("")
         raise UsageError(
@@ -180,9 +188,10 @@ def _open_mixture(recipe: Recipe, folder: Path, asked: Start) -> Mixture:
         )
     needed = recipe.total_steps * recipe.global_batch_size
     if mixture.end is not None and needed > mixture.end:
+        steps = mixture.end // recipe.global_batch_size
         raise UsageError(
             f"the run takes {needed:,} samples, and {manifest} ends after {mixture.end:,} (on_exhausted: stop); set "
-            f"steps={mixture.end // recipe.global_batch_size}, or on_exhausted: wrap"
+            f"{f'steps={steps}, or ' if steps else ''}on_exhausted: wrap"
         )
     return mixture
 
@@ -196,7 +205,11 @@ def _launch(
         return _launch_on_hosts(deepspeed_command(asked.hostfile, hosts, slots, free_port(), command))
     labels = [f"rank {rank} (stage {rank // layout.replicas})" for rank in range(layout.ranks)]
     python_path = str(Path(__file__).resolve().parents[2])
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, (python_path, os.environ.get("PYTHONPATH"))))}
+    env = {
+        "PYTHONPATH": os.pathsep.join(filter(None, (python_path, os.environ.get("PYTHONPATH")))),
+        # torch warns that NCCL guesses a rank's device; each rank has set its own.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+    }
     return run_local(["-m", "megazh", *command], layout.ranks, env, devices.ids, run.logs, labels)
 
 
@@ -222,17 +235,29 @@ def _dry_run(recipe: Recipe, layout: Layout, devices: Devices, run: RunFolder, c
     print("dry run: nothing was started")
 
 
-def _again(asked: Start) -> str:
-    """The command that was given, without its settings."""
-    words = ["bash", "jobs/run_pretrain.sh", "-t", asked.kind]
+def _describe_end(run: RunFolder, recipe: Recipe, asked: Start) -> None:
+    kept = [text for text in asked.settings if not text.removeprefix("--").startswith(("steps=", "tokens=", "resume="))]
+    longer = replace(asked, settings=[*kept, f"steps={2 * recipe.total_steps}"])
+    anew = replace(asked, run=run.path.with_name(f"{run.path.name}-2"))
+    for line in describe_end(run, recipe, _command(longer), _command(anew)):
+        print(line)
+
+
+def _command(asked: Start) -> str:
+    """The command line that asks for this."""
+    script = Path("jobs") / "run_pretrain.sh"
+    if not script.exists():  # called from another folder
+        script = Path(__file__).resolve().parents[2] / script
+    words = ["bash", str(script), "-t", asked.kind]
     options = {
         "-c": asked.recipe, "-g": asked.gpus, "-n": asked.count, "-p": asked.stages, "-H": asked.hostfile,
         "-r": asked.run, "--device": asked.device,
     }  # fmt: skip
+    if asked.inputs:
+        options |= {"--text-key": asked.text_key, "--text-documents": asked.text_documents}
     for name, value in options.items():
         if value is not None:
             words += [name, str(value)]
     if asked.inputs:
         words += ["-i", *asked.inputs]
-    kept = [setting for setting in asked.settings if not setting.startswith(("steps=", "tokens="))]
-    return shlex.join([*words, *kept])
+    return shlex.join([*words, *asked.settings])

@@ -17,6 +17,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from megazh import __version__
 from megazh.errors import DataError, MegazhError, WorkerError
 from megazh.files import fsync_directory, sha256_file, write_atomic
+from megazh.pipeline.engine import quiet
 from megazh.training.checkpoint_list import MANIFEST, STATE, CheckpointManifest, FileEntry, checkpoint_path
 from megazh.training.weights import load_tensors
 
@@ -93,6 +94,8 @@ def save_checkpoint(
             versions=_versions(),
             files=[entries[name] for name in sorted(entries)],
         )
+        for script in temporary.glob("*.py"):  # DeepSpeed's own tools: they unpickle, and no hash covers them
+            script.unlink()
         write_atomic(temporary / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
         fsync_directory(temporary / STATE)
         shutil.rmtree(target, ignore_errors=True)  # of a life of this run that was rolled back
@@ -119,7 +122,8 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: CheckpointManifest)
         )
     engine.checkpoint_engine = _SafeCheckpointEngine()
     try:
-        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE, load_lr_scheduler_states=False)
+        with quiet():
+            loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE, load_lr_scheduler_states=False)
     except MegazhError:
         raise
     except Exception as error:

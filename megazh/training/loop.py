@@ -204,7 +204,7 @@ class _Trainer:
                 data_seconds=data_seconds,
                 skipped=engine.skipped_steps > skipped_before,
                 eta_seconds=self._eta(seconds),
-                loss_scale=engine.loss_scale() if self._precision is Precision.FP16 else None,
+                loss_scale=float(engine.optimizer.loss_scale) if self._precision is Precision.FP16 else None,
             )
         )
         return stop > 0

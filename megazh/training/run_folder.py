@@ -25,6 +25,8 @@ _FREE = {
     "data.manifest", "data.stories", "data.workers",  # what the manifest holds is compared by itself
 }  # fmt: skip
 
+_REMEDY = "give the same again, or another folder with -r"
+
 
 class CorpusInfo(Config):
     """An index that the run reads."""
@@ -101,7 +103,8 @@ class RunFolder:
         """
         info = _describe(mixture)
         if self.exists:
-            self._check_same(recipe, info)
+            self.check_recipe(recipe)
+            self._check_data(info)
         else:
             first = mixture.corpora[0]
             self.path.mkdir(parents=True, exist_ok=True)
@@ -111,13 +114,15 @@ class RunFolder:
         # Last, and on every start: with it, the run counts as begun.
         write_atomic(self.path / CONFIG, recipe.to_yaml().encode())
 
-    def _check_same(self, recipe: Recipe, info: RunInfo) -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raises UsageError where the run was begun with another model or seed; names the key and both values."""
         before, now = self.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
-        remedy = "give the same again, or another folder with -r"
         for key, (old, new) in _differences(before, now):
             if key not in _FREE:
-                raise UsageError(f"{self.path}: the run was begun with {key}={old}, and this one has {new}; {remedy}")
-        was = self.info()
+                raise UsageError(f"{self.path}: the run was begun with {key}={old}, and this one has {new}; {_REMEDY}")
+
+    def _check_data(self, info: RunInfo) -> None:
+        was, remedy = self.info(), _REMEDY
         if was.tokenizer.fingerprint != info.tokenizer.fingerprint:
             raise UsageError(f"{self.path}: the run was begun with another tokenizer; {remedy}")
         old_data = [(corpus.name, corpus.sha256, corpus.training_documents) for corpus in was.corpora]

@@ -1,8 +1,8 @@
 """What a run says before it starts and after it ends."""
 
+import shlex
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from megazh.model.counts import flops_per_token, parameter_counts
@@ -87,8 +87,13 @@ def stage_parameters(recipe: Recipe, begin: int, end: int, counts: Any) -> int:
     return tables * counts.embedding + blocks * counts.block + final * counts.norm
 
 
-def describe_end(run: RunFolder, recipe: Recipe, again: str) -> Iterator[str]:
-    """The lines that say what a complete run has come to, and how to go on."""
+def describe_end(run: RunFolder, recipe: Recipe, longer: str, anew: str) -> Iterator[str]:
+    """The lines that say what a complete run has come to, and how to go on.
+
+    Args:
+        longer: the command that trains on, twice as long.
+        anew: the command that begins another run of the same.
+    """
     records = read_metrics(run.path)
     steps = [record for record in records if record["kind"] == "step"]
     validations = [record for record in records if record["kind"] == "validation"]
@@ -113,11 +118,7 @@ def describe_end(run: RunFolder, recipe: Recipe, again: str) -> Iterator[str]:
     yield ""
     yield "go on:"
     prompt = recipe.sample_prompts[0] if recipe.sample_prompts else "从前，"
-    yield f"  megazh sample {run.path} '{prompt}'"
-    yield f"  tensorboard --logdir {run.path / 'tensorboard'}"
-    yield f"  {again} steps={2 * recipe.total_steps}    # train on, twice as long"
-    yield f"  {_anew(again, run.path)}    # another run from the start"
-
-
-def _anew(again: str, path: Path) -> str:
-    return f"{again} -r {path}-2"
+    yield f"  {shlex.join(['megazh', 'sample', str(run.path), prompt])}"
+    yield f"  {shlex.join(['tensorboard', '--logdir', str(run.path / 'tensorboard')])}"
+    yield f"  {longer}    # train on, twice as long"
+    yield f"  {anew}    # another run from the start"

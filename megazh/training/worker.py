@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,9 @@ def work(run: Path, stages: int, kind: str) -> int:
         stages: of the pipeline.
         kind: `cpu` or `cuda`.
     """
+    # DeepSpeed broadcasts a flag inside of a backward pass, and synchronises without naming its device: both harmless.
+    warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the loop can save; a run that has not begun loses nothing
     from megazh.training.loop import Interrupted, train  # imports DeepSpeed, which looks for its accelerator
 

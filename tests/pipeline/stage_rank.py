@@ -70,7 +70,7 @@ def through_stages(module: Any, tokens: torch.Tensor, positions: torch.Tensor, b
     layout = torch.cat((positions, bounds), 1)
     states = tokens
     for stage in range(module.num_stages):
-        found = torch.empty(*tokens.shape, module.config.hidden_size)
+        found = torch.empty(*tokens.shape, module.config.hidden_size, dtype=next(module.parameters()).dtype)
         if stage == module.stage_id:
             found = module((states, layout))[0].detach()
             own = module.logits(found) if module.is_last else found

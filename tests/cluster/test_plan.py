@@ -1,0 +1,138 @@
+"""Plans of recipes that come along, against numbers worked out by hand."""
+
+import re
+from typing import Any
+
+import pytest
+
+from megazh.cluster.plan import OUTSIDE_TORCH, Assumptions, plan
+from megazh.errors import UsageError
+from megazh.training.recipe import load_recipe, recipe_path
+
+TOKENS = 38147 * 786_432
+BLOCK = 6 * 12_845_056 + 6 * 1024 * 1024
+HEAD = 6 * 151_936 * 1024
+RATE = 0.4 * 71e12
+"""FLOPs a second of a 3090 at the share that is assumed."""
+
+
+def lines_of(name: str = "qwen0.5b_6x3090", gpus: int = 6, settings: list[str] | None = None, **assumed: Any) -> list:
+    """The plan of a recipe."""
+    return list(plan(load_recipe(recipe_path(name), settings or []), gpus, Assumptions(**assumed)))
+
+
+def table(lines: list[str]) -> dict[int, list[str]]:
+    """The rows of the table of layouts by their stages, in order: all behind stages and replicas."""
+    rows = [line.split() for line in lines if re.match(r" *\d+ +\d+ +\d+ .*s ", line)]
+    return {int(row[0]): row[1:] for row in rows}
+
+
+def holdings(lines: list[str], stages: int) -> list[str]:
+    """What the stages of a layout hold."""
+    begin = next(number for number, line in enumerate(lines) if line.startswith(f"stages of pp={stages} ")) + 2
+    return [re.split(r"  +", line.strip())[1] for line in lines[begin : begin + stages]]
+
+
+def test_stages_of_the_half_billion() -> None:
+    lines = lines_of()
+    assert holdings(lines, 1) == ["embedding + 24 layers + head"]
+    assert holdings(lines, 2) == ["embedding + 18 layers", "6 layers + head"]
+    assert holdings(lines, 3) == ["embedding + 12 layers", "12 layers", "head"]
+    assert holdings(lines, 6)[-1] == "head"
+
+
+def test_layouts_of_the_half_billion() -> None:
+    rows = table(lines_of())
+    micro_batches = {1: 16, 2: 32, 3: 48, 6: 96}
+    assert {stages: int(row[1]) for stages, row in rows.items()} == micro_batches
+    for stages, row in rows.items():
+        assert row[2] == f"{(stages - 1) / (micro_batches[stages] + stages - 1):.1%}"
+    assert rows[2][2] == f"{1 / 33:.1%}" == "3.0%"
+    # The slower of 18 layers and of 6 with the head, against the mean of the two.
+    slowest, whole = 18 * BLOCK, 24 * BLOCK + HEAD
+    assert slowest > 6 * BLOCK + HEAD
+    assert rows[2][3] == f"{1 - whole / 2 / slowest:.1%}"
+    # Bytes a parameter: the gradient in fp32 twice, the weight in bf16 once; all but the share of one of the replicas.
+    reduce = {1: 10 * 463_987_712 * 5 / 6 / 10e9, 2: 10 * 386_885_632 * 2 / 3 / 10e9}
+    micro_batch = 8 * 1024
+    seconds = {1: 16 * whole * micro_batch / RATE + reduce[1], 2: 33 * slowest * micro_batch / RATE + reduce[2]}
+    for stages, step in seconds.items():
+        assert rows[stages][4] == f"{reduce[stages]:.2f}s"
+        assert rows[stages][6] == f"{786_432 / step / 6:,.0f}"
+        assert float(rows[stages][7]) == pytest.approx(38147 * step / 86400, abs=0.006)
+
+
+def test_rule_of_thumb() -> None:
+    days = 8 * TOKENS * 463_987_712 / (6 * RATE) / 86400
+    assert f"{days:.2f}" == "7.56"
+    assert any(line.startswith("rule of thumb: ") and "= 7.56 days" in line for line in lines_of())
+    assert any("= 15.13 days" in line for line in lines_of(mfu=0.2))
+
+
+def test_best_first_and_the_reason() -> None:
+    lines = lines_of()
+    days = [float(row[7]) for row in table(lines).values()]
+    assert days == sorted(days)
+    assert lines[-2].startswith("best: pp=1 x dp=6: no bubble")
+    assert lines[-1] == "take it with: -p 1"
+    slow = lines_of(bandwidth=0.5)
+    assert next(iter(table(slow))) != 1, "where gradients are slow to sum, a pipeline wins"
+    assert "s a step less than with one stage" in slow[-2]
+
+
+def test_another_card_is_faster() -> None:
+    assert float(table(lines_of(card="h100"))[1][7]) < float(table(lines_of())[1][7]) / 5
+
+
+def test_settings_count() -> None:
+    rows = table(lines_of(settings=["micro_batch_size=4", "tokens=15B"]))
+    assert rows[2][1] == "64"
+    assert float(rows[1][7]) == pytest.approx(float(table(lines_of())[1][7]) / 2, rel=0.01)
+
+
+def test_what_does_not_fit_is_said_and_comes_last() -> None:
+    lines = lines_of("minillm_1.4b")
+    rows = table(lines)
+    full = [row[-2:] == ["too", "large"] for row in rows.values()]
+    assert full == sorted(full)
+    assert any(full)
+    assert not all(full)
+    flat = float(rows[1][5])
+    assert flat > 24 - OUTSIDE_TORCH
+    assert lines[-2].endswith(f"one stage needs {flat:.1f} GiB and there are {24 - OUTSIDE_TORCH:.1f}")
+
+
+def test_nothing_fits() -> None:
+    lines = lines_of(memory_gib=8.0)
+    rows = table(lines)
+    assert all(row[-2:] == ["too", "large"] for row in rows.values())
+    least = min(rows, key=lambda stages: float(rows[stages][5]))
+    assert least != next(iter(rows)), "the fastest is not the smallest here"
+    assert lines[-1].startswith(f"nothing fits 6.5 GiB; the least is pp={least} with {rows[least][5]}: set ")
+    assert not any(line.startswith("best") for line in lines)
+
+
+def test_layouts_that_do_not_add_up_are_named() -> None:
+    lines = lines_of(gpus=5, settings=["global_batch_size=16"])
+    assert list(table(lines)) == [5]
+    assert any(line.startswith("pp=1 x dp=5: global_batch_size 16 does not divide") for line in lines)
+    with pytest.raises(UsageError, match=r"^no layout of 7 GPUs works: pp=1 x dp=7: .*; pp=7 x dp=1: "):
+        lines_of("demo", gpus=7)
+
+
+@pytest.mark.parametrize(
+    ("assumed", "message"),
+    [
+        ({"card": "3080"}, "--card 3080: expected one of 3090, 4090, a100-40, a100, h100, h200"),
+        ({"mfu": 0.0}, "--mfu 0.0: expected a share"),
+        ({"mfu": 1.1}, "--mfu 1.1: expected a share"),
+        ({"mfu": float("nan")}, "--mfu nan: expected a share"),
+        ({"bandwidth": 0.0}, "--bandwidth 0.0: expected more than 0 GB/s"),
+        ({"memory_gib": 0.0}, "--memory 0.0: expected more GiB than the 1.5"),
+        ({"memory_gib": -3.0}, "--memory -3.0: expected more GiB than the 1.5"),
+    ],
+)
+def test_assumptions_that_cannot_be(assumed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        lines_of(**assumed)
+    assert str(refusal.value).startswith(message)

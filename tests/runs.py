@@ -1,0 +1,112 @@
+"""A tiny recipe as a file, and a run folder made by hand, with the weights of a model that has learned nothing."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megazh.index.mixture import Mixture
+from megazh.model.decoder import Decoder
+from megazh.training.checkpoint_list import MANIFEST, STATE, checkpoint_path
+from megazh.training.metrics import Metrics, StepRecord
+from megazh.training.recipe import Recipe, load_recipe
+from megazh.training.run_folder import RunFolder
+
+RECIPE: dict[str, Any] = {
+    "model": {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    },
+    "data": {"manifest": "data_index/mini/mixture.yaml", "stories": 200},
+    "seq_len": 32,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "steps": 6,
+    "learning_rate": 1e-2,
+    "warmup": 0.1,
+    "precision": "fp32",
+    "gpus": 2,
+    "pipe_parallel_size": 2,
+    "checkpoint_every": 0,
+    "validate_every": 0,
+    "validation_samples": 4,
+    "sample_tokens": 8,
+}
+
+
+def write_recipe(path: Path, manifest: Path | None = None, **changes: Any) -> Path:
+    """Write the tiny recipe to `path`; on data that is there where `manifest` is given, else on stories to be made."""
+    values = {**RECIPE, **changes, "model": {**RECIPE["model"], **changes.get("model", {})}}
+    if manifest is not None:
+        values["data"] = {"manifest": str(manifest)}
+    path.write_text(yaml.safe_dump(values, allow_unicode=True))
+    return path
+
+
+def make_run(path: Path, recipe: Path, step: int = 6, dtype: torch.dtype = torch.float32) -> RunFolder:
+    """A run of one stage in the folder `path`, with a checkpoint of `step` as training writes it, but no optimizer."""
+    run, values = RunFolder(path), load_recipe(recipe)
+    run.begin(values, Mixture(values.data.manifest, values.seq_len))
+    add_checkpoint(run, values, step, dtype)
+    return run
+
+
+def add_checkpoint(run: RunFolder, recipe: Recipe, step: int, dtype: torch.dtype = torch.float32) -> Path:
+    """Save initial weights, other ones for each step."""
+    model = Decoder(recipe.model, seed=step).to(dtype)
+    blocks = len(model.blocks)
+    layers = {0: model.embedding, **dict(enumerate(model.blocks, 1)), blocks + 1: model.norm}
+    if not recipe.model.tie_word_embeddings:
+        layers[blocks + 2] = model.head
+    path = checkpoint_path(run.checkpoints, step)
+    (path / STATE).mkdir(parents=True)
+    for number, layer in layers.items():
+        torch.save(layer.state_dict(), path / STATE / f"layer_{number:02d}-model_states.pt")
+    write_manifest(path, step, recipe)
+    return path
+
+
+def write_manifest(checkpoint: Path, step: int, recipe: Recipe) -> None:
+    """Write the manifest of the files that lie in a checkpoint."""
+    files = [
+        {
+            "name": f"{STATE}/{file.name}",
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        for file in sorted((checkpoint / STATE).iterdir())
+    ]
+    samples = step * recipe.global_batch_size
+    values = {
+        "format_version": 1,
+        "step": step,
+        "samples": samples,
+        "tokens": samples * recipe.seq_len,
+        "stages": 1,
+        "replicas": 1,
+        "bounds": [0, recipe.model.num_hidden_layers + 2],
+        "precision": "fp32",
+        "versions": {},
+        "files": files,
+    }
+    (checkpoint / MANIFEST).write_text(json.dumps(values))
+
+
+def write_metrics(run: RunFolder, steps: int, seconds: float = 0.5) -> None:
+    """Metrics of a run of so many steps: losses 4, 3.5, 3 and so on, two validations, three samples."""
+    with Metrics(run.path, 0, quiet=False) as metrics:
+        metrics.validation(0, 0, 5.0, 4.0, 4)
+        for step in range(1, steps + 1):
+            loss = 4.5 - step / 2
+            metrics.step(
+                StepRecord(step, steps, step * 256, loss, 1e-3, 1.0, seconds, 1.0, 1.0, None, None, None, 0.0, False, 0)
+            )
+        metrics.validation(steps, steps * 256, 2.5, 2.0, 4)
+        for number, text in enumerate(["一", "二\n二", "三"]):
+            metrics.sample(steps, f"问{number}", text)
