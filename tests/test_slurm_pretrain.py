@@ -76,7 +76,7 @@ def test_the_signal_before_the_end_reaches_the_launcher(
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_a_run_to_its_end(slurm: SlurmCluster, tmp_path: Path) -> None:
-    options = ["--device", "cpu", "-c", "demo", "-n", "2", "steps=3", "data.story_count=300"]
+    options = ["--device", "cpu", "-c", "demo", "-n", "2", "steps=3", "data.stories=300"]
     environ = {"MEGAZH_PYTHON": sys.executable}
     job = submit(slurm, tmp_path, "--gres=none", SCRIPT, *options, environ=environ)
     log = tmp_path / f"slurm-pretrain-{job}.out"
@@ -84,3 +84,13 @@ def test_a_run_to_its_end(slurm: SlurmCluster, tmp_path: Path) -> None:
     (metrics,) = tmp_path.rglob("metrics.jsonl")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [record["step"] for record in records if record["kind"] == "step"] == [1, 2, 3]
+    assert metrics.parent == tmp_path / "runs" / "demo"
+    assert (metrics.parent / "checkpoints" / "step_00000003" / "manifest.json").exists()
+    said = log.read_text()
+    assert "runs/demo: complete, 3 steps" in said
+    # Submitted again, it finds the run complete.
+    job = submit(slurm, tmp_path, "--gres=none", SCRIPT, *options, environ=environ)
+    assert slurm.wait_job(job, timeout=120) == "COMPLETED"
+    again = (tmp_path / f"slurm-pretrain-{job}.out").read_text()
+    assert "runs/demo: complete, 3 steps" in again
+    assert "step 1/3" not in again

@@ -14,6 +14,8 @@ EXAMPLES = """examples:
   megazh sample runs/demo '秋天到了，' --top-p 0.9 --count 3 --seed 7
   megazh sample runs/qwen0.5b_6x3090 '中国的首都是' --checkpoint step_00001000 --device cuda"""
 
+_SEEDS = 1 << 32
+
 
 def add_to(commands: Subparsers) -> None:
     """Add `sample`."""
@@ -45,6 +47,10 @@ def _sample(options: argparse.Namespace) -> None:
     drawing = SamplingOptions(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
     if not options.prompt:
         raise UsageError("the prompt is empty: give at least one character")
+    if any("\udc80" <= each <= "\udcff" for each in options.prompt):  # what Python makes of bytes that are no UTF-8
+        raise UsageError("the prompt is not valid UTF-8: set the terminal to UTF-8")
+    if not 0 <= options.seed < _SEEDS:
+        raise UsageError(f"--seed {options.seed}: expected a number from 0 to {_SEEDS - 1}")
     model = open_model(options.run, options.checkpoint, options.device)
     for number in range(options.count):
         begun, tokens = time.perf_counter(), 0

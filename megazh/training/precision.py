@@ -1,7 +1,5 @@
 """Which dtypes a run uses on a device, and which combinations are refused."""
 
-import torch
-
 from megazh.errors import UsageError
 from megazh.pipeline.precision import Precision, check_engine
 from megazh.training.layout import Layout
@@ -39,15 +37,6 @@ def check_precision(recipe: Recipe, layout: Layout, kind: str) -> None:
     )
     if precision is Precision.FP16 and kind == "cpu" and not _cpu_has_fp16():
         raise UsageError("precision=fp16: DeepSpeed has no fp16 on this CPU; set precision=fp32 or bf16")
-    if kind == "cuda" and precision is not Precision.FP32:
-        for number in range(torch.cuda.device_count()):
-            capability = torch.cuda.get_device_capability(number)
-            if capability < (8, 0):
-                raise UsageError(
-                    f"precision={precision}: GPU {number} ({torch.cuda.get_device_name(number)}) has compute "
-                    f"capability {capability[0]}.{capability[1]}, and attention within documents needs 8.0 in "
-                    f"{precision}; set precision=fp32"
-                )
 
 
 def _cpu_has_fp16() -> bool:

@@ -53,4 +53,5 @@ def load_tensors(path: Path, map_location: Any = None, allowed: Sequence[Any] = 
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # pickle, zip and torch raise whatever they like
-            raise DataError(f"{path}: not a checkpoint file: {str(error).splitlines()[0]}") from None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"{path}: not a checkpoint file: {reason}") from None

@@ -1,6 +1,7 @@
 """What a run says of itself before and after, against numbers worked out by hand."""
 
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_parameters_of_the_stages_sum_up(tied: bool) -> None:
 
 def _sum(recipe: Recipe, bounds: list[int]) -> int:
     counts = parameter_counts(recipe.model)
-    return sum(stage_parameters(recipe, a, b, counts) for a, b in zip(bounds, bounds[1:], strict=False))
+    return sum(stage_parameters(recipe, a, b, counts) for a, b in pairwise(bounds))
 
 
 def test_end_of_a_run(run: RunFolder) -> None:

@@ -90,7 +90,7 @@ class Harmful:
 def test_code_in_a_file_is_not_run(checkpoint: Path, run: RunFolder, tmp_path: Path, legacy: bool) -> None:
     path, made = layer(checkpoint, 0), tmp_path / "made"
     if legacy:
-        path.write_bytes(pickle.dumps({"weight": Harmful(made)}))
+        path.write_bytes(pickle.dumps({"weight": Harmful(made)}, protocol=2))
     else:
         torch.save({"weight": Harmful(made)}, path)
     write_manifest(checkpoint, 6, run.recipe())

@@ -1,0 +1,310 @@
+"""`megazh pretrain` as a user meets it: options, refusals, and runs that end, are stopped, die, and go on."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Finished, Running, run_command, start_command, wait_until
+from runs import write_recipe
+
+from megazh.cli import main
+from megazh.cluster import start as starting
+from megazh.cluster.start import Start
+from megazh.errors import INTERRUPTED, BusyError, DataError, UsageError, WorkerError
+from megazh.training.checkpoint_list import list_checkpoints, read_manifest
+from megazh.training.metrics import read_metrics
+from megazh.training.recipe import load_recipe
+from megazh.training.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+STEPS = 60
+COMMAND = [sys.executable, "-m", "megazh"]
+PRETRAIN = [*COMMAND, "pretrain", "-c", "mini.yaml", "--device", "cpu"]
+REST = {"device": "cpu", "dry_run": True}
+AGAIN = "run the same command again to go on from the last checkpoint"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Start]:
+    """What `start` is called with; it starts nothing."""
+    found: list[Start] = []
+
+    def start(one: Start) -> int:
+        found.append(one)
+        return 0
+
+    monkeypatch.setattr(starting, "start", start)
+    return found
+
+
+def pretrain(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `megazh pretrain LINE`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["pretrain", *shlex.split(line)])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", {}),
+        ("-g 0 steps=3 -p 1", {"gpus": "0", "stages": 1, "settings": ["steps=3"]}),
+        ("steps=3 -t ds_pp -n 2 seed=4", {"count": 2, "settings": ["steps=3", "seed=4"]}),
+        ("-i a.jsonl steps=3", {"inputs": ["a.jsonl"], "settings": ["steps=3"]}),
+        ("-i a b/ steps=3 -n 2 seed=4", {"inputs": ["a", "b/"], "count": 2, "settings": ["steps=3", "seed=4"]}),
+        ("-i there=1.jsonl seed=4", {"inputs": ["there=1.jsonl"], "settings": ["seed=4"]}),
+        ("--learning_rate=1e-3 -c demo", {"recipe": "demo", "settings": ["--learning_rate=1e-3"]}),
+        ("-H hosts -r x --device cpu --dry-run", {**REST, "hostfile": Path("hosts"), "run": Path("x")}),
+        ("'sample_prompts=[从前 a, b]'", {"settings": ["sample_prompts=[从前 a, b]"]}),
+    ],
+)
+def test_settings_stand_anywhere(
+    capsys: pytest.CaptureFixture[str],
+    asked: list[Start],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    expected: dict[str, Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there=1.jsonl").touch()
+    assert pretrain(capsys, line) == (0, "", "")
+    (one,) = asked
+    assert one == Start(**expected)
+
+
+@pytest.mark.parametrize(
+    "line", ["-t gpt", "-n 0", "-n two", "-p 0", "--learning_rate 1e-3", "--device tpu", "-i", "steps"]
+)
+def test_a_line_that_cannot_be_read(capsys: pytest.CaptureFixture[str], asked: list[Start], line: str) -> None:
+    code, out, err = pretrain(capsys, line)
+    assert (code, out, asked) == (2, "", [])
+    assert "usage: megazh" in err
+
+
+@pytest.mark.parametrize("kind", [UsageError, DataError, BusyError, WorkerError])
+def test_an_error_is_one_line_and_its_exit_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: type[UsageError]
+) -> None:
+    def start(_: Start) -> int:
+        raise kind("what, where, what to do")
+
+    monkeypatch.setattr(starting, "start", start)
+    assert pretrain(capsys, "") == (kind.exit_code, "", "error: what, where, what to do\n")
+
+
+@pytest.mark.parametrize("code", [0, 5, 130])
+def test_the_exit_code_of_the_ranks_is_that_of_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(starting, "start", lambda _: code)
+    assert pretrain(capsys, "") == (code, "", "")
+
+
+def test_settings_reach_the_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = pretrain(capsys, "tokens=1M --device cpu --seq_len=128 -n 1 -p 1 --dry-run precision=bf16")
+    assert code == 0
+    assert "layout      1 CPU processes = 1 stages x 1 replicas, bf16" in out
+    assert "batch       4 x 4 micro-batches x 1 replicas x 128 = 2,048 tokens a step" in out
+    assert "length      489 steps, 1,001,472 tokens" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hf_comes_later(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = pretrain(capsys, "-t hf -c demo")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: -t hf comes later")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a user works in, with a recipe."""
+    folder = tmp_path_factory.mktemp("here")
+    write_recipe(folder / "mini.yaml", steps=STEPS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def env() -> dict[str, str | None]:
+    """What a terminal has."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": None}
+
+
+@pytest.fixture(scope="module")
+def complete(here: Path, env: dict[str, str | None]) -> Finished:
+    """A run from nothing to its end, in `runs/mini`."""
+    finished = run_command(PRETRAIN, 240, env, here)
+    assert finished.returncode == 0, finished
+    return finished
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss of each step; no step is there twice."""
+    steps = [record for record in read_metrics(run) if record["kind"] == "step"]
+    found = {record["step"]: record["loss"] for record in steps}
+    assert list(found) == list(range(1, len(steps) + 1))
+    return found
+
+
+def recorded(run: Path) -> int:
+    """Steps that a run has recorded so far; also where its last line is being written."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"kind": "step"') if path.exists() else 0
+
+
+def errors(finished: Finished) -> list[str]:
+    """The lines on stderr that are megazh's own: torch may warn of itself."""
+    assert "Traceback" not in finished.stderr
+    return [line for line in finished.stderr.splitlines() if line.startswith(("error", "stopping", "interrupted"))]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_all_that_is_promised(complete: Finished, here: Path) -> None:
+    run = RunFolder(here / "runs" / "mini")
+    expected = load_recipe(here / "mini.yaml")
+    assert run.recipe() == expected
+    assert load_recipe(run.path / "config.yaml") == expected
+    assert run.info().corpora[0].name == "corpus"
+    assert (run.path / "tokenizer.json").read_bytes() == (here / "data_index/mini/tokenizer.json").read_bytes()
+    assert read_manifest(run.checkpoints / f"step_{STEPS:08d}").step == STEPS
+    assert (run.path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert next((run.path / "tensorboard").glob("events.out.tfevents.*")).stat().st_size > 1000
+    assert sorted(path.name for path in run.logs.iterdir()) == ["rank_0.log", "rank_1.log"]
+    found = losses(run.path)
+    assert len(found) == STEPS
+    assert found[STEPS] < found[1] - 0.3
+    kinds = [record["kind"] for record in read_metrics(run.path)]
+    assert (kinds.count("validation"), kinds.count("sample")) == (2, 1)
+    lines = complete.stdout.splitlines()
+    assert f"loss        {found[1]:.4f} at step 1, {found[STEPS]:.4f} at the end" in lines
+    assert f"runs/mini: complete, {STEPS} steps" in lines
+    assert complete.stderr == "", "no warning of torch or DeepSpeed reaches the terminal"
+
+
+@pytest.mark.slow
+def test_the_printed_commands_work(
+    complete: Finished,
+    here: Path,
+    env: dict[str, str | None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = complete.stdout.splitlines()
+    sample, board, longer, anew = (shlex.split(line, comments=True) for line in lines[-4:])
+    assert sample[0] == "megazh"
+    finished = run_command([*COMMAND, *sample[1:]], 60, env, here)
+    assert (finished.returncode, finished.stdout.startswith("从前，")) == (0, True), finished
+    assert board[:2] == ["tensorboard", "--logdir"]
+    assert (here / board[2]).is_dir()
+    monkeypatch.chdir(here)
+    for command, run, steps in ((longer, "runs/mini", 2 * STEPS), (anew, "runs/mini-2", STEPS)):
+        assert command[0] == "bash"
+        assert Path(command[1]).samefile(ROOT / "jobs" / "run_pretrain.sh")
+        code, out, _ = pretrain(capsys, shlex.join([*command[2:], "--dry-run"]))
+        assert code == 0
+        assert f"run         {run}" in out.splitlines()
+        assert f"length      {steps} steps, " in out
+
+
+@pytest.mark.slow
+def test_the_same_command_again_says_complete(complete: Finished, here: Path, env: dict[str, str | None]) -> None:
+    run = here / "runs" / "mini"
+    before = (run / "metrics.jsonl").read_bytes(), list_checkpoints(run / "checkpoints")
+    finished = run_command(PRETRAIN, 60, env, here)
+    assert finished.returncode == 0
+    assert errors(finished) == []
+    assert finished.stdout == complete.stdout[complete.stdout.index(f"\nruns/mini: complete, {STEPS} steps\n") :]
+    assert ((run / "metrics.jsonl").read_bytes(), list_checkpoints(run / "checkpoints")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("complete")
+def test_more_steps_train_on_from_there(here: Path, env: dict[str, str | None]) -> None:
+    longer = shutil.copytree(here / "runs" / "mini", here / "runs" / "longer")
+    finished = run_command([*PRETRAIN, "-r", "runs/longer", f"steps={STEPS + 4}"], 120, env, here)
+    assert finished.returncode == 0, finished
+    assert f"resumed at step {STEPS} of {STEPS + 4}" in finished.stdout
+    found = losses(longer)
+    assert len(found) == STEPS + 4
+    assert {step: found[step] for step in range(1, STEPS + 1)} == losses(here / "runs" / "mini")
+    assert list_checkpoints(longer / "checkpoints")[-1].name == f"step_{STEPS + 4:08d}"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("complete")
+def test_moved_elsewhere_it_needs_no_data(here: Path, env: dict[str, str | None], tmp_path: Path) -> None:
+    shutil.copytree(here / "runs" / "mini", tmp_path / "moved")
+    options = ["从前，", "--temperature", "0", "--max-tokens", "20"]
+    moved = run_command([*COMMAND, "sample", "moved", *options], 60, env, tmp_path)
+    assert moved.returncode == 0, moved
+    assert len(moved.stdout) > len("从前，\n")
+
+
+@contextlib.contextmanager
+def training(here: Path, env: dict[str, str | None], name: str) -> Iterator[Running]:
+    """The run `runs/NAME`, two steps under way."""
+    run = here / "runs" / name
+    with start_command([*PRETRAIN, "-r", f"runs/{name}"], env, here) as running:
+        wait_until(lambda: recorded(run) >= 2 or running.process.poll() is not None, 120, f"two steps of {name}")
+        assert running.process.poll() is None, running.wait(1)
+        yield running
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("complete")
+def test_ctrl_c_saves_and_the_same_command_goes_on(here: Path, env: dict[str, str | None]) -> None:
+    run = here / "runs" / "stopped"
+    with training(here, env, "stopped") as running:
+        running.process.send_signal(signal.SIGINT)
+        finished = running.wait(90)
+        assert running.descendants() == []
+    assert finished.returncode == INTERRUPTED
+    assert errors(finished) == [
+        "stopping: the ranks save and end (a second Ctrl-C kills them)",
+        f"interrupted; {AGAIN}",
+    ]
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    step = read_manifest(checkpoint).step
+    assert 2 <= step == recorded(run) < STEPS
+    finished = run_command([*PRETRAIN, "-r", "runs/stopped"], 120, env, here)
+    assert finished.returncode == 0, finished
+    assert f"resumed at step {step} of {STEPS}" in finished.stdout
+    assert losses(run) == losses(here / "runs" / "mini"), "as if it had not been stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("complete")
+def test_a_killed_rank_is_named_and_nothing_is_left(here: Path, env: dict[str, str | None]) -> None:
+    with training(here, env, "killed") as running:
+        os.kill(process_of_rank(running, 1), signal.SIGKILL)
+        finished = running.wait(60)
+        assert running.descendants() == []
+    assert finished.returncode == WorkerError.exit_code
+    assert errors(finished) == [
+        "error: rank 1 (stage 1) was killed by signal 9 (out of memory?); all ranks ended; its last words are in "
+        f"runs/killed/logs/rank_1.log; {AGAIN}"
+    ]
+
+
+def process_of_rank(running: Running, rank: int) -> int:
+    """The process of a rank."""
+    for process in running.descendants():
+        folder = Path("/proc") / str(process)
+        variables = (folder / "environ").read_bytes().split(b"\0")
+        if b"\0rank\0" in (folder / "cmdline").read_bytes() and f"RANK={rank}".encode() in variables:
+            return process
+    raise AssertionError(f"no process of rank {rank}")
