@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_runs import write_recipe
 from processes import Finished, Running, run_command, start_command, wait_until
-from runs import write_recipe
 
 from megazh.cli import main
 from megazh.cluster import start as starting

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import add_checkpoint, make_run, write_recipe
+from made_runs import add_checkpoint, make_run, write_recipe
 
 from megazh.cli import main
 from megazh.training.prepare import prepare

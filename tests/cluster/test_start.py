@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from runs import RECIPE, make_run, write_metrics, write_recipe
+from made_runs import RECIPE, make_run, write_metrics, write_recipe
 
 from megazh.cli import main
 from megazh.cluster import gpus

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import add_checkpoint, make_run, write_recipe
+from made_runs import add_checkpoint, make_run, write_recipe
 
 from megazh.errors import DataError, UsageError
 from megazh.model.generate import SamplingOptions

@@ -5,8 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from made_runs import make_run, write_metrics, write_recipe
 from recipes import make_recipe
-from runs import make_run, write_metrics, write_recipe
 
 from megazh.model.counts import parameter_counts
 from megazh.training.layout import make_layout

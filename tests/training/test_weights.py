@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import add_checkpoint, make_run, write_manifest, write_recipe
+from made_runs import add_checkpoint, make_run, write_manifest, write_recipe
 
 from megazh.errors import DataError
 from megazh.model.decoder import Decoder
