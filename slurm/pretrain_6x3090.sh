@@ -26,7 +26,7 @@ set -euo pipefail
 
 # Slurm runs a copy of this file; where the original lies it tells.
 original=$(scontrol show job "${SLURM_JOB_ID:-}" 2> /dev/null | sed -n 's/^ *Command=//p' || true)
-for root in "${original%/slurm/*}" "${SLURM_SUBMIT_DIR:-$PWD}" ""; do
+for root in "${original%/slurm/pretrain_6x3090.sh*}" "${SLURM_SUBMIT_DIR:-$PWD}" ""; do
     [[ -n $root && -f $root/jobs/run_pretrain.sh ]] && break
 done
 if [[ -z $root ]]; then

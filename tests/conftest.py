@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ _RARE = ["Ünïcödé", "e\u0301", "🙂", "龘", "3.14", "2024年", "\u3000", "
 @pytest.fixture(autouse=True, scope="session")
 def _private_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Caches outside the user's home, and no trace of a launcher that the tests themselves run under."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: children would ignore it, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEGAZH_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("PATH", f"{os.environ['PATH']}{os.pathsep}/usr/sbin")  # where Debian puts slurmctld

@@ -66,6 +66,7 @@ def _sample(options: argparse.Namespace) -> None:
             tokens += 1
             sys.stdout.write(text)
             sys.stdout.flush()
+        tokens -= 1  # the last piece is what was held back
         sys.stdout.write("\n")
         seconds = time.perf_counter() - begun
         print(f"[{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} a second]", file=sys.stderr)

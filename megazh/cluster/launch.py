@@ -23,7 +23,8 @@ from megazh.cluster.rank_log import RankLog
 from megazh.errors import INTERRUPTED, UsageError, WorkerError
 
 _ATTEMPTS = 3  # at finding a port that nobody takes before rank 0 listens on it
-_SAVE_SECONDS = 60.0
+_SAVE_SECONDS = 900.0  # a step of a large model, and gigabytes to a slow disk; a second Ctrl-C does not wait
+_OTHERS_SECONDS = 30.0  # ranks end together: one that has ended well tells that the others are about to
 _END_SECONDS = 5.0
 _KILL_SECONDS = 30.0  # a process in the middle of a driver call can outlive SIGKILL for a while
 _POLL_SECONDS = 0.1
@@ -75,8 +76,8 @@ def run_local(
 
     When a rank fails, the others get SIGTERM and, after 5 s, SIGKILL, and one line on stderr says which was the first
     and why: the rank's own line `error: ...` where its exit code is one of those of megazh's errors. The first Ctrl-C
-    (SIGINT; SIGTERM and SIGHUP count as well) sends SIGINT to all ranks, which have 60 s to save and to end; the second
-    kills them. Nothing of the ranks outlives this process, even where it is killed itself.
+    (SIGINT; SIGTERM and SIGHUP count as well) sends SIGINT to all ranks, which have 15 minutes to save and to end; the
+    second kills them. Nothing of the ranks outlives this process, even where it is killed itself.
 
     Args:
         env: added to this process's environment.
@@ -219,6 +220,8 @@ class _Run:
     def _ended(self, event: _Exit) -> None:
         del self._alive[event.rank]
         well = event.code == 0 or (event.code == INTERRUPTED and self.interrupted)
+        if self.interrupted and self.failed is None and not self._killed:
+            self._wait(_OTHERS_SECONDS)
         if not well and not self._killed and self.failed is None:
             self.failed = event
             self.logs[0].show()

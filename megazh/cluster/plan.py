@@ -8,12 +8,13 @@ from megazh.errors import UsageError
 from megazh.model.counts import Flops, flops_per_token, parameter_counts
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
 from megazh.pipeline.memory import StageMemory, stage_memory
+from megazh.pipeline.precision import Precision
 from megazh.pipeline.timing import remembered_seconds
 from megazh.training.layout import Layout, make_layout
 from megazh.training.peaks import peak_flops
-from megazh.training.precision import accumulation, precision_on
+from megazh.training.precision import accumulation, communication, precision_on
 from megazh.training.recipe import Recipe
-from megazh.training.stages import bounds_for
+from megazh.training.stages import OUTSIDE_TORCH, bounds_for
 from megazh.training.summary import describe_parts, stage_parameters
 
 CARDS = {
@@ -25,9 +26,6 @@ CARDS = {
     "h200": ("NVIDIA H200", 141.0),
 }
 """By the name on the command line: torch's name of the card, and its GiB."""
-
-OUTSIDE_TORCH = 1.5
-"""GiB of a card that the CUDA context, NCCL and the driver take."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class Choice:
     """Share of the step that a GPU waits for others to fill and drain the pipeline."""
     imbalance: float
     """Share of the rest that the average stage waits for the slowest."""
-    reduce_seconds: float
-    """A step, to sum gradients over replicas."""
+    communication_seconds: float
+    """A step: gradients over replicas, hidden states between stages, the tied matrix between first and last."""
     step_seconds: float
     tokens_per_second: float
     days: float
@@ -137,11 +135,9 @@ def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib:
     average = sum(units) / per_second / layout.stages
     counts = parameter_counts(recipe.model)
     largest = max(stage_parameters(recipe, begin, end, counts) for begin, end in pairwise(bounds))
-    # A ring moves every byte of the gradient twice, but for the share of one rank; then weights are gathered.
-    moved = (8 + 2) * (layout.replicas - 1) / layout.replicas * largest
-    reduce_seconds = moved / (assumed.bandwidth * 1e9)
     slots = layout.micro_batches + layout.stages - 1
-    step_seconds = slots * slowest + reduce_seconds
+    communication_seconds = _bytes_moved(recipe, layout, precision, largest) / (assumed.bandwidth * 1e9)
+    step_seconds = slots * slowest + communication_seconds
     rate = recipe.batch_tokens / step_seconds
     return Choice(
         layout=layout,
@@ -150,11 +146,30 @@ def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib:
         memory=memory,
         bubble=(layout.stages - 1) / slots,
         imbalance=1 - average / slowest,
-        reduce_seconds=reduce_seconds,
+        communication_seconds=communication_seconds,
         step_seconds=step_seconds,
         tokens_per_second=rate,
         days=recipe.total_steps * step_seconds / 86400,
     )
+
+
+def _bytes_moved(recipe: Recipe, layout: Layout, precision: Precision, parameters: int) -> float:
+    """What the busiest GPU sends in a step, none of it hidden behind work.
+
+    A ring moves every byte of the gradient twice, but for the share of one rank, and gathered weights once. Each
+    micro-batch's hidden state goes forward and its gradient back, blocking. The first and last stage sum the
+    gradient of a tied matrix.
+    """
+    size = {Precision.FP32: 4}.get(precision, 2)
+    sums = {Precision.FP32: 4}.get(communication(recipe, accumulation(recipe, precision)), 2)
+    share = (layout.replicas - 1) / layout.replicas
+    moved = (2 * sums + size) * share * parameters
+    if layout.stages > 1:
+        hidden = recipe.seq_len * layout.micro_batch_size * recipe.model.hidden_size * size
+        moved += 2 * layout.micro_batches * hidden
+        if recipe.model.tie_word_embeddings:
+            moved += sums * parameter_counts(recipe.model).embedding
+    return moved
 
 
 def _describe_model(
@@ -192,13 +207,13 @@ def _in_blocks(flops: Flops) -> float:
 
 def _describe_choices(choices: list[Choice], limit_gib: float) -> Iterator[str]:
     yield "projected, best first; bubble and imbalance are shares of the step:"
-    yield " pp  dp  micro-batches  bubble  imbalance  reduce/step  memory GiB  tokens/s/GPU      days"
+    yield " pp  dp  micro-batches  bubble  imbalance    comm/step  memory GiB  tokens/s/GPU      days"
     for choice in choices:
         layout = choice.layout
         full = "  too large" if choice.memory_gib > limit_gib else ""
         yield (
             f"{layout.stages:>3} {layout.replicas:>3} {layout.micro_batches:>14} {choice.bubble:>7.1%} "
-            f"{choice.imbalance:>10.1%} {choice.reduce_seconds:>11.2f}s {choice.memory_gib:>11.1f} "
+            f"{choice.imbalance:>10.1%} {choice.communication_seconds:>11.2f}s {choice.memory_gib:>11.1f} "
             f"{choice.tokens_per_second / layout.ranks:>13,.0f} {choice.days:>9.2f}{full}"
         )
 
@@ -242,7 +257,7 @@ def _reason(choices: list[Choice], limit_gib: float) -> Iterator[str]:
     why = []
     if layout.stages == 1:
         why.append("no bubble, and all stages are equal because there is one")
-        why.append(f"summing gradients costs {best.reduce_seconds / best.step_seconds:.1%} of the step")
+        why.append(f"communication costs {best.communication_seconds / best.step_seconds:.1%} of the step")
     else:
         flat = next((choice for choice in choices if choice.layout.stages == 1), None)
         if flat is None:
@@ -250,8 +265,8 @@ def _reason(choices: list[Choice], limit_gib: float) -> Iterator[str]:
         elif flat.memory_gib > limit_gib:
             why.append(f"one stage needs {flat.memory_gib:.1f} GiB and there are {limit_gib:.1f}")
         else:
-            saved, lost = flat.reduce_seconds - best.reduce_seconds, best.bubble + best.imbalance
-            why.append(f"summing gradients takes {saved:.2f} s a step less than with one stage")
+            saved, lost = flat.communication_seconds - best.communication_seconds, best.bubble + best.imbalance
+            why.append(f"communication takes {saved:.2f} s a step less than with one stage")
             why.append(f"bubble and imbalance cost {lost:.1%}")
     yield f"best: pp={layout.stages} x dp={layout.replicas}: {'; '.join(why)}"
     yield f"take it with: -p {layout.stages}"

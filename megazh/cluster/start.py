@@ -2,10 +2,13 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 
 from megazh.cluster.gpus import Devices, choose_devices, parse_gpu_list
 from megazh.cluster.hostfile import Host, is_this_machine, read_hostfile
@@ -13,7 +16,9 @@ from megazh.cluster.launch import deepspeed_command, free_port, run_local
 from megazh.corpus.pieces import TextDocuments
 from megazh.errors import UsageError, WorkerError
 from megazh.files import locked
+from megazh.index.metadata import load_tokenizer_of
 from megazh.index.mixture import Mixture
+from megazh.pipeline.precision import Precision, check_deepspeed_version
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
 from megazh.training.layout import Layout, make_layout
 from megazh.training.precision import check_precision, precision_on
@@ -59,15 +64,21 @@ def start(asked: Start) -> int:
     devices = _devices(asked, hosts, recipe)
     stages = _stages(asked, devices, recipe)
     layout = make_layout(recipe, devices.ranks, stages)
+    check_deepspeed_version(version("deepspeed"))
     check_precision(recipe, layout, devices.kind)
     warmup_steps(recipe.total_steps, recipe.warmup)
-    command = ["rank", str(run.path.resolve()), "--stages", str(layout.stages), "--device", devices.kind]
+    rank = ["rank", str(run.path.resolve()), "--stages", str(layout.stages), "--device", devices.kind]
+    # On other hosts their own launcher; None: this machine, where run_local starts the ranks.
+    remote = None
+    if asked.hostfile and not is_this_machine(hosts):
+        slots = parse_gpu_list(asked.gpus) if asked.gpus else None
+        remote = deepspeed_command(asked.hostfile, hosts, slots, free_port(), rank)
     if devices.note:
         _say(devices.note)
     if asked.dry_run:
-        _dry_run(recipe, layout, devices, run, command)
+        _dry_run(recipe, layout, devices, run, remote or [f"{layout.ranks} x python", "-m", "megazh", *rank])
         return 0
-    _refuse_changed_layout(run, layout, recipe)
+    _refuse_changed_layout(run, layout, recipe, precision_on(recipe, devices.kind))
     if run.exists:
         run.check_recipe(recipe)
     if asked.inputs:
@@ -80,7 +91,9 @@ def start(asked: Start) -> int:
         run.begin(recipe, mixture)
         for line in describe_layout(recipe, layout, devices.kind, run):
             print(line, flush=True)
-        code = _launch(command, asked, hosts, devices, layout, run)
+        code = _launch_on_hosts(remote) if remote else _launch(rank, devices, layout, run)
+    if code == 0 and not _complete(run, recipe):
+        raise WorkerError(f"{run.path}: the ranks ended before the run was complete; run the same command again")
     if code == 0:
         _describe_end(run, recipe, asked)
     return code
@@ -96,6 +109,8 @@ def _with_data(recipe: Recipe, asked: Start) -> tuple[Recipe, Path]:
         return recipe, Path(recipe.data.manifest).parent
     if not asked.inputs:
         raise UsageError("-i: expected files or folders of text")
+    if any(setting.removeprefix("--").startswith("data.manifest=") for setting in asked.settings):
+        raise UsageError("-i makes a manifest of its own, and data.manifest names another; give one of them")
     folder = Path("data_index") / (asked.run.name if asked.run else _name_of(asked.inputs[0]))
     data = recipe.data.model_copy(update={"manifest": str(folder / "mixture.yaml"), "stories": None})
     return recipe.model_copy(update={"data": data}), folder
@@ -133,7 +148,7 @@ def _stages(asked: Start, devices: Devices, recipe: Recipe) -> int:
     return recipe.pipe_parallel_size
 
 
-def _refuse_changed_layout(run: RunFolder, layout: Layout, recipe: Recipe) -> None:
+def _refuse_changed_layout(run: RunFolder, layout: Layout, recipe: Recipe, precision: Precision) -> None:
     checkpoints = list_checkpoints(run.checkpoints)
     if recipe.resume is Resume.NEVER and (checkpoints or run.exists):
         raise UsageError(f"{run.path}: holds a run already, and resume=never; give another folder with -r")
@@ -144,6 +159,16 @@ def _refuse_changed_layout(run: RunFolder, layout: Layout, recipe: Recipe) -> No
                 f"{checkpoints[-1]}: was saved by {saved.stages} stages x {saved.replicas} replicas, and this is "
                 f"{layout.stages} x {layout.replicas}; resume with "
                 f"-n {saved.stages * saved.replicas} -p {saved.stages}, or begin another run with -r"
+            )
+        if saved.precision != precision:
+            raise UsageError(
+                f"{checkpoints[-1]}: was saved in {saved.precision}, and this is {precision} (precision=auto follows "
+                "the device); go on with the same, or begin another run with -r"
+            )
+        if recipe.stage_bounds not in (None, saved.bounds):
+            raise UsageError(
+                f"{checkpoints[-1]}: was saved with stage_bounds {saved.bounds}, and this run asks for "
+                f"{recipe.stage_bounds}; leave stage_bounds out, or begin another run with -r"
             )
 
 
@@ -186,6 +211,10 @@ def _open_mixture(recipe: Recipe, folder: Path, asked: Start) -> Mixture:
             f"the tokenizer of {manifest} has ids up to {ids - 1}, and the model has {rows} rows: set "
             f"model.vocab_size={-(-ids // 64) * 64}, or index with the recipe's tokenizer"
         )
+    tokenizer = load_tokenizer_of(mixture.corpora[0].prefix, mixture.corpora[0].metadata)
+    for prompt in recipe.sample_prompts:
+        if not tokenizer.encode(prompt):
+            raise UsageError(f"sample_prompts: {prompt!r} has no token to go on from; give at least one character")
     needed = recipe.total_steps * recipe.global_batch_size
     if mixture.end is not None and needed > mixture.end:
         steps = mixture.end // recipe.global_batch_size
@@ -196,13 +225,7 @@ def _open_mixture(recipe: Recipe, folder: Path, asked: Start) -> Mixture:
     return mixture
 
 
-def _launch(
-    command: list[str], asked: Start, hosts: list[Host], devices: Devices, layout: Layout, run: RunFolder
-) -> int:
-    if hosts and not is_this_machine(hosts):
-        assert asked.hostfile is not None
-        slots = parse_gpu_list(asked.gpus) if asked.gpus else None
-        return _launch_on_hosts(deepspeed_command(asked.hostfile, hosts, slots, free_port(), command))
+def _launch(command: list[str], devices: Devices, layout: Layout, run: RunFolder) -> int:
     labels = [f"rank {rank} (stage {rank // layout.replicas})" for rank in range(layout.ranks)]
     python_path = str(Path(__file__).resolve().parents[2])
     env = {
@@ -214,7 +237,18 @@ def _launch(
 
 
 def _launch_on_hosts(command: list[str]) -> int:
-    code = subprocess.run(command, check=False).returncode
+    """Run DeepSpeed's launcher to its end; it decides how its ranks end, and on a signal they do not get to save."""
+    process = subprocess.Popen(command)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        process.send_signal(signal.SIGINT)  # and wait: this process holds the lock of the run folder
+
+    before = {each: signal.signal(each, forward) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        code = process.wait()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     if code:
         raise WorkerError(
             f"DeepSpeed's launcher ended with exit code {code}; what the ranks said is above; run the same command "
@@ -231,7 +265,7 @@ def _dry_run(recipe: Recipe, layout: Layout, devices: Devices, run: RunFolder, c
         print(f"{'GPUs':<12}{','.join(devices.ids)}")
     missing = "" if Path(recipe.data.manifest).exists() else " (not there yet)"
     print(f"{'data':<12}{recipe.data.manifest}{missing}")
-    print(f"{'command':<12}{layout.ranks} x {shlex.join(['python', '-m', 'megazh', *command])}")
+    print(f"{'command':<12}{' '.join([command[0], shlex.join(command[1:])])}")
     print("dry run: nothing was started")
 
 

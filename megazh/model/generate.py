@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megazh.errors import UsageError
+from megazh.errors import DataError, UsageError
 from megazh.model.attention import attend_with_mask
 from megazh.model.config import ModelConfig
 from megazh.model.decoder import Decoder
@@ -136,6 +136,8 @@ def draw(
         generator: on the CPU.
     """
     logits = logits[:tokenizer_size].cpu().clone()
+    if logits.isnan().any():
+        raise DataError("the model's logits are not numbers: it has diverged; take an earlier checkpoint")
     if seen and options.repetition_penalty != 1.0:
         there = torch.tensor(sorted(set(seen)))
         found = logits[there]

@@ -35,10 +35,6 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., hidden) to logits (..., vocab)."""
-        return F.linear(hidden, self.weight)
-
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """A normalisation over the hidden dimension."""

@@ -94,11 +94,13 @@ def check_tied(module: DecoderPipeline) -> None:
     if module.num_stages == 1 or not module.config.tie_word_embeddings:
         return
     weight = module.tied_weight()
-    mine = torch.zeros(3, dtype=torch.float64, device=next(module.parameters()).device)
+    mine = torch.zeros(2, dtype=torch.int64, device=next(module.parameters()).device)
     if weight is not None:
-        wide = weight.detach().double()
-        rows = torch.arange(1, len(wide) + 1, device=wide.device, dtype=torch.float64)
-        mine = torch.stack((wide.sum(), wide.square().sum(), (wide.sum(1) * rows).sum()))
+        # Sums of the bits as whole numbers: the same on every card, whatever order it adds in.
+        bits = weight.detach().view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
+        sums_of_rows = bits.sum(1, dtype=torch.int64)
+        rows = torch.arange(1, len(bits) + 1, device=bits.device)
+        mine = torch.stack((sums_of_rows.sum(), (sums_of_rows * rows).sum()))
     sums = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(sums, mine)
     grid = module.mpu()

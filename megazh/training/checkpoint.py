@@ -7,6 +7,7 @@ hashed, and read back without ever unpickling anything but tensors and plain val
 import contextlib
 import os
 import shutil
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         with open(path, "wb") as file:
-            torch.save(state_dict, file)
+            torch.save(_plain(state_dict), file)
             file.flush()
             os.fsync(file.fileno())
         self.written.append((path, os.path.getsize(path), sha256_file(Path(path))))
@@ -41,12 +42,22 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
 
 
 def _allowed() -> list[Any]:
-    """DeepSpeed's own types in its files: enumerations, and records of numbers."""
+    """DeepSpeed's own types in its files: records of numbers."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, set]
+    return [DynamicLossScaler, LossScaler, fragment_address, set]
+
+
+def _plain(value: Any) -> Any:
+    """`value` with members of enumerations as their numbers: some versions of Python pickle those as calls."""
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: _plain(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(inner) for inner in value)
+    return value
 
 
 def save_checkpoint(
@@ -67,6 +78,8 @@ def save_checkpoint(
     engine.checkpoint_engine = files
     try:
         engine.save_checkpoint(str(temporary), tag=STATE, save_latest=False)
+    except (torch.OutOfMemoryError, dist.DistError):
+        raise
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         raise WorkerError(
             f"{target}: cannot be written ({str(error).splitlines()[0]}); is the disk full? earlier checkpoints are "
@@ -120,6 +133,8 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: CheckpointManifest)
             f"{checkpoint / wrong[0]}: its content has changed since it was written; remove {checkpoint} to go on "
             "from the checkpoint before it"
         )
+    # DeepSpeed takes these from the checkpoint; they are the recipe's, which may have changed since.
+    clip, decays = engine.optimizer.clip_grad, [group["weight_decay"] for group in engine.optimizer.param_groups]
     engine.checkpoint_engine = _SafeCheckpointEngine()
     try:
         with quiet():
@@ -128,6 +143,9 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: CheckpointManifest)
         raise
     except Exception as error:
         raise DataError(f"{checkpoint}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    engine.optimizer.clip_grad = clip
+    for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
     if loaded is None:
         raise DataError(f"{checkpoint}: DeepSpeed finds no checkpoint in it")
 

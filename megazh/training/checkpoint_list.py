@@ -29,7 +29,7 @@ class CheckpointManifest(Config):
     step: int
     """Optimizer steps done."""
     samples: int
-    """Consumed: where the data goes on."""
+    """Consumed; the data goes on from there."""
     tokens: int
     stages: int
     replicas: int

@@ -2,11 +2,10 @@
 
 import hashlib
 import os
-import signal
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,28 +30,31 @@ from megazh.training.recipe import Recipe
 from megazh.training.run_folder import RunFolder
 from megazh.training.schedule import learning_rate, warmup_steps
 from megazh.training.stages import agree_on_bounds
+from megazh.training.stop import StopRequest
+from megazh.training.summary import describe_parts
 
 
 class Interrupted(Exception):
     """Ctrl-C; what was done is saved."""
 
 
-def train(path: Path, stages: int, device: torch.device) -> None:
+def train(path: Path, stages: int, device: torch.device, stop: StopRequest) -> None:
     """Train the run in folder `path` to its end; all ranks call it.
 
     Args:
         stages: of the pipeline.
         device: this rank's.
+        stop: whether this rank was asked to stop.
 
     Raises:
         MegazhError: as what is called.
-        Interrupted: a rank got SIGINT; a checkpoint of the step that was being done is written.
+        Interrupted: a rank was asked to stop; a checkpoint of the step that was being done is written.
     """
     begun = time.monotonic()
     run = RunFolder(path)
     recipe = run.recipe()
     layout = make_layout(recipe, dist.get_world_size(), stages)
-    trainer = _Trainer(run, recipe, layout, device)
+    trainer = _Trainer(run, recipe, layout, device, stop)
     trainer.say(f"ready after {time.monotonic() - begun:.1f} s")
     trainer.run()
 
@@ -60,7 +62,7 @@ def train(path: Path, stages: int, device: torch.device) -> None:
 class _Trainer:
     """What a rank needs for its steps."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, layout: Layout, device: torch.device) -> None:
+    def __init__(self, run: RunFolder, recipe: Recipe, layout: Layout, device: torch.device, stop: StopRequest) -> None:
         self._folder, self._recipe, self._layout, self._device = run, recipe, layout, device
         self._steps = recipe.total_steps
         self._warmup = warmup_steps(self._steps, recipe.warmup)
@@ -74,6 +76,8 @@ class _Trainer:
         self._step = manifest.step if manifest else 0
         """Steps done."""
         self._bounds = manifest.bounds if manifest else agree_on_bounds(recipe, layout, device, self._precision)
+        holds = (describe_parts(recipe, begin, end) for begin, end in pairwise(self._bounds))
+        self.say(f"{'stages':<12}{' | '.join(holds)}")
         self._engine = self._make_engine()
         if manifest:
             load_checkpoint(self._engine, list_checkpoints(run.checkpoints)[-1], manifest)
@@ -86,8 +90,11 @@ class _Trainer:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         peak = peak_flops(name, recipe.peak_tflops)
         self._mfu_per_rate = flops / peak if peak else None
-        self._stop_asked = False
+        self._stop = stop
         self._data_seconds = 0.0
+        self._pace = 0.0
+        """Seconds a step, of late."""
+        self._begun_at = self._step
 
     def say(self, line: str) -> None:
         """Tell the person at the terminal, once."""
@@ -146,27 +153,27 @@ class _Trainer:
 
     def run(self) -> None:
         """All steps that are left."""
-        signal.signal(signal.SIGINT, self._on_interrupt)
         recipe = self._recipe
+        if self._largest([float(self._stop.asked)])[0]:
+            raise Interrupted  # while starting up: there is nothing to save
         with Metrics(self._folder.path, self._step, quiet=dist.get_rank() != 0) as metrics:
             if self._step == 0:
                 self._validate(metrics)
             while self._step < self._steps:
                 stop = self._take_step(metrics)
                 last = self._step == self._steps
+                if not last and (stop or _due(recipe.checkpoint_every, self._step)):
+                    self._save()  # before anything that takes time or may fail
+                if stop and not last:
+                    raise Interrupted
                 if last or _due(recipe.validate_every, self._step):
                     self._validate(metrics)
                 if last or _due(recipe.sample_every, self._step):
                     self._sample(metrics)
                 if last or _due(recipe.check_tied_every, self._step):
                     check_tied(self._engine.module)
-                if last or stop or _due(recipe.checkpoint_every, self._step):
+                if last:
                     self._save()
-                if stop and not last:
-                    raise Interrupted
-
-    def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
-        self._stop_asked = True
 
     def _take_step(self, metrics: Metrics) -> bool:
         """One optimizer step; returns whether a rank was asked to stop."""
@@ -183,7 +190,7 @@ class _Trainer:
         seconds = time.perf_counter() - begun
         self._step += 1
         stop, data_seconds, memory, reserved = self._largest(
-            [float(self._stop_asked), self._data_seconds, *self._memory()]
+            [float(self._stop.asked), self._data_seconds, *self._memory()]
         )
         rate_all = recipe.batch_tokens / seconds
         norm = engine.get_global_grad_norm()
@@ -210,9 +217,9 @@ class _Trainer:
         return stop > 0
 
     def _eta(self, seconds: float) -> float:
-        """Seconds to the end at the pace of late."""
-        before = getattr(self, "_pace", seconds)
-        self._pace = 0.9 * before + 0.1 * seconds if self._step > 2 else seconds
+        """Seconds to the end at the pace of late; the first step of this life, which warms up, is soon forgotten."""
+        new = self._step - self._begun_at <= 2
+        self._pace = seconds if new else 0.9 * self._pace + 0.1 * seconds
         return (self._steps - self._step) * self._pace
 
     def _memory(self) -> tuple[float, float]:

@@ -35,6 +35,11 @@ def check_precision(recipe: Recipe, layout: Layout, kind: str) -> None:
     check_engine(
         layout.stages, precision, accumulation(recipe, precision), recipe.zero_stage, recipe.model.tie_word_embeddings
     )
+    if recipe.model.attention_dropout and kind == "cuda" and precision is not Precision.FP32:
+        raise UsageError(
+            f"model.attention_dropout={recipe.model.attention_dropout}: flash attention on CUDA in {precision} has no "
+            "dropout; set it to 0 (model.residual_dropout works), or precision=fp32"
+        )
     if precision is Precision.FP16 and kind == "cpu" and not _cpu_has_fp16():
         raise UsageError("precision=fp16: DeepSpeed has no fp16 on this CPU; set precision=fp32 or bf16")
 

@@ -51,11 +51,17 @@ def agree_on_bounds(recipe: Recipe, layout: Layout, device: torch.device, precis
     return box[0]
 
 
+OUTSIDE_TORCH = 1.5
+"""GiB of a card that the CUDA context, NCCL and the driver take."""
+
+
 def memory_limit(recipe: Recipe, device: torch.device) -> float | None:
-    """Bytes that a GPU may use; None on the CPU, where nothing limits."""
+    """Bytes that torch may use of a GPU; None on the CPU, where nothing limits."""
     if recipe.memory_limit_gib is not None:
         return recipe.memory_limit_gib * 2**30
-    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory - OUTSIDE_TORCH * 2**30
 
 
 def bounds_for(

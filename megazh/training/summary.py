@@ -9,10 +9,10 @@ from megazh.model.counts import flops_per_token, parameter_counts
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.memory import stage_memory
 from megazh.training.layout import Layout
-from megazh.training.metrics import read_metrics
+from megazh.training.metrics import METRICS, read_metrics
 from megazh.training.plot import plot_losses
 from megazh.training.precision import accumulation, precision_on
-from megazh.training.recipe import Recipe
+from megazh.training.recipe import Recipe, StageCosts
 from megazh.training.run_folder import RunFolder
 from megazh.training.stages import bounds_for
 
@@ -52,6 +52,8 @@ def describe_stages(recipe: Recipe, layout: Layout, kind: str) -> Iterator[str]:
     bounds = recipe.stage_bounds or bounds_for(recipe, layout, precision, costs, limit)
     units = costs.units(recipe.model.num_hidden_layers)
     counts = parameter_counts(recipe.model)
+    if kind == "cuda" and recipe.stage_bounds is None and recipe.stage_costs is not StageCosts.FLOPS:
+        yield "stages by FLOPs; the run measures its layers first, and may cut elsewhere:"
     yield "stage  holds                          parameters   FLOPs   memory"
     for stage, (begin, end) in enumerate(pairwise(bounds)):
         memory = stage_memory(
@@ -98,9 +100,11 @@ def describe_end(run: RunFolder, recipe: Recipe, longer: str, anew: str) -> Iter
     steps = [record for record in records if record["kind"] == "step"]
     validations = [record for record in records if record["kind"] == "validation"]
     samples = [record for record in records if record["kind"] == "sample"]
-    plot_losses(run.path, run.plot)
     yield ""
     yield f"{run.path}: complete, {recipe.total_steps:,} steps"
+    if not steps:
+        yield f"{'metrics':<12}no steps are in {run.path / METRICS}"
+        return
     yield f"{'loss':<12}{steps[0]['loss']:.4f} at step {steps[0]['step']}, {steps[-1]['loss']:.4f} at the end"
     if validations:
         first, last = validations[0], validations[-1]
@@ -110,6 +114,7 @@ def describe_end(run: RunFolder, recipe: Recipe, longer: str, anew: str) -> Iter
         )
     for sample in samples[-_SAMPLES:]:
         yield f"{'sample':<12}{sample['prompt']}|{' '.join(sample['text'].split())}"
+    plot_losses(run.path, run.plot)
     yield f"{'plot':<12}{run.plot}"
     flops = flops_per_token(recipe.model, recipe.seq_len).total
     seconds = sum(record["step_seconds"] for record in steps)

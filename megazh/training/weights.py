@@ -1,5 +1,6 @@
 """The weights of a checkpoint as one model in one process; reads tensors and plain values, never code."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,5 +54,6 @@ def load_tensors(path: Path, map_location: Any = None, allowed: Sequence[Any] = 
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # pickle, zip and torch raise whatever they like
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            unpickler = re.search(r"WeightsUnpickler error: (.*?)(?:\. |$)", str(error), re.MULTILINE)
+            reason = unpickler[1] if unpickler else (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"{path}: not a checkpoint file: {reason}") from None

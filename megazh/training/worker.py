@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
 from megazh.pipeline.operators import use_no_compiled_operators
+from megazh.training.stop import StopRequest
 
 
 def work(run: Path, stages: int, kind: str) -> int:
@@ -26,20 +26,23 @@ def work(run: Path, stages: int, kind: str) -> int:
     # DeepSpeed broadcasts a flag inside of a backward pass, and synchronises without naming its device: both harmless.
     warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
     warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the loop can save; a run that has not begun loses nothing
+    stop = StopRequest()
+    # Where the launcher is DeepSpeed's, nobody else has set these; both are read when CUDA and DeepSpeed are imported.
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     from megazh.training.loop import Interrupted, train  # imports DeepSpeed, which looks for its accelerator
 
     try:
         device = _join(kind)
         with _ended_group():
-            train(run, stages, device)
+            train(run, stages, device, stop)
     except MegazhError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except Interrupted:
         return INTERRUPTED
     except torch.OutOfMemoryError as error:
-        first = str(error).split(". ")[0]
+        first = ". ".join(str(error).split(". ")[:2])
         print(
             f"error: rank {os.environ.get('RANK')}: {first}; set a smaller micro_batch_size, or "
             "activation_checkpointing=true ('megazh plan' shows what fits)",
