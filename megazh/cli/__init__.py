@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     """Call what the options name; returns the exit code (see `megazh.errors`)."""
     try:
         options.call(options)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
     except MegazhError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

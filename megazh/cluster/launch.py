@@ -1,6 +1,7 @@
 """Start the ranks of a run on this machine, and see to it that they end together: all well, or all at once."""
 
 import contextlib
+import math
 import os
 import queue
 import re
@@ -221,7 +222,7 @@ class _Run:
         del self._alive[event.rank]
         well = event.code == 0 or (event.code == INTERRUPTED and self.interrupted)
         if self.interrupted and self.failed is None and not self._killed:
-            self._wait(_OTHERS_SECONDS)
+            self._deadline = min(self._deadline or math.inf, time.monotonic() + _OTHERS_SECONDS)
         if not well and not self._killed and self.failed is None:
             self.failed = event
             self.logs[0].show()
