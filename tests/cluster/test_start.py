@@ -120,6 +120,8 @@ def refused(asked: Start, launches: Launches, kind: type[MegazhError] = UsageErr
         ({"settings": ["seq_len=1000000"]}, ["tokens for training, less than one sample of 1000000"]),
         ({"hostfile": Path("nowhere")}, ["-H nowhere: no such file"]),
         ({"inputs": []}, ["-i: expected files or folders"]),
+        ({"inputs": ["x.txt"], "settings": ["data.manifest=y"]}, ["-i makes a manifest of its own", "data.manifest"]),
+        ({"settings": ['sample_prompts=["从前", ""]']}, ["sample_prompts: ''", "at least one character"]),
         ({"inputs": ["nowhere.jsonl"]}, ["nowhere.jsonl"]),
     ],
 )
@@ -213,6 +215,7 @@ def test_a_second_job_in_the_same_folder_is_refused(launches: Launches, recipe: 
         ({"settings": ["model.hidden_size=64"]}, ["begun with model.hidden_size=32, and this one has 64", "-r"]),
         ({"settings": ["seed=7"]}, ["begun with seed=42, and this one has 7", "-r"]),
         ({"settings": ["data.packing=concat"]}, ["begun with data.packing=best_fit, and this one has concat", "-r"]),
+        ({"settings": ["precision=bf16"]}, ["was saved in fp32, and this is bf16", "-r"]),
         ({"count": 2, "stages": 2}, ["saved by 1 stages x 1 replicas, and this is 2 x 1", "-n 1 -p 1", "-r"]),
     ],
 )
@@ -225,6 +228,25 @@ def test_a_run_does_not_go_on_as_another_one(
     line = refused(Start(recipe=recipe, **asked), launches)
     for part in parts:
         assert part in line
+
+
+def test_a_run_keeps_its_stages(launches: Launches, recipe: str) -> None:
+    run = make_run(Path("runs/mini"), Path(recipe))
+    path = next(run.checkpoints.iterdir()) / "manifest.json"
+    manifest = json.loads(path.read_bytes()) | {"stages": 2, "bounds": [0, 2, 4]}
+    path.write_text(json.dumps(manifest))
+    asked = {"recipe": recipe, "count": 2, "stages": 2}
+    line = refused(Start(**asked, settings=["steps=12", "stage_bounds=[0, 1, 4]"]), launches)
+    assert "saved with stage_bounds [0, 2, 4], and this run asks for [0, 1, 4]" in line
+    assert start(Start(**asked, settings=["steps=12", "stage_bounds=[0, 2, 4]"])) == STOPPED
+
+
+def test_attention_dropout_is_refused_on_gpus(launches: Launches, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 2)
+    line = refused(Start(recipe=recipe, settings=["precision=bf16", "model.attention_dropout=0.1"]), launches)
+    assert "model.attention_dropout=0.1: flash attention on CUDA in bf16 has no dropout" in line
+    settings = ["precision=fp32", "model.attention_dropout=0.1"]
+    assert start(Start(recipe=recipe, settings=settings)) == STOPPED
 
 
 def test_a_run_does_not_go_on_with_other_data(launches: Launches, recipe: str, tmp_path: Path) -> None:

@@ -71,13 +71,22 @@ def load(folder: Path, checkpoints: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in map(Path, checkpoints):
         module, engine = make_pipeline(TRAINED[path.parent.name], dist.get_world_size())
+        optimizer = engine.optimizer
+        clip, decays = optimizer.clip_grad, [group["weight_decay"] for group in optimizer.param_groups]
+        optimizer.clip_grad = clip + 1
+        for group in optimizer.param_groups:
+            group["weight_decay"] += 0.5
         try:
             load_checkpoint(engine, path, read_manifest(path))
         except MegazhError as error:
             found[str(path)] = {"error": str(error)}
             continue
+        own = [optimizer.clip_grad - 1, *(group["weight_decay"] - 0.5 for group in optimizer.param_groups)]
+        optimizer.clip_grad = clip
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
         engine.train_batch(feed(2, 0, 1))
-        found[str(path)] = {"later": stage_weights(module)}
+        found[str(path)] = {"later": stage_weights(module), "own": own, "given": [clip, *decays]}
     return found
 
 

@@ -172,6 +172,7 @@ def test_loading_gives_back_all_or_names_the_file_that_has_changed(saved: Saved,
     found = run_ranks(SCRIPT, 2, ["load", *good, *bad], tmp_path / "load", timeout=120)
     for rank, before in zip(found, wanted, strict=True):
         for path in good:
+            assert rank[str(path)]["own"] == pytest.approx(rank[str(path)]["given"]), "clipping and decay are the run's"
             later = rank[str(path)]["later"]
             for key, weight in before[path.parent.name]["later"].items():
                 assert torch.equal(weight, later[key]), f"{path}: {key}"

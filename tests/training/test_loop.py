@@ -1,15 +1,17 @@
 """The loop: what a run that does not go well tells, and that it goes on."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from processes import run_command
+from processes import run_command, start_command, wait_until
 from recipes import MODEL
 
+from megazh.errors import INTERRUPTED
 from megazh.training.checkpoint_list import list_checkpoints
 from megazh.training.metrics import read_metrics
 from megazh.training.schedule import learning_rate
@@ -17,8 +19,14 @@ from megazh.training.schedule import learning_rate
 STEPS = 5
 
 
-def train(stories: Path, tmp_path: Path, **changes: Any) -> tuple[str, list[dict[str, Any]]]:
-    """A run of one rank to its end: what it printed, and its records."""
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def write(stories: Path, tmp_path: Path, **changes: Any) -> None:
+    """Write the recipe of a small run."""
     values = {
         "model": {**MODEL, "vocab_size": 512},
         "data": {"manifest": str(stories)},
@@ -34,16 +42,35 @@ def train(stories: Path, tmp_path: Path, **changes: Any) -> tuple[str, list[dict
         **changes,
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "megazh", "pretrain", "-c", tmp_path / "recipe.yaml", "-r", tmp_path / "run"]
-    finished = run_command(
-        [*command, "--device", "cpu", "-n", "1", "-p", "1"],
-        120,
-        {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        tmp_path,
-    )
+
+
+def command(tmp_path: Path) -> list[str | Path]:
+    """What starts it, with one rank."""
+    start = [sys.executable, "-m", "megazh", "pretrain", "-c", tmp_path / "recipe.yaml", "-r", tmp_path / "run"]
+    return [*start, "--device", "cpu", "-n", "1", "-p", "1"]
+
+
+def train(stories: Path, tmp_path: Path, **changes: Any) -> tuple[str, list[dict[str, Any]]]:
+    """A run of one rank to its end: what it printed, and its records."""
+    write(stories, tmp_path, **changes)
+    finished = run_command(command(tmp_path), 120, ENVIRONMENT, tmp_path)
     assert finished.returncode == 0, finished
     return finished.stdout, read_metrics(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_starting_ends_the_run_before_it_begins(stories: Path, tmp_path: Path) -> None:
+    """The ranks are asked while they load, long before the first step."""
+    write(stories, tmp_path)
+    with start_command(command(tmp_path), ENVIRONMENT, tmp_path) as running:
+        log = tmp_path / "run" / "logs" / "rank_0.log"
+        wait_until(lambda: log.exists() and len(running.descendants()) > 1, 60, "a rank")
+        running.process.send_signal(signal.SIGINT)
+        finished = running.wait(60)
+        assert running.descendants() == []
+    assert finished.returncode == INTERRUPTED
+    assert finished.stderr.splitlines()[-1].startswith("interrupted")
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
 @pytest.mark.slow
