@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megazh.config import Config, load_yaml, parse_amount
+from megazh.config import Config, choice, load_yaml, parse_amount
 
 
 class OnExhausted(StrEnum):
@@ -23,12 +23,8 @@ def _amount(value: object) -> object:
     return parse_amount(value) if isinstance(value, str) else value
 
 
-def _on_exhausted(value: object) -> object:
-    return OnExhausted(value) if isinstance(value, str) and value in list(OnExhausted) else value
-
-
 Amount = Annotated[int, BeforeValidator(_amount), Field(gt=0)]
-WhenExhausted = Annotated[OnExhausted, BeforeValidator(_on_exhausted)]
+WhenExhausted = Annotated[OnExhausted, choice(OnExhausted)]
 
 
 class Validation(Config):

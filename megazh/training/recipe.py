@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from megazh.config import Config, choice, from_mapping, override, parse_amount, read_layers
+from megazh.config import Config, choice, from_mapping, override, read_layers
 from megazh.errors import UsageError
+from megazh.index.manifest import Amount
 from megazh.index.packing import Packing
 from megazh.model.config import Count, ModelConfig, Positive, Share
 
 RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
 
-Amount = Annotated[int, BeforeValidator(lambda v: parse_amount(v) if isinstance(v, str) else v), Field(gt=0)]
 Every = Annotated[int, Field(ge=0)]
 
 
