@@ -7,14 +7,14 @@ from itertools import pairwise
 from megazh.errors import UsageError
 from megazh.model.counts import Flops, flops_per_token, parameter_counts
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
-from megazh.pipeline.memory import StageMemory, stage_memory
+from megazh.pipeline.memory import StageMemory
 from megazh.pipeline.precision import Precision
 from megazh.pipeline.timing import remembered_seconds
 from megazh.training.layout import Layout, make_layout
 from megazh.training.peaks import peak_flops
 from megazh.training.precision import accumulation, communication, precision_on
 from megazh.training.recipe import Recipe
-from megazh.training.stages import OUTSIDE_TORCH, bounds_for
+from megazh.training.stages import OUTSIDE_TORCH, bounds_for, memory_of_stage
 from megazh.training.summary import describe_parts, stage_parameters
 
 CARDS = {
@@ -121,14 +121,10 @@ def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib:
             bounds = bounds_for(recipe, layout, precision, costs, limit_gib * 2**30)
         except UsageError:  # shown all the same, as too large
             bounds = bounds_for(recipe, layout, precision, costs, None)
-    accumulated = accumulation(recipe, precision)
     memory = [
-        stage_memory(
-            recipe.model, begin, end, stage, layout.stages, layout.replicas, recipe.seq_len, layout.micro_batch_size,
-            layout.micro_batches, precision, accumulated, recipe.activation_checkpointing,
-        )
+        memory_of_stage(recipe, layout, precision, stage, begin, end)
         for stage, (begin, end) in enumerate(pairwise(bounds))
-    ]  # fmt: skip
+    ]
     units = costs.units(recipe.model.num_hidden_layers)
     per_second = 1.0 if costs.unit == "seconds" else peak * assumed.mfu
     slowest = max(sum(units[begin:end]) for begin, end in pairwise(bounds)) / per_second

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megazh.model.attention import choose_backend
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
-from megazh.pipeline.memory import stage_memory
+from megazh.pipeline.memory import StageMemory, stage_memory
 from megazh.pipeline.precision import Precision
 from megazh.pipeline.split import best_bounds
 from megazh.pipeline.timing import layer_seconds
@@ -77,9 +77,16 @@ def bounds_for(
         return best_bounds(units, layout.stages)
 
     def memory(stage: int, begin: int, end: int) -> float:
-        return stage_memory(
-            recipe.model, begin, end, stage, layout.stages, layout.replicas, recipe.seq_len, layout.micro_batch_size,
-            layout.micro_batches, precision, accumulation(recipe, precision), recipe.activation_checkpointing,
-        ).total  # fmt: skip
+        return memory_of_stage(recipe, layout, precision, stage, begin, end).total
 
     return best_bounds(units, layout.stages, memory, limit)
+
+
+def memory_of_stage(
+    recipe: Recipe, layout: Layout, precision: Precision, stage: int, begin: int, end: int
+) -> StageMemory:
+    """The memory of stage number `stage`, which holds the parts `begin` to `end`."""
+    return stage_memory(
+        recipe.model, begin, end, stage, layout.stages, layout.replicas, recipe.seq_len, layout.micro_batch_size,
+        layout.micro_batches, precision, accumulation(recipe, precision), recipe.activation_checkpointing,
+    )  # fmt: skip

@@ -7,14 +7,13 @@ from typing import Any
 
 from megazh.model.counts import flops_per_token, parameter_counts
 from megazh.pipeline.costs import costs_by_flops
-from megazh.pipeline.memory import stage_memory
 from megazh.training.layout import Layout
 from megazh.training.metrics import METRICS, read_metrics
 from megazh.training.plot import plot_losses
-from megazh.training.precision import accumulation, precision_on
+from megazh.training.precision import precision_on
 from megazh.training.recipe import Recipe, StageCosts
 from megazh.training.run_folder import RunFolder
-from megazh.training.stages import bounds_for
+from megazh.training.stages import bounds_for, memory_of_stage
 
 _SAMPLES = 2
 
@@ -56,10 +55,7 @@ def describe_stages(recipe: Recipe, layout: Layout, kind: str) -> Iterator[str]:
         yield "stages by FLOPs; the run measures its layers first, and may cut elsewhere:"
     yield "stage  holds                          parameters   FLOPs   memory"
     for stage, (begin, end) in enumerate(pairwise(bounds)):
-        memory = stage_memory(
-            recipe.model, begin, end, stage, layout.stages, layout.replicas, recipe.seq_len, layout.micro_batch_size,
-            layout.micro_batches, precision, accumulation(recipe, precision), recipe.activation_checkpointing,
-        )  # fmt: skip
+        memory = memory_of_stage(recipe, layout, precision, stage, begin, end)
         share = sum(units[begin:end]) / sum(units)
         parameters = stage_parameters(recipe, begin, end, counts)
         yield (
