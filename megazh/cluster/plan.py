@@ -7,7 +7,7 @@ from itertools import pairwise
 from megazh.errors import UsageError
 from megazh.model.counts import Flops, flops_per_token, parameter_counts
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
-from megazh.pipeline.memory import StageMemory
+from megazh.pipeline.memory import StageMemory, stage_parameters
 from megazh.pipeline.precision import Precision
 from megazh.pipeline.timing import remembered_seconds
 from megazh.training.layout import Layout, make_layout
@@ -15,7 +15,7 @@ from megazh.training.peaks import peak_flops
 from megazh.training.precision import accumulation, communication, precision_on
 from megazh.training.recipe import Recipe
 from megazh.training.stages import OUTSIDE_TORCH, bounds_for, memory_of_stage
-from megazh.training.summary import describe_parts, stage_parameters
+from megazh.training.summary import describe_parts
 
 CARDS = {
     "3090": ("NVIDIA GeForce RTX 3090", 24.0),
@@ -129,8 +129,7 @@ def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib:
     per_second = 1.0 if costs.unit == "seconds" else peak * assumed.mfu
     slowest = max(sum(units[begin:end]) for begin, end in pairwise(bounds)) / per_second
     average = sum(units) / per_second / layout.stages
-    counts = parameter_counts(recipe.model)
-    largest = max(stage_parameters(recipe, begin, end, counts) for begin, end in pairwise(bounds))
+    largest = max(stage_parameters(recipe.model, begin, end) for begin, end in pairwise(bounds))
     slots = layout.micro_batches + layout.stages - 1
     communication_seconds = _bytes_moved(recipe, layout, precision, largest) / (assumed.bandwidth * 1e9)
     step_seconds = slots * slowest + communication_seconds
@@ -223,7 +222,6 @@ def _describe_stages(recipe: Recipe, choice: Choice) -> Iterator[str]:
         "head  reduction  total"
     )
     units = choice.costs.units(recipe.model.num_hidden_layers)
-    counts = parameter_counts(recipe.model)
     for stage, (begin, end) in enumerate(pairwise(choice.bounds)):
         part = choice.memory[stage]
         gib = [
@@ -232,7 +230,7 @@ def _describe_stages(recipe: Recipe, choice: Choice) -> Iterator[str]:
                 part.weights, part.gradients, part.optimizer, part.activations, part.head, part.reduction, part.total
             )
         ]  # fmt: skip
-        parameters = stage_parameters(recipe, begin, end, counts)
+        parameters = stage_parameters(recipe.model, begin, end)
         yield (
             f"{stage:>5}  {describe_parts(recipe, begin, end):<28} {parameters:>12,}  "
             f"{sum(units[begin:end]) / sum(units):>6.1%}  {gib[0]:>7.2f}  {gib[1]:>9.2f}  {gib[2]:>9.2f}  "

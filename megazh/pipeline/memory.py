@@ -49,11 +49,9 @@ def stage_memory(
     """The memory of a stage that holds the parts `begin` to `end` (embedding 0, blocks, head last)."""
     last = config.num_hidden_layers + 1
     blocks = min(end, last) - max(begin, 1)
-    counts = parameter_counts(config)
-    table = counts.embedding
+    table = parameter_counts(config).embedding
     has_embedding, has_head = begin == 0, end == last + 1
-    tables = has_embedding + has_head - (has_embedding and has_head and config.tie_word_embeddings)
-    parameters = tables * table + blocks * counts.block + has_head * counts.norm
+    parameters = stage_parameters(config, begin, end)
     size, sum_size = _BYTES[precision], _BYTES[accumulated]
     tokens = seq_len * micro_batch_size
     hidden = tokens * config.hidden_size * size
@@ -76,6 +74,15 @@ def stage_memory(
         head=head,
         reduction=min(parameters, _REDUCE_ELEMENTS) * sum_size if replicas > 1 else 0,
     )
+
+
+def stage_parameters(config: ModelConfig, begin: int, end: int) -> int:
+    """Parameters of a stage that holds the parts `begin` to `end`; a tied matrix counts where there is a copy."""
+    counts, last = parameter_counts(config), config.num_hidden_layers + 1
+    blocks = max(0, min(end, last) - max(begin, 1))
+    first, final = begin == 0, end == last + 1
+    tables = first + final - (first and final and config.tie_word_embeddings)
+    return tables * counts.embedding + blocks * counts.block + final * counts.norm
 
 
 def block_activations(config: ModelConfig, size: int) -> float:

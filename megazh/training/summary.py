@@ -3,10 +3,10 @@
 import shlex
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 from megazh.model.counts import flops_per_token, parameter_counts
 from megazh.pipeline.costs import costs_by_flops
+from megazh.pipeline.memory import stage_parameters
 from megazh.training.layout import Layout
 from megazh.training.metrics import METRICS, read_metrics
 from megazh.training.plot import plot_losses
@@ -50,14 +50,13 @@ def describe_stages(recipe: Recipe, layout: Layout, kind: str) -> Iterator[str]:
     costs = costs_by_flops(recipe.model, recipe.seq_len, recipe.micro_batch_size, recipe.activation_checkpointing)
     bounds = recipe.stage_bounds or bounds_for(recipe, layout, precision, costs, limit)
     units = costs.units(recipe.model.num_hidden_layers)
-    counts = parameter_counts(recipe.model)
     if kind == "cuda" and recipe.stage_bounds is None and recipe.stage_costs is not StageCosts.FLOPS:
         yield "stages by FLOPs; the run measures its layers first, and may cut elsewhere:"
     yield "stage  holds                          parameters   FLOPs   memory"
     for stage, (begin, end) in enumerate(pairwise(bounds)):
         memory = memory_of_stage(recipe, layout, precision, stage, begin, end)
         share = sum(units[begin:end]) / sum(units)
-        parameters = stage_parameters(recipe, begin, end, counts)
+        parameters = stage_parameters(recipe.model, begin, end)
         yield (
             f"{stage:>5}  {describe_parts(recipe, begin, end):<28} {parameters:>12,}  {share:>5.1%}  "
             f"{memory.total / 2**30:>5.1f} GiB"
@@ -74,15 +73,6 @@ def describe_parts(recipe: Recipe, begin: int, end: int) -> str:
     if end == last + 1:
         parts.append("head")
     return " + ".join(parts)
-
-
-def stage_parameters(recipe: Recipe, begin: int, end: int, counts: Any) -> int:
-    """Parameters that lie on a stage; a tied matrix counts on each stage that has a copy."""
-    last = recipe.model.num_hidden_layers + 1
-    blocks = max(0, min(end, last) - max(begin, 1))
-    first, final = begin == 0, end == last + 1
-    tables = first + final - (first and final and recipe.model.tie_word_embeddings)
-    return tables * counts.embedding + blocks * counts.block + final * counts.norm
 
 
 def describe_end(run: RunFolder, recipe: Recipe, longer: str, anew: str) -> Iterator[str]:

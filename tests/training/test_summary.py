@@ -9,10 +9,11 @@ from made_runs import make_run, write_metrics, write_recipe
 from recipes import make_recipe
 
 from megazh.model.counts import parameter_counts
+from megazh.pipeline.memory import stage_parameters
 from megazh.training.layout import make_layout
 from megazh.training.recipe import Recipe, load_recipe, recipe_path
 from megazh.training.run_folder import RunFolder
-from megazh.training.summary import describe_end, describe_layout, describe_parts, describe_stages, stage_parameters
+from megazh.training.summary import describe_end, describe_layout, describe_parts, describe_stages
 
 LONGER, ANEW = "the longer one", "the new one"
 
@@ -81,8 +82,7 @@ def test_parameters_of_the_stages_sum_up(tied: bool) -> None:
 
 
 def _sum(recipe: Recipe, bounds: list[int]) -> int:
-    counts = parameter_counts(recipe.model)
-    return sum(stage_parameters(recipe, a, b, counts) for a, b in pairwise(bounds))
+    return sum(stage_parameters(recipe.model, a, b) for a, b in pairwise(bounds))
 
 
 def test_end_of_a_run(run: RunFolder) -> None:
