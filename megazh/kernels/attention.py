@@ -1,0 +1,297 @@
+"""Causal attention within documents: flash attention (arXiv 2205.14135, 2307.08691) over rows laid end to end.
+
+Instead of a list of segments, each token knows where its document begins and ends. So the shapes never change, blocks
+of keys that no query of a block may see are never loaded, and blocks that all of them may see need no mask. Unlike
+the usual kernels, which add to the gradient of queries from many blocks at once, this one sums in a fixed order:
+queries have a pass of their own, for a quarter more products.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _tile(base, rows, width, head_dim, count, DIM: tl.constexpr):
+    """(rows, DIM) of a matrix `width` wide, zeros behind row `count` and behind `head_dim`."""
+    place = tl.arange(0, DIM)
+    inside = (rows[:, None] < count) & (place[None, :] < head_dim)
+    return tl.load(base + rows.to(tl.int64)[:, None] * width + place[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _put(base, rows, width, head_dim, count, values, DIM: tl.constexpr):
+    place = tl.arange(0, DIM)
+    inside = (rows[:, None] < count) & (place[None, :] < head_dim)
+    at = base + rows.to(tl.int64)[:, None] * width + place[None, :]
+    tl.store(at, values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attend(
+    sums, total, largest, query, key, value, begin, end, rows, start, scale, width, head_dim, tokens,
+    MASKED: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Go on with a block of queries over the keys from `begin` to `end`."""
+    for first in range(begin, end, KEYS):
+        column = first + tl.arange(0, KEYS)
+        k = _tile(key, column, width, head_dim, tokens, DIM)
+        scores = tl.dot(query, tl.trans(k)) * scale
+        if MASKED:
+            seen = (column[None, :] <= rows[:, None]) & (column[None, :] >= start[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        new = tl.maximum(largest, tl.max(scores, 1))
+        if MASKED:  # a row that has seen nothing yet has no largest score
+            safe = tl.where(new == float("-inf"), 0.0, new)
+        else:
+            safe = new
+        weights = tl.exp2(scores - safe[:, None])
+        fade = tl.exp2(largest - safe)
+        total = total * fade + tl.sum(weights, 1)
+        v = _tile(value, column, width, head_dim, tokens, DIM)
+        sums = tl.dot(weights.to(v.dtype), v, sums * fade[:, None])
+        largest = new
+    return sums, total, largest
+
+
+@triton.jit
+def _forward(
+    qkv, starts, out, lse, tokens, width, head_dim, heads, kv_heads, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    # The last blocks see the most keys: they go first.
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    first = block * QUERIES
+    rows = first + tl.arange(0, QUERIES)
+    start = tl.load(starts + rows, mask=rows < tokens, other=0)
+    lowest = tl.load(starts + first)
+    highest = tl.load(starts + tl.minimum(first + QUERIES, tokens) - 1)
+    kv_head = head // (heads // kv_heads)
+    key = qkv + (heads + kv_head) * head_dim
+    value = qkv + (heads + kv_heads + kv_head) * head_dim
+    query = _tile(qkv + head * head_dim, rows, width, head_dim, tokens, DIM)
+    sums = tl.zeros([QUERIES, DIM], dtype=tl.float32)
+    total = tl.zeros([QUERIES], dtype=tl.float32)
+    largest = tl.full([QUERIES], float("-inf"), dtype=tl.float32)
+    # Keys before `whole` are not in the document of every query of this block; those from `first` on may be ahead.
+    whole = tl.minimum(tl.cdiv(highest, KEYS) * KEYS, first)
+    sums, total, largest = _attend(
+        sums, total, largest, query, key, value, lowest // KEYS * KEYS, whole, rows, start, scale, width, head_dim,
+        tokens, True, KEYS, DIM,
+    )  # fmt: skip
+    sums, total, largest = _attend(
+        sums, total, largest, query, key, value, whole, first, rows, start, scale, width, head_dim, tokens,
+        False, KEYS, DIM,
+    )  # fmt: skip
+    sums, total, largest = _attend(
+        sums, total, largest, query, key, value, first, tl.minimum(first + QUERIES, tokens), rows, start, scale,
+        width, head_dim, tokens, True, KEYS, DIM,
+    )  # fmt: skip
+    _put(out + head * head_dim, rows, heads * head_dim, head_dim, tokens, sums / total[:, None], DIM)
+    tl.store(lse + head.to(tl.int64) * tokens + rows, largest + tl.log2(total), mask=rows < tokens)
+
+
+@triton.jit
+def _query_gradient(
+    grad, query, grad_out, key, value, begin, end, rows, start, scale, row_lse, row_delta, width, head_dim, tokens,
+    MASKED: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    for first in range(begin, end, KEYS):
+        column = first + tl.arange(0, KEYS)
+        k = _tile(key, column, width, head_dim, tokens, DIM)
+        v = _tile(value, column, width, head_dim, tokens, DIM)
+        weights = tl.exp2(tl.dot(query, tl.trans(k)) * scale - row_lse[:, None])
+        if MASKED:
+            seen = (column[None, :] <= rows[:, None]) & (column[None, :] >= start[:, None])
+            weights = tl.where(seen, weights, 0.0)
+        grad_scores = weights * (tl.dot(grad_out, tl.trans(v)) - row_delta[:, None])
+        grad = tl.dot(grad_scores.to(k.dtype), k, grad)
+    return grad
+
+
+@triton.jit
+def _backward_queries(
+    qkv, starts, out, grad_out, lse, delta, grad_qkv, tokens, width, head_dim, heads, kv_heads, scale, factor,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    first = block * QUERIES
+    rows = first + tl.arange(0, QUERIES)
+    start = tl.load(starts + rows, mask=rows < tokens, other=0)
+    lowest = tl.load(starts + first)
+    highest = tl.load(starts + tl.minimum(first + QUERIES, tokens) - 1)
+    kv_head = head // (heads // kv_heads)
+    key = qkv + (heads + kv_head) * head_dim
+    value = qkv + (heads + kv_heads + kv_head) * head_dim
+    query = _tile(qkv + head * head_dim, rows, width, head_dim, tokens, DIM)
+    gradient = _tile(grad_out + head * head_dim, rows, heads * head_dim, head_dim, tokens, DIM)
+    result = _tile(out + head * head_dim, rows, heads * head_dim, head_dim, tokens, DIM)
+    at = head.to(tl.int64) * tokens + rows
+    row_delta = tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
+    tl.store(delta + at, row_delta, mask=rows < tokens)
+    row_lse = tl.load(lse + at, mask=rows < tokens, other=float("inf"))
+    grad = tl.zeros([QUERIES, DIM], dtype=tl.float32)
+    whole = tl.minimum(tl.cdiv(highest, KEYS) * KEYS, first)
+    grad = _query_gradient(
+        grad, query, gradient, key, value, lowest // KEYS * KEYS, whole, rows, start, scale, row_lse, row_delta, width,
+        head_dim, tokens, True, KEYS, DIM,
+    )  # fmt: skip
+    grad = _query_gradient(
+        grad, query, gradient, key, value, whole, first, rows, start, scale, row_lse, row_delta, width, head_dim,
+        tokens, False, KEYS, DIM,
+    )  # fmt: skip
+    grad = _query_gradient(
+        grad, query, gradient, key, value, first, tl.minimum(first + QUERIES, tokens), rows, start, scale, row_lse,
+        row_delta, width, head_dim, tokens, True, KEYS, DIM,
+    )  # fmt: skip
+    _put(grad_qkv + head * head_dim, rows, width, head_dim, tokens, grad * factor, DIM)
+
+
+@triton.jit
+def _key_gradient(
+    grad_key, grad_value, k, v, query, grad_out, begin, end, column, starts, scale, head_lse, head_delta, width,
+    out_width, head_dim, tokens, MASKED: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    for first in range(begin, end, QUERIES):
+        rows = first + tl.arange(0, QUERIES)
+        q = _tile(query, rows, width, head_dim, tokens, DIM)
+        gradient = _tile(grad_out, rows, out_width, head_dim, tokens, DIM)
+        row_lse = tl.load(head_lse + rows, mask=rows < tokens, other=float("inf"))
+        weights = tl.exp2(tl.dot(k, tl.trans(q)) * scale - row_lse[None, :])
+        if MASKED:
+            start = tl.load(starts + rows, mask=rows < tokens, other=0)
+            seen = (column[:, None] <= rows[None, :]) & (column[:, None] >= start[None, :])
+            weights = tl.where(seen, weights, 0.0)
+        grad_value = tl.dot(weights.to(gradient.dtype), gradient, grad_value)
+        row_delta = tl.load(head_delta + rows, mask=rows < tokens, other=0.0)
+        grad_scores = weights * (tl.dot(v, tl.trans(gradient)) - row_delta[None, :])
+        grad_key = tl.dot(grad_scores.to(q.dtype), q, grad_key)
+    return grad_key, grad_value
+
+
+@triton.jit
+def _backward_keys(
+    qkv, starts, ends, grad_out, lse, delta, grad_qkv, tokens, width, head_dim, heads, kv_heads, scale, factor,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    block, kv_head = tl.program_id(0), tl.program_id(1)
+    first = block * KEYS
+    column = first + tl.arange(0, KEYS)
+    behind = first + KEYS
+    last = tl.load(ends + tl.minimum(behind, tokens) - 1)
+    # Queries behind this block and before `common` are in the document of every key of the block.
+    common = tl.maximum(tl.load(ends + first) // QUERIES * QUERIES, behind)
+    at_key = (heads + kv_head) * head_dim
+    at_value = (heads + kv_heads + kv_head) * head_dim
+    k = _tile(qkv + at_key, column, width, head_dim, tokens, DIM)
+    v = _tile(qkv + at_value, column, width, head_dim, tokens, DIM)
+    grad_key = tl.zeros([KEYS, DIM], dtype=tl.float32)
+    grad_value = tl.zeros([KEYS, DIM], dtype=tl.float32)
+    group = heads // kv_heads
+    for member in range(0, group):
+        head = kv_head * group + member
+        query, gradient = qkv + head * head_dim, grad_out + head * head_dim
+        head_lse, head_delta = lse + head.to(tl.int64) * tokens, delta + head.to(tl.int64) * tokens
+        grad_key, grad_value = _key_gradient(
+            grad_key, grad_value, k, v, query, gradient, first, tl.minimum(behind, last), column, starts, scale,
+            head_lse, head_delta, width, heads * head_dim, head_dim, tokens, True, QUERIES, DIM,
+        )  # fmt: skip
+        grad_key, grad_value = _key_gradient(
+            grad_key, grad_value, k, v, query, gradient, behind, common, column, starts, scale, head_lse, head_delta,
+            width, heads * head_dim, head_dim, tokens, False, QUERIES, DIM,
+        )  # fmt: skip
+        grad_key, grad_value = _key_gradient(
+            grad_key, grad_value, k, v, query, gradient, common, last, column, starts, scale, head_lse, head_delta,
+            width, heads * head_dim, head_dim, tokens, True, QUERIES, DIM,
+        )  # fmt: skip
+    _put(grad_qkv + at_key, column, width, head_dim, tokens, grad_key * factor, DIM)
+    _put(grad_qkv + at_value, column, width, head_dim, tokens, grad_value, DIM)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Block sizes of one kernel: the larger side divides by the smaller."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+_FORWARD, _QUERIES, _KEYS = Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)
+_WIDE = Tiles(64, 64, 4, 2)
+"""Of all kernels for heads of more than 64 dimensions."""
+
+
+def _tiles(head_dim: int, usual: Tiles) -> Tiles:
+    return usual if head_dim <= 64 else _WIDE
+
+
+def document_attention(
+    qkv: torch.Tensor, starts: torch.Tensor, heads: int, kv_heads: int, tiles: Tiles | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each token to its own document up to itself.
+
+    Args:
+        qkv: (tokens, (heads + 2 * kv_heads) * head_dim), contiguous: rotated queries and keys, and values.
+        starts: (tokens,) int32, where the document of each token begins; never falls.
+
+    Returns:
+        (tokens, heads * head_dim) in the dtype of `qkv`, and (heads, tokens) fp32: the logarithm to base 2 of the
+        sum of the exponentials of each row of scores.
+    """
+    tokens, width = qkv.shape
+    head_dim = width // (heads + 2 * kv_heads)
+    out = torch.empty(tokens, heads * head_dim, device=qkv.device, dtype=qkv.dtype)
+    lse = torch.empty(heads, tokens, device=qkv.device, dtype=torch.float32)
+    tiles = tiles or _tiles(head_dim, _FORWARD)
+    _forward[(triton.cdiv(tokens, tiles.queries), heads)](
+        qkv, starts, out, lse, tokens, width, head_dim, heads, kv_heads, head_dim**-0.5 * _LOG2_E,
+        tiles.queries, tiles.keys, _dim(head_dim), num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def document_attention_backward(
+    grad_out: torch.Tensor,
+    qkv: torch.Tensor,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    query_tiles: Tiles | None = None,
+    key_tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """The gradient of `qkv`, of the same shape.
+
+    Args:
+        grad_out: (tokens, heads * head_dim), contiguous.
+        ends: (tokens,) int32, behind the last token of each token's document; never falls.
+        out, lse: what `document_attention` returned.
+    """
+    tokens, width = qkv.shape
+    head_dim = width // (heads + 2 * kv_heads)
+    grad_qkv = torch.empty_like(qkv)
+    delta = torch.empty_like(lse)
+    factor = head_dim**-0.5
+    tiles = query_tiles or _tiles(head_dim, _QUERIES)
+    _backward_queries[(triton.cdiv(tokens, tiles.queries), heads)](
+        qkv, starts, out, grad_out, lse, delta, grad_qkv, tokens, width, head_dim, heads, kv_heads, factor * _LOG2_E,
+        factor, tiles.queries, tiles.keys, _dim(head_dim), num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    tiles = key_tiles or _tiles(head_dim, _KEYS)
+    _backward_keys[(triton.cdiv(tokens, tiles.keys), kv_heads)](
+        qkv, starts, ends, grad_out, lse, delta, grad_qkv, tokens, width, head_dim, heads, kv_heads, factor * _LOG2_E,
+        factor, tiles.keys, tiles.queries, _dim(head_dim), num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return grad_qkv
+
+
+def _dim(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))

@@ -1,0 +1,66 @@
+"""Cross entropy of rows of logits and, over the logits, its gradient: two passes, the second mostly from the cache."""
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 8192
+
+
+@triton.jit
+def _rows(
+    logits, labels, losses, scale, z_loss, vocab, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    base = logits + row * vocab
+    place = tl.arange(0, BLOCK)
+    if label < 0:
+        tl.store(losses + row, 0.0)
+        if GRADIENT:
+            for begin in range(0, vocab, BLOCK):
+                at = begin + place
+                tl.store(base + at, tl.zeros([BLOCK], dtype=logits.dtype.element_ty), mask=at < vocab)
+    else:
+        largest = -float("inf")
+        total = 0.0
+        for begin in range(0, vocab, BLOCK):
+            at = begin + place
+            x = tl.load(base + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+            new = tl.maximum(largest, tl.max(x, 0))
+            total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
+            largest = new
+        lse = largest + tl.log(total)
+        tl.store(losses + row, lse - tl.load(base + label).to(tl.float32) + z_loss * lse * lse)
+        if GRADIENT:
+            # d loss / d logits = softmax * (1 + 2 z_loss lse) - one_hot
+            factor = tl.load(scale)
+            for begin in range(0, vocab, BLOCK):
+                at = begin + place
+                x = tl.load(base + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+                gradient = tl.exp(x - lse) * (1.0 + 2.0 * z_loss * lse)
+                gradient = tl.where(at == label, gradient - 1.0, gradient) * factor
+                tl.store(base + at, gradient.to(logits.dtype.element_ty), mask=at < vocab)
+
+
+def cross_entropy_(
+    logits: torch.Tensor, labels: torch.Tensor, z_loss: float, scale: torch.Tensor | None
+) -> torch.Tensor:
+    """The loss of each row, in fp32; with a scale, `logits` are overwritten by that scale times their gradient.
+
+    Args:
+        logits: (rows, vocab), contiguous.
+        labels: (rows,) integers; a negative one counts nothing.
+        z_loss: see `megazh.model.loss`.
+        scale: one fp32 number on the same device.
+
+    Returns:
+        (rows,) fp32, 0 where the label counts nothing.
+    """
+    rows, vocab = logits.shape
+    losses = torch.empty(rows, device=logits.device, dtype=torch.float32)
+    block = min(_BLOCK, triton.next_power_of_2(vocab))
+    _rows[(rows,)](
+        logits, labels, losses, scale, z_loss, vocab, scale is not None, block, num_warps=min(16, max(1, block // 256))
+    )
+    return losses

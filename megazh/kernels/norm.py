@@ -1,0 +1,103 @@
+"""Root mean square norm, with the sum of two tensors in front of it, in one pass over memory each way."""
+
+import torch
+import triton
+import triton.language as tl
+
+from megazh.kernels.launch import programs, warps_for
+
+
+@triton.jit
+def _forward(residual, delta, weight, total, normed, rstd, eps, width, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    at = row * width + column
+    x = tl.load(residual + at, mask=inside, other=0.0)
+    if ADDS:
+        added = x.to(tl.float32) + tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        x = added.to(x.dtype)  # what is normed is what is stored
+        tl.store(total + at, x, mask=inside)
+    x = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    tl.store(rstd + row, inverse)
+    scaled = x * inverse * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + at, scaled.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    grad_normed, x, rstd, weight, grad_total, grad_x, partial, rows, width, ADDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    grad_gain = tl.zeros([BLOCK], dtype=tl.float32)
+    wide = tl.cast(width, tl.int64)
+    for row in range(program, rows, tl.num_programs(0)):
+        at = row * wide + column
+        unit = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * tl.load(rstd + row)
+        gradient = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
+        grad_gain += gradient * unit
+        gradient *= gain
+        # d x = rstd (g - unit mean(g unit)), g the gradient times the weight
+        inner = tl.sum(gradient * unit, 0) / width
+        result = (gradient - unit * inner) * tl.load(rstd + row)
+        if ADDS:
+            result += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(partial + program * width + column, grad_gain, mask=inside)
+
+
+def add_norm(
+    residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The norm (arXiv 1910.07467) of `residual + delta`, computed in fp32.
+
+    Args:
+        residual, delta: (tokens, width), contiguous; without `delta` nothing is added.
+        weight: (width,).
+
+    Returns:
+        The sum (`residual` itself where nothing is added) and the normed states, (tokens, width) each in the dtype of
+        `residual`; and (tokens,) fp32, one over the root mean square.
+    """
+    rows, width = residual.shape
+    total = residual if delta is None else torch.empty_like(residual)
+    normed = torch.empty_like(residual)
+    rstd = torch.empty(rows, device=residual.device, dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    _forward[(rows,)](
+        residual, delta, weight, total, normed, rstd, eps, width, delta is not None, block, num_warps=warps_for(block)
+    )
+    return total, normed, rstd
+
+
+def norm_backward(
+    grad_normed: torch.Tensor,
+    x: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    grad_total: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `add_norm`.
+
+    Args:
+        grad_normed: of the normed states, (tokens, width).
+        x, rstd: the sum, and the third result of `add_norm`.
+        grad_total: of the sum, where it is used elsewhere, too.
+
+    Returns:
+        Of the sum (and so of each of its two parts), (tokens, width); and of the weight, (width,) fp32.
+    """
+    rows, width = x.shape
+    grad_x = torch.empty_like(x)
+    count = min(rows, programs(x.device, 8))
+    partial = torch.empty(count, width, device=x.device, dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    _backward[(count,)](
+        grad_normed, x, rstd, weight, grad_total, grad_x, partial, rows, width, grad_total is not None, block,
+        num_warps=warps_for(block),
+    )  # fmt: skip
+    return grad_x, partial.sum(0)
