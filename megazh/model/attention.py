@@ -1,10 +1,12 @@
 """Attention within documents: where a micro-batch's documents begin and end, made once and used by every block.
 
-Three ways, one interface: `varlen` on CUDA in bf16 and fp16, a block mask with SDPA elsewhere, and, for
-generation, a cache of keys and values. None lets a token see another document or the future.
+Fused blocks (`megazh.model.fused`) get it as numbers a token. Others call it: `varlen` on CUDA in bf16 and fp16, a block
+mask with SDPA elsewhere, and, for generation, a cache of keys and values. None lets a token see another document or the
+future.
 """
 
 import inspect
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -12,13 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from megazh.errors import UsageError
-from megazh.model.config import ModelConfig
+from megazh.kernels.support import why_not
+from megazh.model.config import Mlp, ModelConfig, Norm
 from megazh.model.rope import Rotary
 
 
 class Backend(StrEnum):
-    """How packed attention is computed."""
+    """How blocks and their packed attention are computed."""
 
+    FUSED = "fused"
+    """Triton's kernels, blocks forward and backward written out: `megazh.model.fused`; CUDA from sm80 on, bf16, fp16."""
     VARLEN = "varlen"
     """`torch.nn.attention.varlen`: flash attention over segments; CUDA from sm80 on, bf16 and fp16."""
     MASKED = "masked"
@@ -37,12 +42,45 @@ class Attend(Protocol):
         ...
 
 
-def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backend:
+@dataclass(frozen=True)
+class Packed:
+    """What fused blocks need to know of a micro-batch, whose rows lie end to end."""
+
+    cos: torch.Tensor
+    """(tokens, rotary_dim / 2) fp32."""
+    sin: torch.Tensor
+    starts: torch.Tensor
+    """(tokens,) int32: where the document of each token begins."""
+    ends: torch.Tensor
+    """(tokens,) int32: behind its last token."""
+
+
+_MOST_HEAD_DIM = 128
+
+
+def why_not_fused(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why blocks of this model do not run fused here; None: they do."""
+    unfit = {
+        "layernorm has no kernel": config.norm is not Norm.RMSNORM,
+        "only swiglu has a kernel": config.mlp is not Mlp.SWIGLU,
+        "parallel_residual has no kernel": config.parallel_residual,
+        "dropout has no kernel": bool(config.residual_dropout or config.attention_dropout),
+        f"heads of more than {_MOST_HEAD_DIM} dimensions have no kernel": config.head_size > _MOST_HEAD_DIM,
+    }
+    return next((reason for reason, applies in unfit.items() if applies), None) or why_not(device, dtype)
+
+
+def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: bool = True) -> Backend:
     """The backend for this device and dtype.
+
+    Args:
+        kernels: whether Triton's may serve.
 
     Raises:
         UsageError: the model wants attention dropout, and the backend has none.
     """
+    if kernels and device.type == "cuda" and why_not_fused(config, device, dtype) is None:
+        return Backend.FUSED
     half = dtype in (torch.bfloat16, torch.float16)
     if device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0):
         if config.attention_dropout:
@@ -62,7 +100,9 @@ class VarlenAttention:
         self.cos, self.sin = cos, sin
         rows = torch.arange(len(cu_seqlens), device=cu_seqlens.device, dtype=torch.int32)[:, None] * seq_len
         total = torch.full((1,), len(cu_seqlens) * seq_len, device=cu_seqlens.device, dtype=torch.int32)
-        self._cu_seqlens = torch.cat(((cu_seqlens[:, :-1] + rows).flatten(), total))
+        # Without the empty segments behind the last one: the kernel's time grows with their number, to four times as
+        # much on an H200. To leave them out is to wait for the GPU once a micro-batch, which costs far less.
+        self._cu_seqlens = torch.cat(((cu_seqlens[:, :-1] + rows)[cu_seqlens[:, :-1] < seq_len], total))
         self._longest = seq_len
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -134,7 +174,7 @@ class Documents:
         self._rotary = Rotary(config)
 
     @torch.no_grad()
-    def __call__(self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, training: bool) -> Attend:
+    def __call__(self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, training: bool) -> Attend | Packed:
         """The attention of one micro-batch.
 
         Args:
@@ -144,7 +184,20 @@ class Documents:
         """
         cos, sin = self._rotary(position_ids)
         seq_len = position_ids.shape[1]
+        if self._backend is Backend.FUSED:
+            return _pack(cos, sin, cu_seqlens)
         if self._backend is Backend.VARLEN:
             return VarlenAttention(cos, sin, cu_seqlens, seq_len)
         dropout = self._config.attention_dropout if training else 0.0
         return MaskedAttention(cos, sin, cu_seqlens, seq_len, dropout)
+
+
+def _pack(cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor) -> Packed:
+    """From cosines and sines, (batch, seq, 1, rotary_dim / 2), and boundaries, (batch, max_docs + 1) int32."""
+    batch, seq = cos.shape[:2]
+    places = torch.arange(seq, device=cu_seqlens.device, dtype=torch.int32).expand(batch, -1).contiguous()
+    inner = cu_seqlens[:, 1:].contiguous()
+    segment = torch.searchsorted(inner, places, right=True)
+    rows = torch.arange(batch, device=cu_seqlens.device, dtype=torch.int32)[:, None] * seq
+    starts, ends = cu_seqlens.gather(1, segment) + rows, inner.gather(1, segment) + rows
+    return Packed(cos.flatten(0, 2), sin.flatten(0, 2), starts.flatten(), ends.flatten())

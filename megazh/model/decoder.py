@@ -1,11 +1,14 @@
 """The whole decoder in one process: what a pipeline's stages together must equal, and what generates text."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megazh.model.attention import Attend, Backend, Documents, choose_backend
+from megazh.model.attention import Attend, Backend, Documents, Packed, choose_backend
 from megazh.model.config import ModelConfig
+from megazh.model.fused import run_fused
 from megazh.model.layers import Block, Embedding, Head, layer_count, make_layer
 from megazh.model.loss import summed_cross_entropy
 
@@ -33,19 +36,17 @@ class Decoder(nn.Module):
         self.head: Embedding | Head = head  # type: ignore[assignment]
         self._documents: tuple[Backend, Documents] | None = None
 
-    def attention(self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> Attend:
+    def attention(self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> Attend | Packed:
         """The attention of a packed micro-batch; see `Documents`."""
         backend = choose_backend(self.config, position_ids.device, self.embedding.weight.dtype)
         if self._documents is None or self._documents[0] is not backend:
             self._documents = (backend, Documents(self.config, backend))
         return self._documents[1](position_ids, cu_seqlens, self.training)
 
-    def forward(self, tokens: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, attend: Attend | Packed) -> torch.Tensor:
         """(batch, seq) ids to (batch, seq, hidden) normed states, which the head turns into logits."""
-        hidden = self.embedding(tokens)
-        for block in self.blocks:
-            hidden = run_block(block, hidden, attend, self._checkpointing and self.training)
-        return self.norm(hidden)
+        checkpointing = self._checkpointing and self.training
+        return run_layers(self.embedding, self.blocks, self.norm, tokens, attend, checkpointing)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) normed states to (..., vocab) logits in fp32."""
@@ -60,12 +61,31 @@ class Decoder(nn.Module):
         z_loss: float = 0.0,
     ) -> torch.Tensor:
         """Cross entropy summed over the labels that count: a scalar in fp32. Arguments as in `Sample`."""
-        hidden = self(tokens, self.attention(position_ids, cu_seqlens))
-        return summed_cross_entropy(hidden, self.head.weight, labels, z_loss)
+        attend = self.attention(position_ids, cu_seqlens)
+        return summed_cross_entropy(
+            self(tokens, attend), self.head.weight, labels, z_loss, fused=isinstance(attend, Packed)
+        )
 
 
-def run_block(block: Block | nn.Module, hidden: torch.Tensor, attend: Attend, checkpointing: bool) -> torch.Tensor:
-    """One block, its activations kept or (checkpointing, without re-entry) computed again in the backward pass."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, hidden, attend, use_reentrant=False)
-    return block(hidden, attend)
+def run_layers(
+    embedding: Embedding | None,
+    blocks: Iterable[nn.Module],
+    norm: nn.Module | None,
+    states: torch.Tensor,
+    attend: Attend | Packed,
+    checkpointing: bool,
+) -> torch.Tensor:
+    """Some layers of the decoder in a row: (batch, seq) ids or (batch, seq, hidden) to (batch, seq, hidden).
+
+    Args:
+        checkpointing: blocks are computed a second time in the backward pass, instead of keeping their activations.
+    """
+    if isinstance(attend, Packed):
+        return run_fused(embedding, blocks, norm, states, attend, checkpointing)
+    hidden = states if embedding is None else embedding(states)
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            hidden = checkpoint(block, hidden, attend, use_reentrant=False)
+        else:
+            hidden = block(hidden, attend)
+    return hidden if norm is None else norm(hidden)

@@ -18,13 +18,13 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self._scale, self._dropout = config.embedding_scale, config.residual_dropout
+        self.scale, self._dropout = config.embedding_scale, config.residual_dropout
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(batch, seq) integer ids to (batch, seq, hidden)."""
         hidden = F.embedding(tokens, self.weight)
-        if self._scale != 1.0:
-            hidden = hidden * self._scale
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
         return F.dropout(hidden, self._dropout, self.training)
 
 
@@ -49,19 +49,19 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self._layer = layer
-        self._heads, self._kv_heads, self._head_dim = config.num_attention_heads, config.kv_heads, config.head_size
-        width = (self._heads + 2 * self._kv_heads) * self._head_dim
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_size
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.attention_width, config.hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
         """(batch, seq, hidden) to (batch, seq, hidden)."""
         batch, seq, _ = hidden.shape
-        heads = self.qkv_proj(hidden).view(batch, seq, self._heads + 2 * self._kv_heads, self._head_dim)
-        query, key, value = heads.split((self._heads, self._kv_heads, self._kv_heads), 2)
+        heads = self.qkv_proj(hidden).view(batch, seq, self.heads + 2 * self.kv_heads, self.head_dim)
+        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
         query, key = rotate(query, attend.cos, attend.sin), rotate(key, attend.cos, attend.sin)
         attended = attend(self._layer, query, key, value)
-        return self.o_proj(attended.reshape(batch, seq, self._heads * self._head_dim))
+        return self.o_proj(attended.reshape(batch, seq, self.heads * self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -84,7 +84,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm, each added to the hidden state."""
+    """Attention and MLP, each behind a norm, each added to the hidden state; `megazh.model.fused` is its fast twin."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         """`layer`: the number of the block, from 0."""

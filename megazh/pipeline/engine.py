@@ -6,13 +6,13 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
 from megazh.errors import WorkerError
 from megazh.pipeline.module import DecoderPipeline
 from megazh.pipeline.precision import Precision
+from megazh.pipeline.stage_engine import initialize
 
 _REDUCE_ELEMENTS = 50_000_000
 """DeepSpeed's default of 5e8 is allocated anew in every step: 2 GB in fp32."""
@@ -44,7 +44,7 @@ def make_engine(
         zero_stage: 1 shares the optimizer state out among the replicas.
 
     Returns:
-        A `deepspeed.runtime.pipe.engine.PipelineEngine`.
+        A `StageEngine`, a `deepspeed.runtime.pipe.engine.PipelineEngine`.
     """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -67,8 +67,7 @@ def make_engine(
     elif precision is Precision.FP16:
         settings["fp16"] = {"enabled": True, "initial_scale_power": 16}
     with quiet():
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    return engine
+        return initialize(module, optimizer, settings)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,11 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
-from megazh.model.attention import Attend, Backend, Documents
+from megazh.model.attention import Attend, Backend, Documents, Packed
 from megazh.model.config import ModelConfig
-from megazh.model.decoder import run_block
+from megazh.model.decoder import run_layers
 from megazh.model.layers import Block, Embedding, Head, layer_count, make_layer
-from megazh.model.loss import summed_cross_entropy
+from megazh.model.loss import loss_and_gradient, summed_cross_entropy
 
 _TIED = "embedding"
 
@@ -48,7 +48,7 @@ class DecoderPipeline(PipelineModule):
     Args:
         config: the model's shape.
         bounds: (stages + 1,) bounds over the parts embedding, blocks, head; see `split.best_bounds`.
-        backend: how attention is computed.
+        backend: how blocks are computed.
         seed: of the initial weights.
         activation_checkpointing: compute blocks a second time in the backward pass.
         z_loss: see `summed_cross_entropy`; only in training.
@@ -71,7 +71,7 @@ class DecoderPipeline(PipelineModule):
         if config.tie_word_embeddings:
             specs[0] = specs[last] = _Tied(config, seed)
         super().__init__(specs, num_stages=len(bounds) - 1, loss_fn=self.scaled_loss, partition_method="uniform")
-        self._documents = Documents(config, backend)
+        self._documents, self._fused = Documents(config, backend), backend is Backend.FUSED
         self._checkpointing, self._z_loss = activation_checkpointing, z_loss
         numbers = range(self._local_start, self._local_stop)
         self._embedding: Embedding | None = self.forward_funcs[0] if 0 in numbers else None
@@ -122,12 +122,10 @@ class DecoderPipeline(PipelineModule):
         # a weight which only the loss saw would have been summed by then, and be lost.
         return hidden, self._head.weight.view_as(self._head.weight)
 
-    def run_layers(self, states: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def run_layers(self, states: torch.Tensor, attend: Attend | Packed) -> torch.Tensor:
         """This stage's layers, with any attention."""
-        hidden = self._embedding(states) if self._embedding is not None else states
-        for block in self._blocks:
-            hidden = run_block(block, hidden, attend, self._checkpointing and self.training)
-        return self._norm(hidden) if self._norm is not None else hidden
+        checkpointing = self._checkpointing and self.training
+        return run_layers(self._embedding, self._blocks, self._norm, states, attend, checkpointing)
 
     def scaled_loss(
         self, outputs: tuple[torch.Tensor, torch.Tensor], labels: tuple[torch.Tensor, torch.Tensor]
@@ -140,7 +138,25 @@ class DecoderPipeline(PipelineModule):
         """
         (hidden, weight), (wanted, scale) = outputs, labels
         z_loss = self._z_loss if self.training else 0.0
-        return summed_cross_entropy(hidden, weight, wanted, z_loss) * scale.squeeze()
+        return summed_cross_entropy(hidden, weight, wanted, z_loss, self._fused) * scale.squeeze()
+
+    def loss_and_gradient(
+        self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor], share: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """In training, what `scaled_loss` gives, and at once the gradients of `share` times it.
+
+        The head's gradient is added to the `main_grad` of its matrix.
+
+        Returns:
+            A scalar in fp32, and the gradient of `hidden`.
+        """
+        assert self._head is not None
+        wanted, scale = labels
+        scale = scale.squeeze()
+        summed, gradient = loss_and_gradient(
+            hidden, self._head.weight, wanted, self._z_loss, scale * share, self._fused
+        )
+        return summed * scale, gradient
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) normed states to (..., vocab) fp32, on the last stage."""

@@ -16,7 +16,7 @@ from megazh.errors import UsageError
 from megazh.files import cache_dir, write_atomic
 from megazh.model.attention import Backend, Documents
 from megazh.model.config import ModelConfig
-from megazh.model.decoder import run_block
+from megazh.model.decoder import run_layers
 from megazh.model.layers import layer_count, make_layer
 from megazh.model.loss import summed_cross_entropy
 from megazh.pipeline.costs import LayerCosts
@@ -105,10 +105,10 @@ def _measure(
         embedding(tokens).backward(gradient)
 
     def through_block() -> None:
-        run_block(block, hidden, attend, checkpointing).backward(gradient)
+        run_layers(None, [block], None, hidden, attend, checkpointing).backward(gradient)
 
     def to_loss() -> None:
-        summed_cross_entropy(norm(hidden), weight, tokens).backward()
+        summed_cross_entropy(norm(hidden), weight, tokens, fused=backend is Backend.FUSED).backward()
 
     return LayerCosts(
         unit="seconds",

@@ -37,7 +37,7 @@ def reference(
 @pytest.fixture(params=[64, 128, 150, 1 << 20], ids=lambda tokens: f"{tokens} tokens at a time")
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Chunks that divide the tokens, that do not, and one for all."""
-    monkeypatch.setattr(module, "chunk_tokens", lambda vocab: request.param)
+    monkeypatch.setattr(module, "chunk_tokens", lambda vocab, fused=False: request.param)
     return request.param
 
 

@@ -1,0 +1,148 @@
+"""DeepSpeed's pipeline engine for bf16 with sums in fp32, without what costs time or memory and changes no result.
+
+Written against DeepSpeed 0.19.8; `tests/pipeline/test_stage_engine.py` fails where a later one changes what is replaced.
+
+| DeepSpeed | here |
+|---|---|
+| a gradient in bf16 for each weight, copied to fp32, added | the product that computes a gradient adds it to the sum |
+| inputs and what is received are copied, once or twice | used as they are |
+| loss, then its gradient, through hooks on the outputs | both at once; the head's gradient goes to its sum |
+| gradients are flattened into a copy, summed, copied back | already flat: summed in place, in buckets |
+| batches are copied and sent to the GPU, waiting for it | sent from pinned memory, not waited for |
+
+With fp32 or fp16 weights, and with sums that are not fp32, all is DeepSpeed's own.
+"""
+
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import p2p, schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+_BUCKET_ELEMENTS = 50_000_000
+"""Gradients summed over replicas at a time, where they are sent in another dtype than they are held in."""
+
+
+class StageEngine(PipelineEngine):
+    """See above. Train with `train_batch`, validate with `eval_batch`, as with its base."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._lean = self.using_bf16_optimizer and self.optimizer.grad_acc_dtype is torch.float32
+        if not self._lean:
+            return
+        optimizer = self.optimizer
+        for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
+            for parameter, flat in zip(parameters, sums, strict=True):
+                parameter.main_grad = flat.view_as(parameter)
+                parameter._hp_grad = flat  # where DeepSpeed looks for the gradient of a tied weight
+
+    def _exec_load_micro_batch(self, buffer_id: int) -> None:
+        if not self._lean:
+            super()._exec_load_micro_batch(buffer_id)
+            return
+        inputs, labels = self._next_batch()
+        if self.is_first_stage():
+            self.pipe_buffers["inputs"][buffer_id] = self._to_device(inputs)
+        if self.is_last_stage():
+            self.pipe_buffers["labels"][buffer_id] = self._to_device(labels)
+
+    def _to_device(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        if not self._lean:
+            super()._exec_forward_pass(buffer_id)
+            return
+        outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
+        self.pipe_buffers["outputs"][buffer_id] = outputs
+        if not self.is_last_stage():
+            return
+        labels = self.pipe_buffers["labels"][buffer_id]
+        if self.module.training:
+            # The engine's loss is the mean over micro-batches, and so is the gradient.
+            loss, gradient = self.module.loss_and_gradient(outputs[0], labels, 1 / self.micro_batches)
+            self.pipe_buffers["output_tensors"][buffer_id] = gradient
+        else:
+            loss = self.module.loss_fn(outputs, labels)
+        self.loss = loss
+        self.fwd_outputs.append(loss.detach())
+        self.total_loss = loss.detach() if self.total_loss is None else self.total_loss + loss.detach()
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        if not self._lean:
+            super()._exec_backward_pass(buffer_id)
+            return
+        hidden = self.pipe_buffers["outputs"][buffer_id][0]
+        gradient = self.pipe_buffers["output_tensors"][buffer_id] if self.is_last_stage() else self.grad_layer[0]
+        torch.autograd.backward(hidden, gradient)
+        for group in self.optimizer.bf16_groups:
+            for parameter in group:
+                if parameter.grad is not None:
+                    parameter.main_grad.add_(parameter.grad)
+                    parameter.grad = None
+        self.pipe_buffers["output_tensors"][buffer_id] = None
+        self.pipe_buffers["outputs"][buffer_id] = None
+        self.pipe_buffers["labels"][buffer_id] = None
+
+    def _exec_recv_activations(self, buffer_id: int) -> None:
+        if not self._lean:
+            super()._exec_recv_activations(buffer_id)
+            return
+        if self.pipe_recv_buf is None:  # the first one tells the shapes
+            self.pipe_recv_buf = self._recv_tensor_meta(self.prev_stage)
+        received = tuple(torch.empty_like(buffer) for buffer in self.pipe_recv_buf)
+        for tensor in received:
+            p2p.recv(tensor, self.prev_stage)
+            tensor.requires_grad = tensor.is_floating_point()
+        self.pipe_buffers["inputs"][buffer_id] = received
+
+    def _exec_reduce_tied_grads(self) -> None:
+        if self._lean:
+            flags = self.optimizer.fp32_groups_has_gradients
+            self.optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in flags]
+        super()._exec_reduce_tied_grads()
+
+    def _bf16_reduce_grads(self) -> None:
+        if not self._lean:
+            super()._bf16_reduce_grads()
+            return
+        replicas = self.grid.data_parallel_size
+        if replicas == 1:
+            return
+        group = self.grid.get_data_parallel_group()
+        for flat in self.optimizer.fp32_groups_gradients_flat:
+            for bucket in flat.split(_BUCKET_ELEMENTS):
+                sent = bucket.div_(replicas).to(self.communication_data_type)
+                dist.all_reduce(sent, group=group)
+                if sent is not bucket:
+                    bucket.copy_(sent)
+
+    _INSTRUCTION_MAP = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
+        schedule.LoadMicroBatch: _exec_load_micro_batch,
+        schedule.ForwardPass: _exec_forward_pass,
+        schedule.BackwardPass: _exec_backward_pass,
+        schedule.RecvActivation: _exec_recv_activations,
+    }
+
+
+def initialize(module: Any, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> StageEngine:
+    """What `deepspeed.initialize` does for a pipeline, with this engine."""
+    grid = module.mpu()
+    deepspeed.zero.partition_parameters.shutdown_init_context()
+    engine = StageEngine(
+        args=None,
+        model=module,
+        optimizer=optimizer,
+        mpu=grid,
+        config=settings,
+        config_class=DeepSpeedConfig(settings, grid),
+    )
+    deepspeed.zero.partition_parameters.restore_init_context()
+    engine._configure_python_gc()
+    return engine
