@@ -222,7 +222,7 @@ class Tiles:
     stages: int
 
 
-_FORWARD, _QUERIES, _KEYS = Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)
+_FORWARD, _QUERIES, _KEYS = Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2)
 _WIDE = Tiles(64, 64, 4, 2)
 """Of all kernels for heads of more than 64 dimensions."""
 

@@ -8,9 +8,7 @@ _BLOCK = 8192
 
 
 @triton.jit
-def _rows(
-    logits, labels, losses, scale, z_loss, vocab, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
-):
+def _rows(logits, labels, losses, scale, z_loss, vocab, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     base = logits + row * vocab

@@ -9,9 +9,7 @@ _TOGETHER = 16
 
 
 @triton.jit
-def _sum_runs(
-    gradients, order, ids, ends, sums, width, factor, TOGETHER: tl.constexpr, BLOCK: tl.constexpr
-):
+def _sum_runs(gradients, order, ids, ends, sums, width, factor, TOGETHER: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(ids + place)
@@ -30,9 +28,7 @@ def _sum_runs(
         tl.store(at, tl.load(at, mask=inside) + total * factor, mask=inside)
 
 
-def add_embedding_gradient_(
-    sums: torch.Tensor, tokens: torch.Tensor, gradients: torch.Tensor, factor: float
-) -> None:
+def add_embedding_gradient_(sums: torch.Tensor, tokens: torch.Tensor, gradients: torch.Tensor, factor: float) -> None:
     """Add `factor` times the gradient of each token to the row of its id.
 
     Args:

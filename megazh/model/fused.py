@@ -16,6 +16,7 @@ from megazh.model.attention import Packed
 from megazh.model.layers import Block, Embedding
 from megazh.model.main_grad import main_grad, product_gradient, vector_gradient
 
+
 def run_fused(
     embedding: Embedding | None,
     blocks: Iterable[nn.Module],

@@ -26,7 +26,7 @@ from megazh.training.metrics import Metrics, StepRecord
 from megazh.training.optimizer import make_optimizer
 from megazh.training.peaks import peak_flops
 from megazh.training.precision import accumulation, communication, precision_on
-from megazh.training.recipe import Recipe
+from megazh.training.recipe import Kernels, Recipe
 from megazh.training.run_folder import RunFolder
 from megazh.training.schedule import learning_rate, warmup_steps
 from megazh.training.stages import agree_on_bounds
@@ -54,13 +54,13 @@ def train(path: Path, stages: int, device: torch.device, stop: StopRequest) -> N
     run = RunFolder(path)
     recipe = run.recipe()
     layout = make_layout(recipe, dist.get_world_size(), stages)
-    trainer = _Trainer(run, recipe, layout, device, stop)
+    trainer = Trainer(run, recipe, layout, device, stop)
     trainer.say(f"ready after {time.monotonic() - begun:.1f} s")
     trainer.run()
 
 
-class _Trainer:
-    """What a rank needs for its steps."""
+class Trainer:
+    """What a rank needs for its steps; all ranks make one, with the same arguments but for the device."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, layout: Layout, device: torch.device, stop: StopRequest) -> None:
         self._folder, self._recipe, self._layout, self._device = run, recipe, layout, device
@@ -75,8 +75,8 @@ class _Trainer:
         manifest = self._newest()
         self._step = manifest.step if manifest else 0
         """Steps done."""
-        self._bounds = manifest.bounds if manifest else agree_on_bounds(recipe, layout, device, self._precision)
-        holds = (describe_parts(recipe, begin, end) for begin, end in pairwise(self._bounds))
+        self.bounds = manifest.bounds if manifest else agree_on_bounds(recipe, layout, device, self._precision)
+        holds = (describe_parts(recipe, begin, end) for begin, end in pairwise(self.bounds))
         self.say(f"{'stages':<12}{' | '.join(holds)}")
         self._engine = self._make_engine()
         if manifest:
@@ -109,10 +109,10 @@ class _Trainer:
 
     def _make_engine(self) -> Any:
         recipe, layout = self._recipe, self._layout
-        backend = choose_backend(recipe.model, self._device, self._precision.dtype)
+        backend = choose_backend(recipe.model, self._device, self._precision.dtype, recipe.kernels is Kernels.AUTO)
         with quiet():
             module = DecoderPipeline(
-                recipe.model, self._bounds, backend, recipe.seed, recipe.activation_checkpointing, recipe.z_loss
+                recipe.model, self.bounds, backend, recipe.seed, recipe.activation_checkpointing, recipe.z_loss
             )
         accumulated = accumulation(recipe, self._precision)
         return make_engine(
@@ -160,7 +160,7 @@ class _Trainer:
             if self._step == 0:
                 self._validate(metrics)
             while self._step < self._steps:
-                stop = self._take_step(metrics)
+                stop = self.take_step(metrics)
                 last = self._step == self._steps
                 if not last and (stop or _due(recipe.checkpoint_every, self._step)):
                     self._save()  # before anything that takes time or may fail
@@ -175,8 +175,8 @@ class _Trainer:
                 if last:
                     self._save()
 
-    def _take_step(self, metrics: Metrics) -> bool:
-        """One optimizer step; returns whether a rank was asked to stop."""
+    def take_step(self, metrics: Metrics) -> bool:
+        """One optimizer step, told to `metrics`; returns whether a rank was asked to stop."""
         engine, recipe = self._engine, self._recipe
         rate = learning_rate(self._step, self._steps, recipe.learning_rate, self._warmup, recipe.min_lr_ratio)
         for group in engine.optimizer.param_groups:
@@ -256,7 +256,7 @@ class _Trainer:
             self._step,
             self._step * recipe.global_batch_size,
             self._step * recipe.batch_tokens,
-            self._bounds,
+            self.bounds,
             self._precision.value,
         )
         self.say(f"checkpoint {os.path.relpath(path)} ({time.perf_counter() - begun:.1f} s)")

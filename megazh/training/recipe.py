@@ -46,6 +46,15 @@ class StageCosts(StrEnum):
     MEASURED = "measured"
 
 
+class Kernels(StrEnum):
+    """What blocks, head and loss are computed with on CUDA."""
+
+    AUTO = "auto"
+    """Triton's kernels, where the card, the model and a C compiler allow; the log says why not."""
+    TORCH = "torch"
+    """Plain torch: slower, for comparison and for machines on which Triton fails."""
+
+
 class Resume(StrEnum):
     """What a run does where its folder already holds checkpoints."""
 
@@ -99,6 +108,8 @@ class Recipe(Config):
     activation_checkpointing: bool = False
     """Compute each block a second time in the backward pass instead of keeping its activations."""
 
+    kernels: Annotated[Kernels, choice(Kernels)] = Kernels.AUTO
+    """Whether Triton's kernels serve on CUDA."""
     precision: Annotated[PrecisionChoice, choice(PrecisionChoice)] = PrecisionChoice.BF16
     grad_accum_dtype: Annotated[GradientDtype | None, choice(GradientDtype)] = None
     """Of the sum over micro-batches; default fp32, for fp16 fp16."""

@@ -21,7 +21,7 @@ _FREE = {
     "tokens", "steps", "learning_rate", "warmup", "min_lr_ratio", "weight_decay", "max_grad_norm", "gpus",
     "stage_costs", "stage_bounds", "memory_limit_gib", "resume", "checkpoint_every", "validate_every",
     "validation_samples", "sample_every", "sample_prompts", "sample_tokens", "check_tied_every", "peak_tflops",
-    "pipe_parallel_size", "gradient_accumulation_steps", "micro_batch_size", "activation_checkpointing",
+    "pipe_parallel_size", "gradient_accumulation_steps", "micro_batch_size", "activation_checkpointing", "kernels",
     "data.manifest", "data.stories", "data.workers",  # what the manifest holds is compared by itself
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from megazh.pipeline.split import best_bounds
 from megazh.pipeline.timing import layer_seconds
 from megazh.training.layout import Layout
 from megazh.training.precision import accumulation
-from megazh.training.recipe import Recipe, StageCosts
+from megazh.training.recipe import Kernels, Recipe, StageCosts
 
 
 def agree_on_bounds(recipe: Recipe, layout: Layout, device: torch.device, precision: Precision) -> list[int]:
@@ -38,7 +38,7 @@ def agree_on_bounds(recipe: Recipe, layout: Layout, device: torch.device, precis
                 recipe.seq_len,
                 recipe.micro_batch_size,
                 precision.dtype,
-                choose_backend(recipe.model, device, precision.dtype),
+                choose_backend(recipe.model, device, precision.dtype, recipe.kernels is Kernels.AUTO),
                 device,
                 recipe.activation_checkpointing,
             )

@@ -33,7 +33,7 @@ def work(run: Path, stages: int, kind: str) -> int:
     from megazh.training.loop import Interrupted, train  # imports DeepSpeed, which looks for its accelerator
 
     try:
-        device = _join(kind)
+        device = join(kind)
         with _ended_group():
             train(run, stages, device, stop)
     except MegazhError as error:
@@ -56,7 +56,7 @@ def work(run: Path, stages: int, kind: str) -> int:
     return 0
 
 
-def _join(kind: str) -> torch.device:
+def join(kind: str) -> torch.device:
     """Choose this rank's device and join the others."""
     import deepspeed
 

@@ -1,0 +1,325 @@
+#!/usr/bin/env python3
+"""Measure how fast megazh trains, beside other trainers, on the same GPU and the same packed tokens.
+
+    python tools/bench_train.py
+
+megazh runs as it does in a run: its launcher, engine, loop, loader. Each contender has a process of its own and the
+GPU to itself, one after the other; see `bench_train_peers.py` for what each of them is and leaves out. Peers that are
+not installed are named.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+try:
+    import torch
+    from bench_train_data import batches, make_mixture
+    from bench_train_peers import PEERS
+
+    from megazh.cli import run
+    from megazh.cli.options import count, standalone
+    from megazh.cluster.launch import run_local
+    from megazh.errors import UsageError, WorkerError
+    from megazh.index.mixture import Mixture
+    from megazh.model.counts import flops_per_token
+    from megazh.training.layout import make_layout
+    from megazh.training.peaks import peak_flops
+    from megazh.training.recipe import Recipe, load_recipe, recipe_path
+    from megazh.training.run_folder import RunFolder
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}; run 'bash jobs/setup.sh' once, then use .venv/bin/python (or activate .venv)")
+
+EXAMPLES = """examples:
+  python tools/bench_train.py                                       0.5B, 1024 tokens, one GPU, all peers
+  python tools/bench_train.py --contenders megazh litgpt --steps 20 --json bench.json
+  python tools/bench_train.py --gpus 2 --stages 1 --stages 2 --contenders megazh
+  python tools/bench_train.py --seq-len 8192 --micro-batch-size 2 --document-tokens 20000
+
+A step is --micro-batches micro-batches and one update of the weights. tokens/s are those of the median step behind
+the warm-up, over whole steps, loader and loop included. MFU = tokens/s x FLOPs a token / peak, with 6 FLOPs a parameter
+in matrix products and 6 x width x tokens a layer for causal attention, over whole rows, documents or not, and the dense
+bf16 peak of the card (megazh/training/peaks.py). Memory is the largest allocation."""
+
+MEGAZH = "megazh"
+
+
+@dataclass
+class Result:
+    """Of one contender."""
+
+    name: str
+    seconds: list[float]
+    """Of the steps behind the warm-up."""
+    memory_bytes: int
+    losses: list[float]
+    note: str
+    waited: float | None = None
+    """megazh: share of the time in which a step waited for samples."""
+    stages: str | None = None
+
+
+def measure_megazh(folder: Path, recipe: Recipe, stages: int, gpus: int, device: str, warm_up: int) -> Result:
+    """Start ranks that train `recipe`, as `megazh pretrain` does, less validation and checkpoints."""
+    path = folder / f"run-{stages}"
+    RunFolder(path).begin(recipe, Mixture(recipe.data.manifest, recipe.seq_len, recipe.data.packing, None))
+    command = [str(Path(__file__).resolve()), "--rank", str(path), "--stages", str(stages), "--device", device]
+    root = str(Path(__file__).resolve().parent.parent)
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    ids = list(range(gpus)) if device == "cuda" else None
+    code = run_local(command, gpus, env, ids, path / "logs")
+    if code:
+        raise WorkerError(f"megazh ended with exit code {code}; what it said is above")
+    found = json.loads((path / "result.json").read_text())
+    return Result(
+        f"{MEGAZH} pp={stages} dp={gpus // stages}" if gpus > 1 else MEGAZH,
+        found["seconds"][warm_up:],
+        found["memory_bytes"],
+        found["losses"],
+        "documents masked; fp32 master weights, optimizer state and sums",
+        sum(found["data_seconds"][warm_up:]) / sum(found["seconds"][warm_up:]),
+        str(found["bounds"]),
+    )
+
+
+def serve_megazh(path: Path, stages: int, kind: str) -> None:
+    """One rank of `measure_megazh`."""
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    import torch.distributed as dist
+
+    from megazh.training.loop import Trainer
+    from megazh.training.metrics import METRICS, Metrics
+    from megazh.training.stop import StopRequest
+    from megazh.training.worker import join
+
+    device = join(kind)
+    folder = RunFolder(path)
+    recipe = folder.recipe()
+    trainer = Trainer(folder, recipe, make_layout(recipe, dist.get_world_size(), stages), device, StopRequest())
+    seconds = []
+    with Metrics(path, 0, quiet=dist.get_rank() != 0) as metrics:
+        for _ in range(recipe.total_steps):
+            begun = time.perf_counter()
+            trainer.take_step(metrics)
+            seconds.append(time.perf_counter() - begun)
+    memory: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(memory, torch.cuda.max_memory_allocated() if kind == "cuda" else 0)
+    if dist.get_rank() == 0:
+        records = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+        found = {
+            "seconds": seconds,
+            "memory_bytes": max(memory),
+            "losses": [record["loss"] for record in records],
+            "data_seconds": [record["data_seconds"] for record in records],
+            "bounds": trainer.bounds,
+        }
+        (path / "result.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure_peer(name: str, folder: Path, arguments: argparse.Namespace) -> Result:
+    """Start a process that trains a peer."""
+    result = folder / f"{name}.json"
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--serve",
+        name,
+        "--folder",
+        str(folder),
+        *_settings(arguments),
+    ]
+    log = folder / f"{name}.log"
+    with open(log, "w") as errors:
+        code = subprocess.run(command, stdout=errors, stderr=errors, timeout=arguments.timeout, check=False).returncode
+    if code:
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise WorkerError(f"ended with exit code {code}: {said[-1] if said else 'no message'}")
+    found = json.loads(result.read_text())
+    return Result(name, found["seconds"][arguments.warm_up :], found["memory_bytes"], found["losses"], PEERS[name].note)
+
+
+def serve_peer(name: str, arguments: argparse.Namespace) -> None:
+    """The process of `measure_peer`."""
+    recipe = _recipe(arguments)
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    step = PEERS[name].make(recipe.model, recipe.seq_len, device)
+    samples = batches(arguments.folder / "mixture.yaml", recipe.seq_len, recipe.micro_batch_size, device)
+    seconds, losses = [], []
+    for _ in range(arguments.steps):
+        begun = time.perf_counter()
+        losses.append(step(samples, arguments.micro_batches))
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    found = {"seconds": seconds, "memory_bytes": torch.cuda.max_memory_allocated(), "losses": losses}
+    (arguments.folder / f"{name}.json").write_text(json.dumps(found))
+
+
+def _settings(arguments: argparse.Namespace) -> list[str]:
+    names = ("recipe", "seq_len", "micro_batch_size", "micro_batches", "steps")
+    given = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))]
+    return [*given, "--set", *arguments.settings] if arguments.settings else given
+
+
+def _recipe(arguments: argparse.Namespace, replicas: int = 1) -> Recipe:
+    """The recipe's model and settings, with the bench's batch and length."""
+    batch = arguments.micro_batch_size * arguments.micro_batches * replicas
+    settings = [
+        f"seq_len={arguments.seq_len}",
+        f"micro_batch_size={arguments.micro_batch_size}",
+        f"global_batch_size={batch}",
+        f"steps={arguments.steps}",
+        "warmup=0.1",
+    ]
+    return load_recipe(recipe_path(arguments.recipe), [*settings, *arguments.settings])
+
+
+def table(results: Sequence[Result], recipe: Recipe, tokens: int, gpus: int, card: str | None) -> list[str]:
+    """One line a contender."""
+    peak = peak_flops(card, recipe.peak_tflops)
+    flops = flops_per_token(recipe.model, recipe.seq_len).total
+    own = next((each for each in results if each.name.startswith(MEGAZH)), None)
+    lines = [
+        f"{'contender':<16} {'tokens/s/GPU':>12} {'min-max':>17} {'MFU':>6} {'memory':>10} {'megazh is':>10}  notes"
+    ]
+    for each in results:
+        rates = [tokens / second / gpus for second in each.seconds]
+        rate = statistics.median(rates)
+        mfu = f"{rate * flops / peak:.3f}" if peak else "?"
+        times = f"{statistics.median(own.seconds) and rate_of(own, tokens, gpus) / rate:.2f} x" if own else "-"
+        extra = [each.note]
+        if each.waited is not None:
+            extra.append(f"waited for samples {each.waited:.2%}")
+        if each.stages and gpus > 1:
+            extra.append(f"bounds {each.stages}")
+        lines.append(
+            f"{each.name:<16} {rate:>12,.0f} {f'{min(rates):,.0f}-{max(rates):,.0f}':>17} {mfu:>6} "
+            f"{each.memory_bytes / 2**30:>6.2f} GiB {times:>10}  {'; '.join(extra)}"
+        )
+    return lines
+
+
+def rate_of(result: Result, tokens: int, gpus: int) -> float:
+    """Tokens a second and GPU of the median step."""
+    return tokens / statistics.median(result.seconds) / gpus
+
+
+def call(arguments: argparse.Namespace) -> None:
+    """Measure and tell."""
+    arguments.stages = arguments.stages or [1]
+    if arguments.serve:
+        serve_peer(arguments.serve, arguments)
+        return
+    if arguments.rank:
+        serve_megazh(arguments.rank, arguments.stages[0], arguments.device)
+        return
+    if arguments.device == "cuda" and torch.cuda.device_count() < arguments.gpus:
+        raise UsageError(
+            f"--gpus {arguments.gpus}, and torch sees {torch.cuda.device_count()}; on a CPU: --device cpu --recipe demo"
+        )
+    if arguments.warm_up >= arguments.steps:
+        raise UsageError(f"--warm-up {arguments.warm_up} of --steps {arguments.steps}: nothing is left to measure")
+    recipe = _recipe(arguments)
+    per_gpu = arguments.micro_batch_size * arguments.micro_batches * arguments.seq_len
+    card = torch.cuda.get_device_name(0) if arguments.device == "cuda" else None
+    results: list[Result] = []
+    left_out: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="megazh-bench-") as name:
+        folder = Path(name)
+        amount = (arguments.steps + 2) * per_gpu * arguments.gpus
+        manifest = make_mixture(folder, amount, recipe.model.vocab_size, arguments.document_tokens, arguments.seed)
+        for contender in arguments.contenders:
+            try:
+                if contender == MEGAZH:
+                    for stages in arguments.stages:
+                        layout = _layout(arguments, manifest, stages)
+                        results.append(
+                            measure_megazh(folder, layout, stages, arguments.gpus, arguments.device, arguments.warm_up)
+                        )
+                elif missing := [each for each in PEERS[contender].packages if not _installed(each)]:
+                    left_out[contender] = f"not installed: pip install {' '.join(missing)}"
+                elif arguments.gpus > 1 or arguments.device == "cpu":
+                    left_out[contender] = "runs on one GPU only"
+                else:
+                    results.append(measure_peer(contender, folder, arguments))
+            except (WorkerError, subprocess.TimeoutExpired) as error:
+                left_out[contender] = str(error)
+    # With stages, each step has as many tokens as with replicas alone: equal work on both sides.
+    tokens = per_gpu * arguments.gpus
+    print(
+        f"{arguments.recipe}, {arguments.seq_len} tokens, documents of {arguments.document_tokens:g} on average, "
+        f"{arguments.micro_batches} micro-batches of {arguments.micro_batch_size} a GPU and step, {arguments.gpus} x "
+        f"{card or 'CPU rank'}, torch {torch.__version__}; median of {arguments.steps - arguments.warm_up} steps"
+    )
+    for line in table(results, recipe, tokens, arguments.gpus, card):
+        print(line)
+    for contender, reason in left_out.items():
+        print(f"left out: {contender}: {reason}")
+    if arguments.json:
+        found = {"results": [asdict(each) for each in results], "left_out": left_out, "tokens_a_step": tokens}
+        arguments.json.write_text(json.dumps({"card": card, "torch": torch.__version__, **found}, indent=1) + "\n")
+
+
+def _layout(arguments: argparse.Namespace, manifest: Path, stages: int) -> Recipe:
+    """The recipe for so many stages: the same samples a step in every layout of the same GPUs."""
+    recipe = _recipe(arguments, arguments.gpus)
+    data = recipe.data.model_copy(update={"manifest": str(manifest), "stories": None})
+    return recipe.model_copy(update={"data": data, "gradient_accumulation_steps": None, "pipe_parallel_size": stages})
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = standalone("measure how fast megazh trains, beside other trainers", EXAMPLES)
+    add = found.add_argument
+    add(
+        "--contenders",
+        nargs="+",
+        default=[MEGAZH, *PEERS],
+        choices=[MEGAZH, *PEERS],
+        metavar="NAME",
+        help=", ".join([MEGAZH, *PEERS]),
+    )
+    add("--recipe", default="qwen0.5b_6x3090_dp", metavar="NAME", help="model and settings (default: %(default)s)")
+    add("--seq-len", type=count, default=1024, metavar="N", help="tokens a row (default: 1024)")
+    add("--micro-batch-size", type=count, default=16, metavar="N", help="rows (default: 16)")
+    add("--micro-batches", type=count, default=8, metavar="N", help="a GPU and step (default: 8)")
+    add("--steps", type=count, default=12, metavar="N", help="the warm-up included (default: 12)")
+    add("--warm-up", type=int, default=4, metavar="N", help="steps that do not count (default: 4)")
+    add("--document-tokens", type=float, default=500.0, metavar="N", help="mean length of a document (default: 500)")
+    add("--gpus", type=count, default=1, metavar="N", help="megazh alone can use more than one (default: 1)")
+    add("--stages", type=count, action="append", metavar="N", help="megazh's pipeline stages; may be given repeatedly")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda")
+    add("--seed", type=int, default=0, metavar="N", help="of the made-up documents")
+    add("--timeout", type=count, default=600, metavar="N", help="seconds that a peer may take (default: 600)")
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the recipe")
+    add("--serve", help=argparse.SUPPRESS)
+    add("--rank", type=Path, help=argparse.SUPPRESS)
+    add("--folder", type=Path, help=argparse.SUPPRESS)
+    found.set_defaults(call=call)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(run(parser().parse_args()))
