@@ -57,8 +57,6 @@ def _trainer(compiled: bool, config: ModelConfig, seq_len: int, device: torch.de
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments)
     trainer.create_optimizer()
-    if compiled:  # what `Trainer.train` does with torch_compile
-        trainer.accelerator.state.dynamo_plugin.backend = "INDUCTOR"
     wrapped, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     wrapped.train()
 

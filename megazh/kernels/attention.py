@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from megazh.kernels.rotary import rotate_back_
+from megazh.kernels.sums import sum_rows
+
 _LOG2_E = 1.4426950408889634
 
 
@@ -29,6 +32,27 @@ def _put(base, rows, width, head_dim, count, values, DIM: tl.constexpr):
     inside = (rows[:, None] < count) & (place[None, :] < head_dim)
     at = base + rows.to(tl.int64)[:, None] * width + place[None, :]
     tl.store(at, values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _put_turned(base, partial, rows, width, count, values, cos, sin, DIM: tl.constexpr, SUMS: tl.constexpr):
+    """Like `_put`, rotated back by the angle of each row; with SUMS, the sum over the rows goes to `partial`."""
+    HALF: tl.constexpr = DIM // 2
+    place = tl.arange(0, HALF)
+    inside = rows[:, None] < count
+    halves = tl.permute(tl.reshape(values, (values.shape[0], 2, HALF)), (0, 2, 1))
+    first, second = tl.split(halves)
+    turn = rows.to(tl.int64)[:, None] * HALF + place[None, :]
+    c = tl.load(cos + turn, mask=inside, other=0.0)
+    s = tl.load(sin + turn, mask=inside, other=0.0)
+    turned_first = first * c + second * s
+    turned_second = second * c - first * s
+    at = base + rows.to(tl.int64)[:, None] * width + place[None, :]
+    tl.store(at, turned_first.to(base.dtype.element_ty), mask=inside)
+    tl.store(at + HALF, turned_second.to(base.dtype.element_ty), mask=inside)
+    if SUMS:
+        tl.store(partial + place, tl.sum(tl.where(inside, turned_first, 0.0), 0))
+        tl.store(partial + HALF + place, tl.sum(tl.where(inside, turned_second, 0.0), 0))
 
 
 @triton.jit
@@ -115,8 +139,8 @@ def _query_gradient(
 
 @triton.jit
 def _backward_queries(
-    qkv, starts, out, grad_out, lse, delta, grad_qkv, tokens, width, head_dim, heads, kv_heads, scale, factor,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    qkv, starts, out, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
+    scale, factor, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     first = block * QUERIES
@@ -148,7 +172,11 @@ def _backward_queries(
         grad, query, gradient, key, value, first, tl.minimum(first + QUERIES, tokens), rows, start, scale, row_lse,
         row_delta, width, head_dim, tokens, True, KEYS, DIM,
     )  # fmt: skip
-    _put(grad_qkv + head * head_dim, rows, width, head_dim, tokens, grad * factor, DIM)
+    if TURN:
+        sums = partial + block.to(tl.int64) * width + head * head_dim
+        _put_turned(grad_qkv + head * head_dim, sums, rows, width, tokens, grad * factor, cos, sin, DIM, SUMS)
+    else:
+        _put(grad_qkv + head * head_dim, rows, width, head_dim, tokens, grad * factor, DIM)
 
 
 @triton.jit
@@ -175,8 +203,8 @@ def _key_gradient(
 
 @triton.jit
 def _backward_keys(
-    qkv, starts, ends, grad_out, lse, delta, grad_qkv, tokens, width, head_dim, heads, kv_heads, scale, factor,
-    KEYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr,
+    qkv, starts, ends, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
+    scale, factor, KEYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     block, kv_head = tl.program_id(0), tl.program_id(1)
     first = block * KEYS
@@ -208,7 +236,13 @@ def _backward_keys(
             grad_key, grad_value, k, v, query, gradient, common, last, column, starts, scale, head_lse, head_delta,
             width, heads * head_dim, head_dim, tokens, True, QUERIES, DIM,
         )  # fmt: skip
-    _put(grad_qkv + at_key, column, width, head_dim, tokens, grad_key * factor, DIM)
+    if TURN:
+        sums = partial + block.to(tl.int64) * width
+        _put_turned(grad_qkv + at_key, sums + at_key, column, width, tokens, grad_key * factor, cos, sin, DIM, SUMS)
+        if SUMS:  # rows behind the last token are zero
+            tl.store(sums + at_value + tl.arange(0, DIM), tl.sum(grad_value, 0))
+    else:
+        _put(grad_qkv + at_key, column, width, head_dim, tokens, grad_key * factor, DIM)
     _put(grad_qkv + at_value, column, width, head_dim, tokens, grad_value, DIM)
 
 
@@ -222,7 +256,7 @@ class Tiles:
     stages: int
 
 
-_FORWARD, _QUERIES, _KEYS = Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2)
+_FORWARD, _QUERIES, _KEYS = Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)
 _WIDE = Tiles(64, 64, 4, 2)
 """Of all kernels for heads of more than 64 dimensions."""
 
@@ -265,32 +299,49 @@ def document_attention_backward(
     lse: torch.Tensor,
     heads: int,
     kv_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    with_sum: bool,
     query_tiles: Tiles | None = None,
     key_tiles: Tiles | None = None,
-) -> torch.Tensor:
-    """The gradient of `qkv`, of the same shape.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient of queries, keys and values before the rotation.
 
     Args:
         grad_out: (tokens, heads * head_dim), contiguous.
         ends: (tokens,) int32, behind the last token of each token's document; never falls.
         out, lse: what `document_attention` returned.
+        cos, sin: (tokens, rotary_dim / 2) fp32, by which queries and keys were rotated.
+        with_sum: give the second result.
+
+    Returns:
+        The gradient of `qkv`, of the same shape; and its sum over all tokens, the gradient of a bias: (width,) fp32.
     """
     tokens, width = qkv.shape
     head_dim = width // (heads + 2 * kv_heads)
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
     factor = head_dim**-0.5
-    tiles = query_tiles or _tiles(head_dim, _QUERIES)
-    _backward_queries[(triton.cdiv(tokens, tiles.queries), heads)](
-        qkv, starts, out, grad_out, lse, delta, grad_qkv, tokens, width, head_dim, heads, kv_heads, factor * _LOG2_E,
-        factor, tiles.queries, tiles.keys, _dim(head_dim), num_warps=tiles.warps, num_stages=tiles.stages,
+    first, second = query_tiles or _tiles(head_dim, _QUERIES), key_tiles or _tiles(head_dim, _KEYS)
+    # Tiles of whole heads are rotated back as they are written; the rest by a kernel of its own.
+    turn = 2 * cos.shape[1] == head_dim == _dim(head_dim)
+    sums = turn and with_sum
+    blocks = triton.cdiv(tokens, first.queries)
+    partial = torch.empty(blocks if sums else 0, width, device=qkv.device, dtype=torch.float32)
+    assert first.queries == second.keys
+    _backward_queries[(blocks, heads)](
+        qkv, starts, out, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
+        factor * _LOG2_E, factor, first.queries, first.keys, _dim(head_dim), turn, sums,
+        num_warps=first.warps, num_stages=first.stages,
     )  # fmt: skip
-    tiles = key_tiles or _tiles(head_dim, _KEYS)
-    _backward_keys[(triton.cdiv(tokens, tiles.keys), kv_heads)](
-        qkv, starts, ends, grad_out, lse, delta, grad_qkv, tokens, width, head_dim, heads, kv_heads, factor * _LOG2_E,
-        factor, tiles.keys, tiles.queries, _dim(head_dim), num_warps=tiles.warps, num_stages=tiles.stages,
+    _backward_keys[(blocks, kv_heads)](
+        qkv, starts, ends, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
+        factor * _LOG2_E, factor, second.keys, second.queries, _dim(head_dim), turn, sums,
+        num_warps=second.warps, num_stages=second.stages,
     )  # fmt: skip
-    return grad_qkv
+    if turn:
+        return grad_qkv, sum_rows(partial) if sums else None
+    return grad_qkv, rotate_back_(grad_qkv, cos, sin, heads + kv_heads, head_dim, with_sum)
 
 
 def _dim(head_dim: int) -> int:

@@ -41,5 +41,5 @@ def add_embedding_gradient_(sums: torch.Tensor, tokens: torch.Tensor, gradients:
     width = gradients.shape[1]
     block = min(256, triton.next_power_of_2(width))
     _sum_runs[(len(ids), triton.cdiv(width, block))](
-        gradients, order, ids, ends, sums, width, factor, _TOGETHER, block, num_warps=4
+        gradients, order, ids, ends, sums, width, factor, _TOGETHER, block, num_warps=2
     )

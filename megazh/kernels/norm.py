@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from megazh.kernels.launch import programs, warps_for
+from megazh.kernels.sums import sum_rows
 
 
 @triton.jit
@@ -100,4 +101,4 @@ def norm_backward(
         grad_normed, x, rstd, weight, grad_total, grad_x, partial, rows, width, grad_total is not None, block,
         num_warps=warps_for(block),
     )  # fmt: skip
-    return grad_x, partial.sum(0)
+    return grad_x, sum_rows(partial)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from megazh.kernels.launch import programs
+from megazh.kernels.sums import sum_rows
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def rotate_back_(
     count = min(len(states), programs(states.device, 4))
     partial = torch.empty(count, states.shape[1], device=states.device, dtype=torch.float32)
     _launch(states, cos, sin, heads, head_dim, -1.0, partial)
-    return partial.sum(0)
+    return sum_rows(partial)
 
 
 def _launch(

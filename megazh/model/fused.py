@@ -132,7 +132,6 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         from megazh.kernels.attention import document_attention_backward
         from megazh.kernels.norm import norm_backward
-        from megazh.kernels.rotary import rotate_back_
         from megazh.kernels.swiglu import swiglu_backward_
 
         if ctx.done:
@@ -155,13 +154,11 @@ class _Block(torch.autograd.Function):
 
         grad_attended = grad_middle @ attention.o_proj.weight
         grad_o = product_gradient(attention.o_proj.weight, grad_middle, kept.attended)
-        grad_qkv = document_attention_backward(
-            grad_attended, kept.qkv, packed.starts, packed.ends, kept.attended, kept.lse, attention.heads,
-            attention.kv_heads,
-        )  # fmt: skip
         bias = attention.qkv_proj.bias
-        rotated = attention.heads + attention.kv_heads
-        summed = rotate_back_(grad_qkv, packed.cos, packed.sin, rotated, attention.head_dim, bias is not None)
+        grad_qkv, summed = document_attention_backward(
+            grad_attended, kept.qkv, packed.starts, packed.ends, kept.attended, kept.lse, attention.heads,
+            attention.kv_heads, packed.cos, packed.sin, bias is not None,
+        )  # fmt: skip
         grad_bias = None if bias is None or summed is None else vector_gradient(bias, summed)
         grad_normed = grad_qkv @ attention.qkv_proj.weight
         grad_weight = product_gradient(attention.qkv_proj.weight, grad_qkv, kept.x_normed)
