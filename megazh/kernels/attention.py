@@ -85,7 +85,7 @@ def _attend(
 @triton.jit
 def _forward(
     qkv, starts, out, lse, tokens, width, head_dim, heads, kv_heads, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     # The last blocks see the most keys: they go first.
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -102,19 +102,21 @@ def _forward(
     total = tl.zeros([QUERIES], dtype=tl.float32)
     largest = tl.full([QUERIES], float("-inf"), dtype=tl.float32)
     # Keys before `whole` are not in the document of every query of this block; those from `first` on may be ahead.
-    whole = tl.minimum(tl.cdiv(highest, KEYS) * KEYS, first)
+    behind = tl.minimum(first + QUERIES, tokens)
+    whole = tl.minimum(tl.cdiv(highest, KEYS) * KEYS, first) if SPLIT else behind
     sums, total, largest = _attend(
         sums, total, largest, query, key, value, lowest // KEYS * KEYS, whole, rows, start, scale, width, head_dim,
         tokens, True, KEYS, DIM,
     )  # fmt: skip
-    sums, total, largest = _attend(
-        sums, total, largest, query, key, value, whole, first, rows, start, scale, width, head_dim, tokens,
-        False, KEYS, DIM,
-    )  # fmt: skip
-    sums, total, largest = _attend(
-        sums, total, largest, query, key, value, first, tl.minimum(first + QUERIES, tokens), rows, start, scale,
-        width, head_dim, tokens, True, KEYS, DIM,
-    )  # fmt: skip
+    if SPLIT:
+        sums, total, largest = _attend(
+            sums, total, largest, query, key, value, whole, first, rows, start, scale, width, head_dim, tokens,
+            False, KEYS, DIM,
+        )  # fmt: skip
+        sums, total, largest = _attend(
+            sums, total, largest, query, key, value, first, behind, rows, start, scale,
+            width, head_dim, tokens, True, KEYS, DIM,
+        )  # fmt: skip
     _put(out + head * head_dim, rows, heads * head_dim, head_dim, tokens, sums / total[:, None], DIM)
     tl.store(lse + head.to(tl.int64) * tokens + rows, largest + tl.log2(total), mask=rows < tokens)
 
@@ -140,7 +142,8 @@ def _query_gradient(
 @triton.jit
 def _backward_queries(
     qkv, starts, out, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
-    scale, factor, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr, SUMS: tl.constexpr,
+    scale, factor, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr, TURN: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     first = block * QUERIES
@@ -159,19 +162,21 @@ def _backward_queries(
     tl.store(delta + at, row_delta, mask=rows < tokens)
     row_lse = tl.load(lse + at, mask=rows < tokens, other=float("inf"))
     grad = tl.zeros([QUERIES, DIM], dtype=tl.float32)
-    whole = tl.minimum(tl.cdiv(highest, KEYS) * KEYS, first)
+    behind = tl.minimum(first + QUERIES, tokens)
+    whole = tl.minimum(tl.cdiv(highest, KEYS) * KEYS, first) if SPLIT else behind
     grad = _query_gradient(
         grad, query, gradient, key, value, lowest // KEYS * KEYS, whole, rows, start, scale, row_lse, row_delta, width,
         head_dim, tokens, True, KEYS, DIM,
     )  # fmt: skip
-    grad = _query_gradient(
-        grad, query, gradient, key, value, whole, first, rows, start, scale, row_lse, row_delta, width, head_dim,
-        tokens, False, KEYS, DIM,
-    )  # fmt: skip
-    grad = _query_gradient(
-        grad, query, gradient, key, value, first, tl.minimum(first + QUERIES, tokens), rows, start, scale, row_lse,
-        row_delta, width, head_dim, tokens, True, KEYS, DIM,
-    )  # fmt: skip
+    if SPLIT:
+        grad = _query_gradient(
+            grad, query, gradient, key, value, whole, first, rows, start, scale, row_lse, row_delta, width, head_dim,
+            tokens, False, KEYS, DIM,
+        )  # fmt: skip
+        grad = _query_gradient(
+            grad, query, gradient, key, value, first, behind, rows, start, scale, row_lse,
+            row_delta, width, head_dim, tokens, True, KEYS, DIM,
+        )  # fmt: skip
     if TURN:
         sums = partial + block.to(tl.int64) * width + head * head_dim
         _put_turned(grad_qkv + head * head_dim, sums, rows, width, tokens, grad * factor, cos, sin, DIM, SUMS)
@@ -204,7 +209,8 @@ def _key_gradient(
 @triton.jit
 def _backward_keys(
     qkv, starts, ends, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
-    scale, factor, KEYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr, SUMS: tl.constexpr,
+    scale, factor, KEYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr, TURN: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     block, kv_head = tl.program_id(0), tl.program_id(1)
     first = block * KEYS
@@ -225,17 +231,18 @@ def _backward_keys(
         query, gradient = qkv + head * head_dim, grad_out + head * head_dim
         head_lse, head_delta = lse + head.to(tl.int64) * tokens, delta + head.to(tl.int64) * tokens
         grad_key, grad_value = _key_gradient(
-            grad_key, grad_value, k, v, query, gradient, first, tl.minimum(behind, last), column, starts, scale,
+            grad_key, grad_value, k, v, query, gradient, first, tl.minimum(behind, last) if SPLIT else last, column, starts, scale,
             head_lse, head_delta, width, heads * head_dim, head_dim, tokens, True, QUERIES, DIM,
         )  # fmt: skip
-        grad_key, grad_value = _key_gradient(
-            grad_key, grad_value, k, v, query, gradient, behind, common, column, starts, scale, head_lse, head_delta,
-            width, heads * head_dim, head_dim, tokens, False, QUERIES, DIM,
-        )  # fmt: skip
-        grad_key, grad_value = _key_gradient(
-            grad_key, grad_value, k, v, query, gradient, common, last, column, starts, scale, head_lse, head_delta,
-            width, heads * head_dim, head_dim, tokens, True, QUERIES, DIM,
-        )  # fmt: skip
+        if SPLIT:
+            grad_key, grad_value = _key_gradient(
+                grad_key, grad_value, k, v, query, gradient, behind, common, column, starts, scale, head_lse, head_delta,
+                width, heads * head_dim, head_dim, tokens, False, QUERIES, DIM,
+            )  # fmt: skip
+            grad_key, grad_value = _key_gradient(
+                grad_key, grad_value, k, v, query, gradient, common, last, column, starts, scale, head_lse, head_delta,
+                width, heads * head_dim, head_dim, tokens, True, QUERIES, DIM,
+            )  # fmt: skip
     if TURN:
         sums = partial + block.to(tl.int64) * width
         _put_turned(grad_qkv + at_key, sums + at_key, column, width, tokens, grad_key * factor, cos, sin, DIM, SUMS)
@@ -254,15 +261,20 @@ class Tiles:
     keys: int
     warps: int
     stages: int
+    split: bool = True
+    """Whether blocks that need no mask have a loop of their own."""
 
 
-_FORWARD, _QUERIES, _KEYS = Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)
-_WIDE = Tiles(64, 64, 4, 2)
-"""Of all kernels for heads of more than 64 dimensions."""
+# Measured on an H200, documents of 500 tokens (docs/performance.md). A kernel for the queries of a block takes the same
+# blocks as the one for its keys, since both write a row of partial sums a block.
+_FORWARD, _QUERIES, _KEYS = Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2, split=False)
+_WIDE_FORWARD, _WIDE_QUERIES = Tiles(64, 64, 4, 2, split=False), Tiles(64, 32, 4, 2, split=False)
+_WIDE_KEYS = Tiles(32, 64, 4, 2, split=False)
+"""For heads of more than 64 dimensions."""
 
 
-def _tiles(head_dim: int, usual: Tiles) -> Tiles:
-    return usual if head_dim <= 64 else _WIDE
+def _tiles(head_dim: int, usual: Tiles, wide: Tiles) -> Tiles:
+    return usual if head_dim <= 64 else wide
 
 
 def document_attention(
@@ -282,10 +294,10 @@ def document_attention(
     head_dim = width // (heads + 2 * kv_heads)
     out = torch.empty(tokens, heads * head_dim, device=qkv.device, dtype=qkv.dtype)
     lse = torch.empty(heads, tokens, device=qkv.device, dtype=torch.float32)
-    tiles = tiles or _tiles(head_dim, _FORWARD)
+    tiles = tiles or _tiles(head_dim, _FORWARD, _WIDE_FORWARD)
     _forward[(triton.cdiv(tokens, tiles.queries), heads)](
         qkv, starts, out, lse, tokens, width, head_dim, heads, kv_heads, head_dim**-0.5 * _LOG2_E,
-        tiles.queries, tiles.keys, _dim(head_dim), num_warps=tiles.warps, num_stages=tiles.stages,
+        tiles.queries, tiles.keys, _dim(head_dim), tiles.split, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out, lse
 
@@ -322,7 +334,7 @@ def document_attention_backward(
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
     factor = head_dim**-0.5
-    first, second = query_tiles or _tiles(head_dim, _QUERIES), key_tiles or _tiles(head_dim, _KEYS)
+    first, second = query_tiles or _tiles(head_dim, _QUERIES, _WIDE_QUERIES), key_tiles or _tiles(head_dim, _KEYS, _WIDE_KEYS)
     # Tiles of whole heads are rotated back as they are written; the rest by a kernel of its own.
     turn = 2 * cos.shape[1] == head_dim == _dim(head_dim)
     sums = turn and with_sum
@@ -331,12 +343,12 @@ def document_attention_backward(
     assert first.queries == second.keys
     _backward_queries[(blocks, heads)](
         qkv, starts, out, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
-        factor * _LOG2_E, factor, first.queries, first.keys, _dim(head_dim), turn, sums,
+        factor * _LOG2_E, factor, first.queries, first.keys, _dim(head_dim), first.split, turn, sums,
         num_warps=first.warps, num_stages=first.stages,
     )  # fmt: skip
     _backward_keys[(blocks, kv_heads)](
         qkv, starts, ends, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
-        factor * _LOG2_E, factor, second.keys, second.queries, _dim(head_dim), turn, sums,
+        factor * _LOG2_E, factor, second.keys, second.queries, _dim(head_dim), second.split, turn, sums,
         num_warps=second.warps, num_stages=second.stages,
     )  # fmt: skip
     if turn:
