@@ -59,7 +59,7 @@ wanted() {
         venv) echo "$root" && return ;; # a virtual environment does not survive being moved
         torch) wanted_torch && return ;;
         megazh) files=("$root/pyproject.toml") ;;
-        dev) files=("$requirements/dev.txt" "$requirements/dev-no-deps.txt") ;;
+        dev) files=("$requirements/dev.txt" "$requirements/dev-no-deps.txt" "$requirements/triton.txt") ;;
         *) files=("$requirements/$1.txt") ;;
     esac
     cat "${files[@]}" | sha256sum
@@ -107,6 +107,9 @@ make_part() {
         dev)
             pip_install "requirements/dev.txt" --requirement "$requirements/dev.txt"
             pip_install "requirements/dev-no-deps.txt" --no-deps --requirement "$requirements/dev-no-deps.txt"
+            # For its interpreter. The CUDA builds of torch bring the Triton that they were built for.
+            "$venv/bin/python" -c 'import triton' 2> /dev/null ||
+                pip_install triton --no-deps --requirement "$requirements/triton.txt"
             ;;
         *) pip_install "requirements/$part.txt" --requirement "$requirements/$part.txt" ;;
     esac
@@ -150,7 +153,7 @@ use_own_python() {
         matplotlib tensorboard torch deepspeed)
     for extra in "$@"; do
         case $extra in
-            dev) modules+=(pytest pytest_timeout hypothesis ruff mypy megatron.core) ;;
+            dev) modules+=(pytest pytest_timeout hypothesis ruff mypy megatron.core triton) ;;
             mpi) modules+=(mpi4py) ;;
             bench) modules+=(gigatoken datasets) ;;
         esac

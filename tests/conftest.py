@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from slurm_cluster import SlurmCluster, why_not
 
+# Triton's kernels run on the CPU, in its interpreter: what they compute is tested everywhere, their speed nowhere. Read
+# when Triton is imported, whoever does that first.
+os.environ["TRITON_INTERPRET"] = "1"
+
 _COMMON = (
     "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面而方后多定行学法所民得经十三之进着等"
     "部度家电力里如水化高自二理起小物现实加量都两体制机当使点从业本去把性好应开它合还因由其些然前外天政四日那社义事平形相全表间样与关各重新线"

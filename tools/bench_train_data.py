@@ -1,4 +1,4 @@
-"""Made-up documents for `bench_train.py`: an index of random ids, as common as words are, and the same batches for all."""
+"""Made-up documents for `bench_train.py`: an index of random ids, as common as words are; the same batches for all."""
 
 import json
 from collections.abc import Iterator

@@ -69,10 +69,7 @@ def _attend(
             seen = (column[None, :] <= rows[:, None]) & (column[None, :] >= start[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, 1))
-        if MASKED:  # a row that has seen nothing yet has no largest score
-            safe = tl.where(new == float("-inf"), 0.0, new)
-        else:
-            safe = new
+        safe = tl.where(new == float("-inf"), 0.0, new) if MASKED else new  # a row that has seen nothing yet
         weights = tl.exp2(scores - safe[:, None])
         fade = tl.exp2(largest - safe)
         total = total * fade + tl.sum(weights, 1)
@@ -142,8 +139,8 @@ def _query_gradient(
 @triton.jit
 def _backward_queries(
     qkv, starts, out, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
-    scale, factor, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr, TURN: tl.constexpr,
-    SUMS: tl.constexpr,
+    scale, factor, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr,
+    TURN: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     first = block * QUERIES
@@ -209,8 +206,8 @@ def _key_gradient(
 @triton.jit
 def _backward_keys(
     qkv, starts, ends, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
-    scale, factor, KEYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr, TURN: tl.constexpr,
-    SUMS: tl.constexpr,
+    scale, factor, KEYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr,
+    TURN: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     block, kv_head = tl.program_id(0), tl.program_id(1)
     first = block * KEYS
@@ -226,22 +223,23 @@ def _backward_keys(
     grad_key = tl.zeros([KEYS, DIM], dtype=tl.float32)
     grad_value = tl.zeros([KEYS, DIM], dtype=tl.float32)
     group = heads // kv_heads
+    diagonal = tl.minimum(behind, last) if SPLIT else last
     for member in range(0, group):
         head = kv_head * group + member
         query, gradient = qkv + head * head_dim, grad_out + head * head_dim
         head_lse, head_delta = lse + head.to(tl.int64) * tokens, delta + head.to(tl.int64) * tokens
         grad_key, grad_value = _key_gradient(
-            grad_key, grad_value, k, v, query, gradient, first, tl.minimum(behind, last) if SPLIT else last, column, starts, scale,
-            head_lse, head_delta, width, heads * head_dim, head_dim, tokens, True, QUERIES, DIM,
+            grad_key, grad_value, k, v, query, gradient, first, diagonal, column, starts, scale, head_lse, head_delta,
+            width, heads * head_dim, head_dim, tokens, True, QUERIES, DIM,
         )  # fmt: skip
         if SPLIT:
             grad_key, grad_value = _key_gradient(
-                grad_key, grad_value, k, v, query, gradient, behind, common, column, starts, scale, head_lse, head_delta,
-                width, heads * head_dim, head_dim, tokens, False, QUERIES, DIM,
+                grad_key, grad_value, k, v, query, gradient, behind, common, column, starts, scale, head_lse,
+                head_delta, width, heads * head_dim, head_dim, tokens, False, QUERIES, DIM,
             )  # fmt: skip
             grad_key, grad_value = _key_gradient(
-                grad_key, grad_value, k, v, query, gradient, common, last, column, starts, scale, head_lse, head_delta,
-                width, heads * head_dim, head_dim, tokens, True, QUERIES, DIM,
+                grad_key, grad_value, k, v, query, gradient, common, last, column, starts, scale, head_lse,
+                head_delta, width, heads * head_dim, head_dim, tokens, True, QUERIES, DIM,
             )  # fmt: skip
     if TURN:
         sums = partial + block.to(tl.int64) * width
@@ -334,7 +332,10 @@ def document_attention_backward(
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
     factor = head_dim**-0.5
-    first, second = query_tiles or _tiles(head_dim, _QUERIES, _WIDE_QUERIES), key_tiles or _tiles(head_dim, _KEYS, _WIDE_KEYS)
+    first, second = (
+        query_tiles or _tiles(head_dim, _QUERIES, _WIDE_QUERIES),
+        key_tiles or _tiles(head_dim, _KEYS, _WIDE_KEYS),
+    )
     # Tiles of whole heads are rotated back as they are written; the rest by a kernel of its own.
     turn = 2 * cos.shape[1] == head_dim == _dim(head_dim)
     sums = turn and with_sum

@@ -1,8 +1,8 @@
 """Attention within documents: where a micro-batch's documents begin and end, made once and used by every block.
 
-Fused blocks (`megazh.model.fused`) get it as numbers a token. Others call it: `varlen` on CUDA in bf16 and fp16, a block
-mask with SDPA elsewhere, and, for generation, a cache of keys and values. None lets a token see another document or the
-future.
+Fused blocks (`megazh.model.fused`) get it as two numbers a token. Others call it: `varlen` on CUDA in bf16 and fp16, a
+block mask with SDPA elsewhere, and, for generation, a cache of keys and values. None lets a token see another document
+or the future.
 """
 
 import inspect
@@ -23,7 +23,7 @@ class Backend(StrEnum):
     """How blocks and their packed attention are computed."""
 
     FUSED = "fused"
-    """Triton's kernels, blocks forward and backward written out: `megazh.model.fused`; CUDA from sm80 on, bf16, fp16."""
+    """Triton's kernels, blocks written out both ways (`megazh.model.fused`); CUDA from sm80 on, bf16 and fp16."""
     VARLEN = "varlen"
     """`torch.nn.attention.varlen`: flash attention over segments; CUDA from sm80 on, bf16 and fp16."""
     MASKED = "masked"

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from megazh.model.attention import Attend, Backend, Documents, Packed, choose_backend
 from megazh.model.config import ModelConfig
 from megazh.model.fused import run_fused
-from megazh.model.layers import Block, Embedding, Head, layer_count, make_layer
+from megazh.model.layers import Embedding, Head, layer_count, make_layer
 from megazh.model.loss import summed_cross_entropy
 
 

@@ -44,8 +44,7 @@ def run_fused(
         assert isinstance(block, Block)
         residual, delta = _Block.apply(residual, delta, block, packed, recompute, *_weights(block))
     if norm is not None:
-        assert isinstance(norm, nn.RMSNorm)
-        out = _Norm.apply(residual, delta, norm.weight, _eps(norm))
+        out = _Norm.apply(residual, delta, *_gain(norm))
     else:
         out = residual if delta is None else residual + delta
     return out.view(batch, seq, -1)
@@ -59,10 +58,11 @@ def _weights(block: Block) -> tuple[torch.Tensor | None, ...]:
     )  # type: ignore[return-value]  # fmt: skip
 
 
-def _eps(norm: nn.Module) -> float:
+def _gain(norm: nn.Module) -> tuple[torch.Tensor, float]:
+    """Weight and epsilon."""
     assert isinstance(norm, nn.RMSNorm)
     assert norm.eps is not None
-    return norm.eps
+    return norm.weight, norm.eps
 
 
 @dataclass
@@ -94,13 +94,12 @@ def _forward(
     from megazh.kernels.swiglu import swiglu
 
     attention, mlp = block.attention, block.mlp
-    x, x_normed, x_rstd = add_norm(residual, delta, block.attention_norm.weight, _eps(block.attention_norm))
+    x, x_normed, x_rstd = add_norm(residual, delta, *_gain(block.attention_norm))
     qkv = nn.functional.linear(x_normed, attention.qkv_proj.weight, attention.qkv_proj.bias)
     rotate_(qkv, packed.cos, packed.sin, attention.heads + attention.kv_heads, attention.head_dim)
     attended, lse = document_attention(qkv, packed.starts, attention.heads, attention.kv_heads)
-    middle, middle_normed, middle_rstd = add_norm(
-        x, attended @ attention.o_proj.weight.T, block.mlp_norm.weight, _eps(block.mlp_norm)
-    )
+    projected = attended @ attention.o_proj.weight.T
+    middle, middle_normed, middle_rstd = add_norm(x, projected, *_gain(block.mlp_norm))
     gate_up = middle_normed @ mlp.up_proj.weight.T
     product = swiglu(gate_up)
     kept = _Kept(
@@ -140,17 +139,17 @@ class _Block(torch.autograd.Function):
         grad_middle, grad_added = (gradient.contiguous() for gradient in gradients)
         block, packed = ctx.block, ctx.packed
         attention, mlp = block.attention, block.mlp
-        kept = _forward(*ctx.saved_tensors, None, block, packed)[0] if ctx.recompute else _Kept(*ctx.saved_tensors)
+        saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
+        kept = _forward(saved[0], None, block, packed)[0] if ctx.recompute else _Kept(*saved)
+        attention_gain, mlp_gain = block.attention_norm.weight, block.mlp_norm.weight
 
         grad_product = grad_added @ mlp.down_proj.weight
         grad_down = product_gradient(mlp.down_proj.weight, grad_added, kept.product)
         grad_gate_up = swiglu_backward_(kept.gate_up, grad_product)
         grad_normed = grad_gate_up @ mlp.up_proj.weight
         grad_up = product_gradient(mlp.up_proj.weight, grad_gate_up, kept.middle_normed)
-        grad_middle, gain = norm_backward(
-            grad_normed, kept.middle, kept.middle_rstd, block.mlp_norm.weight, grad_middle
-        )
-        grad_mlp_norm = vector_gradient(block.mlp_norm.weight, gain)
+        grad_middle, gain = norm_backward(grad_normed, kept.middle, kept.middle_rstd, mlp_gain, grad_middle)
+        grad_mlp_norm = vector_gradient(mlp_gain, gain)
 
         grad_attended = grad_middle @ attention.o_proj.weight
         grad_o = product_gradient(attention.o_proj.weight, grad_middle, kept.attended)
@@ -162,8 +161,8 @@ class _Block(torch.autograd.Function):
         grad_bias = None if bias is None or summed is None else vector_gradient(bias, summed)
         grad_normed = grad_qkv @ attention.qkv_proj.weight
         grad_weight = product_gradient(attention.qkv_proj.weight, grad_qkv, kept.x_normed)
-        grad_x, gain = norm_backward(grad_normed, kept.x, kept.x_rstd, block.attention_norm.weight, grad_middle)
-        grad_attention_norm = vector_gradient(block.attention_norm.weight, gain)
+        grad_x, gain = norm_backward(grad_normed, kept.x, kept.x_rstd, attention_gain, grad_middle)
+        grad_attention_norm = vector_gradient(attention_gain, gain)
         return (
             grad_x, grad_x if ctx.adds else None, None, None, None,
             grad_attention_norm, grad_weight, grad_bias, grad_o, grad_mlp_norm, grad_up, grad_down,

@@ -1,6 +1,7 @@
 """DeepSpeed's pipeline engine for bf16 with sums in fp32, without what costs time or memory and changes no result.
 
-Written against DeepSpeed 0.19.8; `tests/pipeline/test_stage_engine.py` fails where a later one changes what is replaced.
+Written against DeepSpeed 0.19.8; `tests/pipeline/test_stage_engine.py` fails where another one differs in what is
+replaced.
 
 | DeepSpeed | here |
 |---|---|
@@ -13,7 +14,7 @@ Written against DeepSpeed 0.19.8; `tests/pipeline/test_stage_engine.py` fails wh
 With fp32 or fp16 weights, and with sums that are not fp32, all is DeepSpeed's own.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import deepspeed
 import torch
@@ -31,6 +32,8 @@ class StageEngine(PipelineEngine):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self.total_loss: torch.Tensor | None
+        self.pipe_recv_buf: tuple[torch.Tensor, ...] | None
         self._lean = self.using_bf16_optimizer and self.optimizer.grad_acc_dtype is torch.float32
         if not self._lean:
             return
@@ -121,7 +124,7 @@ class StageEngine(PipelineEngine):
                 if sent is not bucket:
                     bucket.copy_(sent)
 
-    _INSTRUCTION_MAP = {
+    _INSTRUCTION_MAP: ClassVar[dict[Any, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,
         schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
         schedule.LoadMicroBatch: _exec_load_micro_batch,

@@ -163,7 +163,7 @@ class Largest(TorchDispatchMode):
         for tensor in made if isinstance(made, tuple | list) else (made,):
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
-        self.products += func is torch.ops.aten.mm.default
+        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
         return made
 
 

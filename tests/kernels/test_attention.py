@@ -1,0 +1,82 @@
+"""Attention within documents against torch's, with a dense mask: values, gradients, rotation, and what leaks."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megazh.model.rope import rotate
+
+CASES = {
+    "short and long documents": (150, 2, 2, 16, [5, 35, 1, 59, 50]),
+    "grouped heads, 24 dimensions": (128, 4, 2, 24, [64, 64]),
+    "one document over many blocks": (200, 2, 1, 32, [200]),
+    "single tokens": (130, 2, 2, 16, [1, 1, 1, 127]),
+}
+"""Tokens, heads, heads of keys and values, dimensions, lengths of documents."""
+TILES = {"small": (32, 16, 16), "square": (64, 64, 64)}
+"""Queries and keys a block of the first kernels, and queries of the last."""
+
+
+def extents(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each token's document begins and ends."""
+    ends = torch.tensor(lengths).cumsum(0)
+    sizes = torch.tensor(lengths)
+    return (ends - sizes).repeat_interleave(sizes).int(), ends.repeat_interleave(sizes).int()
+
+
+def reference(qkv: torch.Tensor, starts: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """With a dense mask, in fp32."""
+    tokens, width = qkv.shape
+    head_dim = width // (heads + 2 * kv_heads)
+    query, key, value = qkv.view(tokens, -1, head_dim).split((heads, kv_heads, kv_heads), 1)
+    key, value = (states.repeat_interleave(heads // kv_heads, 1) for states in (key, value))
+    place = torch.arange(tokens)
+    seen = (place[None, :] <= place[:, None]) & (place[None, :] >= starts[:, None])
+    states = (states.transpose(0, 1) for states in (query, key, value))
+    return F.scaled_dot_product_attention(*states, attn_mask=seen).transpose(0, 1).reshape(tokens, -1)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("name", CASES)
+def test_is_what_a_dense_mask_gives(name: str, tiles: str, split: bool) -> None:
+    from megazh.kernels.attention import Tiles, document_attention, document_attention_backward
+    from megazh.kernels.rotary import rotate_
+
+    tokens, heads, kv_heads, head_dim, lengths = CASES[name]
+    generator = torch.Generator().manual_seed(1)
+    starts, ends = extents(lengths)
+    plain = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, generator=generator, requires_grad=True)
+    gradient = torch.randn(tokens, heads * head_dim, generator=generator)
+    angles = torch.rand(tokens, head_dim // 2, generator=generator) * 6
+    cos, sin = angles.cos(), angles.sin()
+    rotated = heads + kv_heads
+    states = plain.view(1, tokens, -1, head_dim)
+    turned = rotate(states[:, :, :rotated], cos[None, :, None], sin[None, :, None])
+    wanted = reference(torch.cat((turned, states[:, :, rotated:]), 2).view(tokens, -1), starts, heads, kv_heads)
+    wanted.backward(gradient)
+
+    block, keys, queries = TILES[tiles]
+    first, last = Tiles(block, keys, 4, 2, split), Tiles(queries, block, 4, 2, split)
+    qkv = plain.detach().clone()
+    rotate_(qkv, cos, sin, rotated, head_dim)
+    out, lse = document_attention(qkv, starts, heads, kv_heads, first)
+    found, summed = document_attention_backward(
+        gradient, qkv, starts, ends, out, lse, heads, kv_heads, cos, sin, True, first, last
+    )
+    torch.testing.assert_close(out, wanted.detach(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(found, plain.grad, rtol=0, atol=5e-6)
+    torch.testing.assert_close(summed, plain.grad.sum(0), rtol=0, atol=5e-5)
+
+
+def test_another_document_changes_no_bit_and_neither_does_the_future() -> None:
+    from megazh.kernels.attention import document_attention
+
+    starts, _ = extents([50, 60, 40])
+    qkv = torch.randn(150, 6 * 16, generator=torch.Generator().manual_seed(2))
+    other = qkv.clone()
+    other[:50] *= 100
+    other[90:] += 1
+    before, after = document_attention(qkv, starts, 2, 2)[0], document_attention(other, starts, 2, 2)[0]
+    assert torch.equal(before[50:90], after[50:90])
+    assert not torch.equal(before[90:], after[90:])
