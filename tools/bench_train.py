@@ -39,6 +39,7 @@ try:
     from megazh.training.peaks import peak_flops
     from megazh.training.recipe import Recipe, load_recipe, recipe_path
     from megazh.training.run_folder import RunFolder
+    from megazh.training.startup import BEGUN
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; run 'bash jobs/setup.sh' once, then use .venv/bin/python (or activate .venv)")
 
@@ -77,7 +78,7 @@ def measure_megazh(folder: Path, recipe: Recipe, stages: int, gpus: int, device:
     RunFolder(path).begin(recipe, Mixture(recipe.data.manifest, recipe.seq_len, recipe.data.packing, None))
     command = [str(Path(__file__).resolve()), "--rank", str(path), "--stages", str(stages), "--device", device]
     root = str(Path(__file__).resolve().parent.parent)
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    env = {BEGUN: str(time.time()), "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     ids = list(range(gpus)) if device == "cuda" else None
     code = run_local(command, gpus, env, ids, path / "logs")
     if code:

@@ -25,6 +25,7 @@ from megazh.training.precision import check_precision, precision_on
 from megazh.training.recipe import Recipe, Resume, load_recipe, recipe_path
 from megazh.training.run_folder import RunFolder
 from megazh.training.schedule import warmup_steps
+from megazh.training.startup import BEGUN, process_begun
 from megazh.training.summary import describe_end, describe_layout
 
 DEMO, BIG = "demo", "qwen0.5b_6x3090"
@@ -229,6 +230,7 @@ def _launch(command: list[str], devices: Devices, layout: Layout, run: RunFolder
     labels = [f"rank {rank} (stage {rank // layout.replicas})" for rank in range(layout.ranks)]
     python_path = str(Path(__file__).resolve().parents[2])
     env = {
+        BEGUN: str(process_begun()),
         "PYTHONPATH": os.pathsep.join(filter(None, (python_path, os.environ.get("PYTHONPATH")))),
         # torch warns that NCCL guesses a rank's device; each rank has set its own.
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),

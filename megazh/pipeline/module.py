@@ -71,7 +71,7 @@ class DecoderPipeline(PipelineModule):
         if config.tie_word_embeddings:
             specs[0] = specs[last] = _Tied(config, seed)
         super().__init__(specs, num_stages=len(bounds) - 1, loss_fn=self.scaled_loss, partition_method="uniform")
-        self._documents, self._fused = Documents(config, backend), backend is Backend.FUSED
+        self._documents, self.fused = Documents(config, backend), backend is Backend.FUSED
         self._checkpointing, self._z_loss = activation_checkpointing, z_loss
         numbers = range(self._local_start, self._local_stop)
         self._embedding: Embedding | None = self.forward_funcs[0] if 0 in numbers else None
@@ -138,7 +138,7 @@ class DecoderPipeline(PipelineModule):
         """
         (hidden, weight), (wanted, scale) = outputs, labels
         z_loss = self._z_loss if self.training else 0.0
-        return summed_cross_entropy(hidden, weight, wanted, z_loss, self._fused) * scale.squeeze()
+        return summed_cross_entropy(hidden, weight, wanted, z_loss, self.fused) * scale.squeeze()
 
     def loss_and_gradient(
         self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor], share: float
@@ -153,9 +153,7 @@ class DecoderPipeline(PipelineModule):
         assert self._head is not None
         wanted, scale = labels
         scale = scale.squeeze()
-        summed, gradient = loss_and_gradient(
-            hidden, self._head.weight, wanted, self._z_loss, scale * share, self._fused
-        )
+        summed, gradient = loss_and_gradient(hidden, self._head.weight, wanted, self._z_loss, scale * share, self.fused)
         return summed * scale, gradient
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ replaced.
 | loss, then its gradient, through hooks on the outputs | both at once; the head's gradient goes to its sum |
 | gradients are flattened into a copy, summed, copied back | already flat: summed in place, in buckets |
 | batches are copied and sent to the GPU, waiting for it | sent from pinned memory, not waited for |
+| each kernel of a micro-batch is launched by itself | with one stage and fused blocks, all by one CUDA graph |
 
 With fp32 or fp16 weights, and with sums that are not fp32, all is DeepSpeed's own.
 """
@@ -23,8 +24,37 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import p2p, schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+_Tensors = tuple[torch.Tensor, ...]
 _BUCKET_ELEMENTS = 50_000_000
 """Gradients summed over replicas at a time, where they are sent in another dtype than they are held in."""
+
+
+class _Recorded:
+    """A micro-batch of a single stage as a CUDA graph: forward, loss and backward by one launch.
+
+    To be made when such a micro-batch has run before, since what is compiled or set up at first use is not recorded.
+    """
+
+    def __init__(self, engine: "StageEngine", inputs: _Tensors, labels: _Tensors) -> None:
+        self._inputs, self._labels = inputs, labels
+        module = engine.module
+        # What ran before has left memory that the graph, which has its own, cannot use.
+        torch.cuda.empty_cache()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            hidden = module(inputs)[0]
+            self._loss, gradient = module.loss_and_gradient(hidden, labels, 1 / engine.micro_batches)
+            torch.autograd.backward(hidden, gradient)
+
+    def load(self, inputs: _Tensors, labels: _Tensors) -> None:
+        """Put the next micro-batch where the graph reads it."""
+        for own, new in zip((*self._inputs, *self._labels), (*inputs, *labels), strict=True):
+            own.copy_(new, non_blocking=True)
+
+    def replay(self) -> torch.Tensor:
+        """Run it; returns the loss."""
+        self._graph.replay()
+        return self._loss.clone()
 
 
 class StageEngine(PipelineEngine):
@@ -38,6 +68,9 @@ class StageEngine(PipelineEngine):
         if not self._lean:
             return
         optimizer = self.optimizer
+        # One stage: nothing but kernels, whose shapes never change, between a micro-batch and its gradients.
+        self._records = self.num_stages == 1 and self.module.fused and self.device.type == "cuda"
+        self._recorded: _Recorded | None = None
         for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
             for parameter, flat in zip(parameters, sums, strict=True):
                 parameter.main_grad = flat.view_as(parameter)
@@ -48,19 +81,28 @@ class StageEngine(PipelineEngine):
             super()._exec_load_micro_batch(buffer_id)
             return
         inputs, labels = self._next_batch()
+        if self._recorded is not None and self.module.training:
+            self._recorded.load(inputs, labels)
+            return
         if self.is_first_stage():
             self.pipe_buffers["inputs"][buffer_id] = self._to_device(inputs)
         if self.is_last_stage():
             self.pipe_buffers["labels"][buffer_id] = self._to_device(labels)
 
-    def _to_device(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def _to_device(self, tensors: _Tensors) -> _Tensors:
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         if not self._lean:
             super()._exec_forward_pass(buffer_id)
             return
-        outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
+        inputs = self.pipe_buffers["inputs"][buffer_id]
+        if self.module.training and self._records and self._recorded is None and self.global_steps:
+            self._recorded = _Recorded(self, inputs, self.pipe_buffers["labels"][buffer_id])
+        if self.module.training and self._recorded is not None:
+            self._add_loss(self._recorded.replay())
+            return
+        outputs = self.module(inputs)
         self.pipe_buffers["outputs"][buffer_id] = outputs
         if not self.is_last_stage():
             return
@@ -71,14 +113,19 @@ class StageEngine(PipelineEngine):
             self.pipe_buffers["output_tensors"][buffer_id] = gradient
         else:
             loss = self.module.loss_fn(outputs, labels)
+        self._add_loss(loss.detach())
+
+    def _add_loss(self, loss: torch.Tensor) -> None:
         self.loss = loss
-        self.fwd_outputs.append(loss.detach())
-        self.total_loss = loss.detach() if self.total_loss is None else self.total_loss + loss.detach()
+        self.fwd_outputs.append(loss)
+        self.total_loss = loss if self.total_loss is None else self.total_loss + loss
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
         if not self._lean:
             super()._exec_backward_pass(buffer_id)
             return
+        if self._recorded is not None:
+            return  # it did both
         hidden = self.pipe_buffers["outputs"][buffer_id][0]
         gradient = self.pipe_buffers["output_tensors"][buffer_id] if self.is_last_stage() else self.grad_layer[0]
         torch.autograd.backward(hidden, gradient)

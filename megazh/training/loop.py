@@ -30,6 +30,7 @@ from megazh.training.recipe import Kernels, Recipe
 from megazh.training.run_folder import RunFolder
 from megazh.training.schedule import learning_rate, warmup_steps
 from megazh.training.stages import agree_on_bounds
+from megazh.training.startup import Startup
 from megazh.training.stop import StopRequest
 from megazh.training.summary import describe_parts
 
@@ -38,31 +39,38 @@ class Interrupted(Exception):
     """Ctrl-C; what was done is saved."""
 
 
-def train(path: Path, stages: int, device: torch.device, stop: StopRequest) -> None:
+def train(path: Path, stages: int, device: torch.device, stop: StopRequest, startup: Startup) -> None:
     """Train the run in folder `path` to its end; all ranks call it.
 
     Args:
         stages: of the pipeline.
         device: this rank's.
         stop: whether this rank was asked to stop.
+        startup: the clock of this start.
 
     Raises:
         MegazhError: as what is called.
         Interrupted: a rank was asked to stop; a checkpoint of the step that was being done is written.
     """
-    begun = time.monotonic()
     run = RunFolder(path)
     recipe = run.recipe()
     layout = make_layout(recipe, dist.get_world_size(), stages)
-    trainer = Trainer(run, recipe, layout, device, stop)
-    trainer.say(f"ready after {time.monotonic() - begun:.1f} s")
-    trainer.run()
+    Trainer(run, recipe, layout, device, stop, startup).run()
 
 
 class Trainer:
     """What a rank needs for its steps; all ranks make one, with the same arguments but for the device."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, layout: Layout, device: torch.device, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        recipe: Recipe,
+        layout: Layout,
+        device: torch.device,
+        stop: StopRequest,
+        startup: Startup | None = None,
+    ) -> None:
+        self._startup = startup or Startup()
         self._folder, self._recipe, self._layout, self._device = run, recipe, layout, device
         self._steps = recipe.total_steps
         self._warmup = warmup_steps(self._steps, recipe.warmup)
@@ -72,20 +80,25 @@ class Trainer:
             torch.cuda.set_per_process_memory_fraction(min(1.0, recipe.memory_limit_gib * 2**30 / total), device)
         self._mixture = Mixture(recipe.data.manifest, recipe.seq_len, recipe.data.packing, recipe.data.max_docs)
         self._tokenizer = run.tokenizer()
+        self._startup.done("data")
         manifest = self._newest()
         self._step = manifest.step if manifest else 0
         """Steps done."""
         self.bounds = manifest.bounds if manifest else agree_on_bounds(recipe, layout, device, self._precision)
         holds = (describe_parts(recipe, begin, end) for begin, end in pairwise(self.bounds))
         self.say(f"{'stages':<12}{' | '.join(holds)}")
+        self._startup.done("stages")
         self._engine = self._make_engine()
+        self._startup.done("model and engine")
         if manifest:
             load_checkpoint(self._engine, list_checkpoints(run.checkpoints)[-1], manifest)
+            self._startup.done("checkpoint")
             self.say(f"resumed at step {self._step} of {self._steps}")
         module: DecoderPipeline = self._engine.module
         self._replica = module.mpu().get_data_parallel_rank()
         self._feed = self._make_feed(module)
         self._validator = self._make_validator()
+        self._startup.done("validation data")
         flops = flops_per_token(recipe.model, recipe.seq_len).total
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         peak = peak_flops(name, recipe.peak_tflops)
@@ -159,6 +172,7 @@ class Trainer:
         with Metrics(self._folder.path, self._step, quiet=dist.get_rank() != 0) as metrics:
             if self._step == 0:
                 self._validate(metrics)
+                self._startup.done("validation")
             while self._step < self._steps:
                 stop = self.take_step(metrics)
                 last = self._step == self._steps
@@ -189,6 +203,9 @@ class Trainer:
         loss = float(engine.train_batch(self._feed))
         seconds = time.perf_counter() - begun
         self._step += 1
+        if self._step == self._begun_at + 1:
+            self._startup.done("first step")
+            self.say(self._startup.describe())
         stop, data_seconds, memory, reserved = self._largest(
             [float(self._stop.asked), self._data_seconds, *self._memory()]
         )

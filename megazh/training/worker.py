@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
 from megazh.pipeline.operators import use_no_compiled_operators
+from megazh.training.startup import Startup
 from megazh.training.stop import StopRequest
 
 
@@ -26,16 +27,18 @@ def work(run: Path, stages: int, kind: str) -> int:
     # DeepSpeed broadcasts a flag inside of a backward pass, and synchronises without naming its device: both harmless.
     warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
     warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device")
-    stop = StopRequest()
+    stop, startup = StopRequest(), Startup()
     # Where the launcher is DeepSpeed's, nobody else has set these; both are read when CUDA and DeepSpeed are imported.
     os.environ.setdefault("DS_ACCELERATOR", kind)
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     from megazh.training.loop import Interrupted, train  # imports DeepSpeed, which looks for its accelerator
 
+    startup.done("imports")
     try:
         device = join(kind)
+        startup.done("joining the ranks")
         with _ended_group():
-            train(run, stages, device, stop)
+            train(run, stages, device, stop, startup)
     except MegazhError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
