@@ -91,7 +91,7 @@ def test_a_run_tells_every_step_and_does_what_is_due(stories: Path, tmp_path: Pa
     assert samples == [(4, "从前"), (4, "小狗"), (5, "从前"), (5, "小狗")]
     names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
     assert names == ["step_00000003", "step_00000005"]
-    for line in ("ready after", "step 1/5", "validation after step 0", "step_00000005"):
+    for line in ("first step after", "step 1/5", "validation after step 0", "step_00000005"):
         assert line in printed
 
 
