@@ -39,7 +39,7 @@ try:
     from megazh.training.peaks import peak_flops
     from megazh.training.recipe import Recipe, load_recipe, recipe_path
     from megazh.training.run_folder import RunFolder
-    from megazh.training.startup import BEGUN
+    from megazh.training.startup import BEGUN, Startup
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; run 'bash jobs/setup.sh' once, then use .venv/bin/python (or activate .venv)")
 
@@ -97,6 +97,7 @@ def measure_megazh(folder: Path, recipe: Recipe, stages: int, gpus: int, device:
 
 def serve_megazh(path: Path, stages: int, kind: str) -> None:
     """One rank of `measure_megazh`."""
+    startup = Startup()
     os.environ.setdefault("DS_ACCELERATOR", kind)
     import torch.distributed as dist
 
@@ -105,10 +106,13 @@ def serve_megazh(path: Path, stages: int, kind: str) -> None:
     from megazh.training.stop import StopRequest
     from megazh.training.worker import join
 
+    startup.done("imports")
     device = join(kind)
+    startup.done("joining the ranks")
     folder = RunFolder(path)
     recipe = folder.recipe()
-    trainer = Trainer(folder, recipe, make_layout(recipe, dist.get_world_size(), stages), device, StopRequest())
+    layout = make_layout(recipe, dist.get_world_size(), stages)
+    trainer = Trainer(folder, recipe, layout, device, StopRequest(), startup)
     seconds = []
     with Metrics(path, 0, quiet=dist.get_rank() != 0) as metrics:
         for _ in range(recipe.total_steps):

@@ -14,8 +14,8 @@ from megazh.model.main_grad import add_product_, main_grad
 
 _CHUNK_LOGITS = 1 << 27
 """Logits held at a time: 512 MiB in fp32."""
-_FUSED_CHUNK_LOGITS = 1 << 29
-"""The same with Triton's kernels: 1 GiB in bf16, since the products gain by many rows."""
+_FUSED_CHUNK_LOGITS = 1 << 30
+"""The same with Triton's kernels: 2 GiB in bf16, since the products gain by many rows."""
 
 
 def chunk_tokens(vocab_size: int, fused: bool = False) -> int:

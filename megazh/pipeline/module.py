@@ -4,7 +4,9 @@ Between stages travel the hidden state and one small integer tensor: position id
 micro-batch. Each stage makes its attention from these once a micro-batch; no mask is ever sent.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,26 +22,48 @@ from megazh.model.loss import loss_and_gradient, summed_cross_entropy
 _TIED = "embedding"
 
 
-class _Numbered(LayerSpec):
-    """A layer by its number; its weights follow from seed and number, so that every layout begins with the same."""
+class _Layers:
+    """Layers by their numbers; weights follow from seed and number, so that every layout begins with the same.
 
-    def __init__(self, config: ModelConfig, number: int, seed: int) -> None:
+    Random numbers come one after the other from a generator, and each layer has its own: threads draw them at once.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._arguments = (config, seed)
+        self._begun: dict[int, Future[nn.Module]] = {}
+
+    def begin(self, numbers: Iterable[int]) -> None:
+        """Start to make these."""
+        pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))))
+        config, seed = self._arguments
+        self._begun = {number: pool.submit(make_layer, config, number, seed) for number in numbers}
+        pool.shutdown(wait=False)
+
+    def take(self, number: int) -> nn.Module:
+        """One that was begun."""
+        return self._begun.pop(number).result()
+
+
+class _Numbered(LayerSpec):
+    """A layer by its number."""
+
+    def __init__(self, layers: _Layers, number: int) -> None:
         super().__init__(nn.Module)
-        self._arguments = (config, number, seed)
+        self._layers, self._number = layers, number
 
     def build(self, log: bool = False) -> nn.Module:
-        return make_layer(*self._arguments)
+        return self._layers.take(self._number)
 
 
 class _Tied(TiedLayerSpec):
     """The embedding, once as itself and once as the head."""
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
+    def __init__(self, layers: _Layers) -> None:
         super().__init__(_TIED, nn.Module)
-        self._arguments = (config, 0, seed)
+        self._layers = layers
 
     def build(self, log: bool = False) -> nn.Module:
-        return make_layer(*self._arguments)
+        return self._layers.take(0)
 
 
 class DecoderPipeline(PipelineModule):
@@ -67,9 +91,10 @@ class DecoderPipeline(PipelineModule):
         last = layer_count(config) - 1
         # The last norm belongs to the head: a bound behind a part is a bound behind its last layer.
         self._layer_bounds = [last + 1 if bound == last else bound for bound in bounds]
-        specs: list[LayerSpec] = [_Numbered(config, number, seed) for number in range(last + 1)]
+        self._layers = _Layers(config, seed)
+        specs: list[LayerSpec] = [_Numbered(self._layers, number) for number in range(last + 1)]
         if config.tie_word_embeddings:
-            specs[0] = specs[last] = _Tied(config, seed)
+            specs[0] = specs[last] = _Tied(self._layers)
         super().__init__(specs, num_stages=len(bounds) - 1, loss_fn=self.scaled_loss, partition_method="uniform")
         self._documents, self.fused = Documents(config, backend), backend is Backend.FUSED
         self._checkpointing, self._z_loss = activation_checkpointing, z_loss
@@ -87,6 +112,11 @@ class DecoderPipeline(PipelineModule):
         """Use our bounds; DeepSpeed's methods know neither FLOPs nor seconds."""
         self.parts = self._layer_bounds
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+        numbers = set(range(self._local_start, self._local_stop))
+        last = self._layer_bounds[-1] - 1
+        if self.config.tie_word_embeddings and last in numbers:
+            numbers = numbers - {last} | {0}  # the largest first: it takes the longest
+        self._layers.begin(sorted(numbers))
 
     @property
     def is_first(self) -> bool:

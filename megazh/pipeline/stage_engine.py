@@ -41,7 +41,8 @@ class _Recorded:
         # What ran before has left memory that the graph, which has its own, cannot use.
         torch.cuda.empty_cache()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads (the loader, which pins memory, and the watch over NCCL) may go on meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             hidden = module(inputs)[0]
             self._loss, gradient = module.loss_and_gradient(hidden, labels, 1 / engine.micro_batches)
             torch.autograd.backward(hidden, gradient)

@@ -1,6 +1,8 @@
 """Micro-batches as the pipeline engine takes them, each with the scale that makes DeepSpeed's mean of means right."""
 
+import itertools
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -23,18 +25,34 @@ def training_feed(
     """
     size = layout.micro_batch_size * layout.micro_batches * layout.replicas
     batches = training_batches(mixture, layout.micro_batch_size, first_step * size, replica, layout.replicas, workers)
-    step = first_step
-    while mixture.end is None or (step + 1) * size <= mixture.end:
-        valid = sum(mixture.valid_labels(number) for number in range(step * size, (step + 1) * size))
-        scale = torch.tensor([layout.micro_batches * layout.replicas / max(valid, 1)])
-        for _ in range(layout.micro_batches):
-            yield as_micro_batch(next(batches), scale)
-        step += 1
+    steps: Iterator[int] = itertools.count(first_step)
+    if mixture.end is not None:
+        steps = iter(range(first_step, mixture.end // size))
+
+    def count(step: int) -> int:
+        return sum(mixture.valid_labels(number) for number in range(step * size, (step + 1) * size))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="labels") as pool:  # counts the next step's meanwhile
+        for valid in _one_ahead(pool.submit(count, step) for step in steps):
+            scale = torch.tensor([layout.micro_batches * layout.replicas / max(valid.result(), 1)])
+            for _ in range(layout.micro_batches):
+                yield as_micro_batch(next(batches), scale)
+
+
+def _one_ahead(items: Iterator[Future[int]]) -> Iterator[Future[int]]:
+    """The same items, each given out when the one behind it has been drawn."""
+    before = next(items, None)
+    while before is not None:
+        item = next(items, None)
+        yield before
+        before = item
 
 
 def as_micro_batch(batch: Batch, scale: torch.Tensor) -> MicroBatch:
-    """A batch of samples in the engine's form."""
+    """A batch of samples in the engine's form; in pinned memory where the batch is, so that nothing waits for it."""
     layout = torch.cat((batch["position_ids"], batch["cu_seqlens"]), 1)
+    if batch["tokens"].is_pinned():
+        layout, scale = layout.pin_memory(), scale.pin_memory()
     return (batch["tokens"], layout), (batch["labels"], scale)
 
 

@@ -89,7 +89,7 @@ class Trainer:
         self.say(f"{'stages':<12}{' | '.join(holds)}")
         self._startup.done("stages")
         self._engine = self._make_engine()
-        self._startup.done("model and engine")
+        self._startup.done("engine")
         if manifest:
             load_checkpoint(self._engine, list_checkpoints(run.checkpoints)[-1], manifest)
             self._startup.done("checkpoint")
@@ -127,6 +127,7 @@ class Trainer:
             module = DecoderPipeline(
                 recipe.model, self.bounds, backend, recipe.seed, recipe.activation_checkpointing, recipe.z_loss
             )
+        self._startup.done("model")
         accumulated = accumulation(recipe, self._precision)
         return make_engine(
             module,
