@@ -15,13 +15,11 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton's kernels cannot run here; None: they can.
 
     Args:
-        device: they want CUDA, compute capability 8.0 or later (in Triton's interpreter, for tests, any device).
+        device: they want CUDA, compute capability 8.0 or later.
         dtype: bf16 or fp16.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; the CUDA builds of torch bring it"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
     if device.type != "cuda":
         return "there is no GPU"
     if dtype not in (torch.bfloat16, torch.float16):

@@ -6,11 +6,16 @@ they are sums in fp32 that are rounded to the model's dtype once, as everything 
 most one part in 256, which no gradient in that dtype can tell, and the loss hardly (docs/training.md has the numbers).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megazh.model.main_grad import add_product_, main_grad
+from megazh.model.main_grad import add_product_, main_grad, product_gradient
+
+AddProduct = Callable[[torch.Tensor, torch.Tensor], object]
+"""Adds `left.T @ right` to the gradient of the head's matrix."""
 
 _CHUNK_LOGITS = 1 << 27
 """Logits held at a time: 512 MiB in fp32."""
@@ -57,17 +62,20 @@ def loss_and_gradient(
     """The summed cross entropy, and at once what a backward pass from `scale` times that sum would give.
 
     Args:
-        weight: a parameter with a `main_grad`; its gradient is added there.
+        weight: a parameter with a `main_grad`; its gradient is added there, or `postponed` (see `main_grad`).
         scale: one number in fp32, on the device of `hidden`.
 
     Returns:
         The sum, not scaled: a scalar in fp32; and the gradient of `hidden`, in its shape and dtype.
     """
-    sums = main_grad(weight)
-    assert sums is not None
+    assert main_grad(weight) is not None
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
     gradient = torch.empty_like(flat)
-    total = _sum_chunks(flat, weight.detach(), labels.reshape(-1), z_loss, scale, fused, gradient, sums)
+
+    def add(left: torch.Tensor, right: torch.Tensor) -> None:
+        product_gradient(weight, left, right)
+
+    total = _sum_chunks(flat, weight.detach(), labels.reshape(-1), z_loss, scale, fused, gradient, add)
     return total, gradient.view_as(hidden)
 
 
@@ -85,7 +93,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
         one = torch.ones((), device=hidden.device)
-        total = _sum_chunks(hidden, weight, labels, z_loss, one, fused, grad_hidden, grad_weight)
+        add = functools.partial(add_product_, grad_weight) if grad_weight is not None else None
+        total = _sum_chunks(hidden, weight, labels, z_loss, one, fused, grad_hidden, add)
         if needs_gradient:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.dtype = weight.dtype
@@ -108,9 +117,9 @@ def _sum_chunks(
     scale: torch.Tensor,
     fused: bool,
     grad_hidden: torch.Tensor | None,
-    grad_weight: torch.Tensor | None,
+    add: AddProduct | None,
 ) -> torch.Tensor:
-    """The sum of all losses. Writes `grad_hidden` and adds to `grad_weight`, both of `scale` times the sum."""
+    """The sum of all losses. Writes `grad_hidden` and adds to the matrix's gradient, both of `scale` times the sum."""
     most = chunk_tokens(len(weight), fused)
     # Chunks of equal size, in whole tiles of the products, rather than a small one at the end.
     size = -(-len(hidden) // -(-len(hidden) // most))
@@ -126,11 +135,11 @@ def _sum_chunks(
         else:
             summed, gradient = _chunk(_product(rows, wide), wanted, z_loss, factor)
         total += summed
-        if grad_hidden is None or grad_weight is None:
+        if grad_hidden is None or add is None:
             continue
         gradient = gradient.to(weight.dtype if fused else wide.dtype)
         grad_hidden[begin : begin + size] = gradient @ (weight if fused else wide)
-        add_product_(grad_weight, gradient, rows.to(gradient.dtype))
+        add(gradient, rows.to(gradient.dtype))
     return total
 
 

@@ -1,11 +1,25 @@
-"""Where the gradient of a weight is summed over micro-batches.
+"""Where the gradient of a weight is summed over micro-batches, and when.
 
 A parameter that has an attribute `main_grad` (fp32, its own shape) gets its gradient there, added by the matrix product
 that computes it; no gradient in the model's dtype exists then, and nothing is rounded before the sum. The engine gives
 its parameters that attribute. Without it, autograd is handed the gradient as usual.
+
+A parameter that has an attribute `postponed`, a list, does not get the product at once: it is noted there, with what it
+needs, for `add_postponed` to do later. So the gradients of inputs, which another stage waits for, come first.
 """
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class Product:
+    """The gradient `left.T @ right` of a matrix, to be added to `sums`."""
+
+    sums: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
 
 
 def main_grad(weight: torch.Tensor) -> torch.Tensor | None:
@@ -18,13 +32,26 @@ def product_gradient(weight: torch.Tensor, left: torch.Tensor, right: torch.Tens
 
     Args:
         weight: (rows, columns).
-        left, right: (tokens, rows) and (tokens, columns).
+        left, right: (tokens, rows) and (tokens, columns); not to be written to afterwards.
     """
     sums = main_grad(weight)
     if sums is None:
         return left.T @ right
-    add_product_(sums, left, right)
+    postponed: list[Product] | None = getattr(weight, "postponed", None)
+    if postponed is None:
+        add_product_(sums, left, right)
+    else:
+        postponed.append(Product(sums, left, right))
     return None
+
+
+@torch.no_grad()
+def add_postponed(products: list[Product]) -> None:
+    """Do these products, in order, and let go of each when it is done."""
+    products.reverse()
+    while products:
+        product = products.pop()
+        add_product_(product.sums, product.left, product.right)
 
 
 def add_product_(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

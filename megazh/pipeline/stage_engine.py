@@ -9,22 +9,29 @@ replaced.
 | inputs and what is received are copied, once or twice | used as they are |
 | loss, then its gradient, through hooks on the outputs | both at once; the head's gradient goes to its sum |
 | gradients are flattened into a copy, summed, copied back | already flat: summed in place, in buckets |
+| each stage waits for what it sends and receives | both go on while it computes (`transfer`) |
+| the stage before waits for gradients of weights, too | gradients of inputs first (`schedule`) |
 | batches are copied and sent to the GPU, waiting for it | sent from pinned memory, not waited for |
 | each kernel of a micro-batch is launched by itself | with one stage and fused blocks, all by one CUDA graph |
 
 With fp32 or fp16 weights, and with sums that are not fp32, all is DeepSpeed's own.
 """
 
+from collections import deque
 from typing import Any, ClassVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.pipe import p2p, schedule
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-_Tensors = tuple[torch.Tensor, ...]
+from megazh.model.main_grad import Product, add_postponed
+from megazh.pipeline.schedule import ReceiveActivation, ReceiveGradient, SplitSchedule, WeightPass
+from megazh.pipeline.transfer import Tensors as _Tensors
+from megazh.pipeline.transfer import Transfers
+
 _BUCKET_ELEMENTS = 50_000_000
 """Gradients summed over replicas at a time, where they are sent in another dtype than they are held in."""
 
@@ -64,11 +71,14 @@ class StageEngine(PipelineEngine):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.total_loss: torch.Tensor | None
-        self.pipe_recv_buf: tuple[torch.Tensor, ...] | None
+        self.pipe_recv_buf: _Tensors | None
         self._lean = self.using_bf16_optimizer and self.optimizer.grad_acc_dtype is torch.float32
         if not self._lean:
             return
         optimizer = self.optimizer
+        # What the backward pass under way has left for later, and what those before it have.
+        self._postponed: list[Product] = []
+        self._weights: deque[list[Product]] = deque()
         # One stage: nothing but kernels, whose shapes never change, between a micro-batch and its gradients.
         self._records = self.num_stages == 1 and self.module.fused and self.device.type == "cuda"
         self._recorded: _Recorded | None = None
@@ -76,6 +86,10 @@ class StageEngine(PipelineEngine):
             for parameter, flat in zip(parameters, sums, strict=True):
                 parameter.main_grad = flat.view_as(parameter)
                 parameter._hp_grad = flat  # where DeepSpeed looks for the gradient of a tied weight
+        if self.num_stages > 1:
+            self._transfers = Transfers(self.module.topology(), self.device)
+            for parameter in self.module.parameters():
+                parameter.postponed = self._postponed
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         if not self._lean:
@@ -135,21 +149,61 @@ class StageEngine(PipelineEngine):
                 if parameter.grad is not None:
                     parameter.main_grad.add_(parameter.grad)
                     parameter.grad = None
+        self._weights.append(self._postponed.copy())
+        self._postponed.clear()
         self.pipe_buffers["output_tensors"][buffer_id] = None
         self.pipe_buffers["outputs"][buffer_id] = None
         self.pipe_buffers["labels"][buffer_id] = None
 
-    def _exec_recv_activations(self, buffer_id: int) -> None:
+    def _exec_recv_activations(self, buffer_id: int, more: bool = False) -> None:
         if not self._lean:
             super()._exec_recv_activations(buffer_id)
             return
+        assert self._transfers.from_previous is not None
         if self.pipe_recv_buf is None:  # the first one tells the shapes
             self.pipe_recv_buf = self._recv_tensor_meta(self.prev_stage)
-        received = tuple(torch.empty_like(buffer) for buffer in self.pipe_recv_buf)
+            self._grad_layer_buf.clear()  # it kept them for itself
+        received = self._transfers.from_previous.receive(self.pipe_recv_buf, more)
         for tensor in received:
-            p2p.recv(tensor, self.prev_stage)
             tensor.requires_grad = tensor.is_floating_point()
         self.pipe_buffers["inputs"][buffer_id] = received
+
+    def _exec_send_activations(self, buffer_id: int) -> None:
+        if not self._lean:
+            super()._exec_send_activations(buffer_id)
+            return
+        assert self._transfers.to_next is not None
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        if self.first_output_send:
+            self.first_output_send = False
+            self._send_tensor_meta(outputs, self.next_stage)
+        self._transfers.to_next.send(outputs)
+
+    def _exec_receive_gradient(self, buffer_id: int, more: bool) -> None:
+        assert self._transfers.from_next is not None
+        hidden = self.pipe_buffers["outputs"][buffer_id][0]
+        self.grad_layer = self._transfers.from_next.receive((hidden.detach(),), more)
+
+    def _exec_send_grads(self, buffer_id: int) -> None:
+        if not self._lean:
+            super()._exec_send_grads(buffer_id)
+            return
+        assert self._transfers.to_previous is not None
+        self._transfers.to_previous.send((self.pipe_buffers["inputs"][buffer_id][0].grad,))
+        self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _exec_weight_pass(self) -> None:
+        add_postponed(self._weights.popleft())
+
+    def _exec_schedule(self, pipe_schedule: Any) -> None:
+        super()._exec_schedule(pipe_schedule)
+        if self._lean and self.num_stages > 1:
+            self._transfers.finish()
+
+    def _train_schedule(self) -> Any:
+        if not self._lean or self.num_stages == 1:
+            return super()._train_schedule()
+        return SplitSchedule(self.micro_batches, self.num_stages, self.stage_id)
 
     def _exec_reduce_tied_grads(self) -> None:
         if self._lean:
@@ -179,6 +233,11 @@ class StageEngine(PipelineEngine):
         schedule.ForwardPass: _exec_forward_pass,
         schedule.BackwardPass: _exec_backward_pass,
         schedule.RecvActivation: _exec_recv_activations,
+        schedule.SendActivation: _exec_send_activations,
+        schedule.SendGrad: _exec_send_grads,
+        ReceiveActivation: _exec_recv_activations,
+        ReceiveGradient: _exec_receive_gradient,
+        WeightPass: _exec_weight_pass,
     }
 
 

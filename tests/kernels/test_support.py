@@ -11,8 +11,7 @@ from megazh.kernels import support
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No interpreter, a card of 8.6, and nothing remembered."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    """A card of 8.6, and nothing remembered."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     support.why_not.cache_clear()
 

@@ -6,6 +6,7 @@ import torch
 from decoders import SHAPES, alone, decoder, logits, packed, small
 
 from megazh.errors import UsageError
+from megazh.model import attention
 from megazh.model.attention import Backend, Documents, MaskedAttention, VarlenAttention, choose_backend
 
 ROWS = [[6, 5, 5], [3, 1, 9], [16]]
@@ -121,6 +122,7 @@ def test_backend(
     backend: Backend,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "why_not", lambda device, dtype: "no compiler")
     assert choose_backend(small(), device, dtype) is backend
     with_dropout = small(attention_dropout=0.1)
     if backend is Backend.MASKED:
@@ -180,3 +182,16 @@ def test_segments_given_to_the_kernel_are_the_documents_of_the_mask(
     assert isinstance(segments, VarlenAttention)
     torch.testing.assert_close(segments(0, *states), masked(0, *states), rtol=1e-5, atol=1e-5)
     assert torch.equal(segments.cos, masked.cos)
+
+
+def test_kernels_serve_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(attention, "why_not", lambda device, dtype: None)
+    assert choose_backend(small(), CUDA, torch.bfloat16) is Backend.FUSED
+    assert choose_backend(small(), CUDA, torch.bfloat16, kernels=False) is Backend.VARLEN
+    assert choose_backend(small(), torch.device("cpu"), torch.bfloat16) is Backend.MASKED
+    for unfit in (
+        {"norm": "layernorm"}, {"mlp": "gelu"}, {"parallel_residual": True}, {"residual_dropout": 0.1},
+        {"hidden_size": 520, "num_attention_heads": 4, "num_key_value_heads": 4},
+    ):  # fmt: skip
+        assert choose_backend(small(**unfit), CUDA, torch.bfloat16) is Backend.VARLEN

@@ -1,0 +1,99 @@
+"""Hidden states to the next stage and gradients back, moved while the stages compute.
+
+Each direction between two stages has a process group of its own, and so on GPUs a stream and an order of its own: a
+gradient never waits for hidden states, and what will be needed next is received while this one is worked on.
+"""
+
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Tensors = tuple[torch.Tensor, ...]
+_SENDS = 2
+"""What was sent is kept until as many more have been; by then the receiver has long taken it."""
+
+
+class Channel:
+    """One direction between this rank and a neighbour."""
+
+    def __init__(self, group: Any, peer: int) -> None:
+        self._group, self._peer = group, peer
+        self._sent: deque[tuple[list[Any], Tensors]] = deque()
+        self._coming: tuple[list[Any], Tensors] | None = None
+
+    def send(self, tensors: Tensors) -> None:
+        """Begin to send; the tensors must not be written to before `finish`."""
+        tensors = tuple(tensor.detach() for tensor in tensors)
+        self._sent.append(([dist.isend(tensor, self._peer, self._group) for tensor in tensors], tensors))
+        self._wait(_SENDS)
+
+    def receive(self, like: Tensors, more: bool) -> Tensors:
+        """What the neighbour sends, in new tensors.
+
+        Args:
+            like: of the shapes, dtypes and device to come; their contents do not matter.
+            more: begin at once to receive the next one, too.
+        """
+        if self._coming is None:
+            self._begin(like)
+        assert self._coming is not None
+        works, received = self._coming
+        for work in works:
+            work.wait()
+        self._coming = None
+        if more:
+            self._begin(like)
+        return received
+
+    def finish(self) -> None:
+        """Wait for all that was sent."""
+        self._wait(0)
+
+    def _begin(self, like: Tensors) -> None:
+        tensors = tuple(torch.empty_like(tensor) for tensor in like)
+        self._coming = ([dist.irecv(tensor, self._peer, self._group) for tensor in tensors], tensors)
+
+    def _wait(self, left: int) -> None:
+        while len(self._sent) > left:
+            for work in self._sent.popleft()[0]:
+                work.wait()
+
+
+class Transfers:
+    """The channels of this rank's stage; all ranks make one at the same time."""
+
+    def __init__(self, topology: Any, device: torch.device) -> None:
+        """`topology`: DeepSpeed's, with the axes pipe and data."""
+        stages, replicas = topology.get_dim("pipe"), topology.get_dim("data")
+        self.from_previous: Channel | None = None
+        self.to_previous: Channel | None = None
+        self.from_next: Channel | None = None
+        self.to_next: Channel | None = None
+        for replica in range(replicas):
+            for stage in range(stages - 1):
+                pair = [topology.get_rank(pipe=each, data=replica) for each in (stage, stage + 1)]
+                # Every rank makes every group, in the same order; so torch.distributed wants it.
+                forth, back = dist.new_group(pair), dist.new_group(pair)
+                if dist.get_rank() == pair[0]:
+                    self.to_next, self.from_next = Channel(forth, pair[1]), Channel(back, pair[1])
+                elif dist.get_rank() == pair[1]:
+                    self.from_previous, self.to_previous = Channel(forth, pair[0]), Channel(back, pair[0])
+        self._connect(self.from_previous, self.to_next, device)
+        self._connect(self.from_next, self.to_previous, device)
+
+    def _connect(self, source: Channel | None, target: Channel | None, device: torch.device) -> None:
+        """NCCL connects at first use, and waits for the other side then: here, in an order in which none is missed."""
+        empty = (torch.zeros(1, device=device),)
+        if source is not None:
+            source.receive(empty, more=False)
+        if target is not None:
+            target.send(empty)
+            target.finish()
+
+    def finish(self) -> None:
+        """Wait for all that this rank has sent."""
+        for channel in (self.to_next, self.to_previous):
+            if channel is not None:
+                channel.finish()

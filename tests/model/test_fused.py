@@ -1,0 +1,99 @@
+"""Fused blocks (in Triton's interpreter) compute what plain ones do: values, every gradient, and what leaks."""
+
+from typing import Any
+
+import pytest
+import torch
+from decoders import decoder, packed, small
+
+from megazh.model.attention import Backend, Documents
+from megazh.model.decoder import Decoder, run_layers
+from megazh.model.loss import summed_cross_entropy
+from megazh.model.main_grad import add_postponed
+
+ROWS = [[6, 5, 5], [3, 1, 9]]
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "qwen": {"qkv_bias": True, "rope_theta": 1e6},
+    "grouped": {"num_key_value_heads": 2},
+    "head_dim 12, a part rotated": {"head_dim": 12, "num_attention_heads": 3, "partial_rotary_factor": 0.5, "qkv_bias": True},
+    "scaled embedding, untied": {"embedding_scale": 5.5, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+def loss_of(model: Decoder, backend: Backend, checkpointing: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states, and the loss with all its gradients taken."""
+    tokens, labels, positions, cu_seqlens = packed(ROWS, 16)
+    attend = Documents(model.config, backend)(positions, cu_seqlens, training=True)
+    hidden = run_layers(model.embedding, model.blocks, model.norm, tokens, attend, checkpointing)
+    fused = backend is Backend.FUSED
+    summed_cross_entropy(hidden, model.head.weight, labels, z_loss=0.01, fused=fused).backward()
+    return hidden.detach(), labels
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_is_what_plain_blocks_compute(name: str, checkpointing: bool) -> None:
+    plain, fused = decoder(small(**SHAPES[name])), decoder(small(**SHAPES[name]))
+    wanted, _ = loss_of(plain, Backend.MASKED)
+    found, _ = loss_of(fused, Backend.FUSED, checkpointing)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    for (key, parameter), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert other.grad is not None, key
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-4, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("postpones", [False, True])
+def test_gradients_are_added_where_they_are_summed(postpones: bool) -> None:
+    plain, fused = decoder(small(qkv_bias=True)), decoder(small(qkv_bias=True))
+    loss_of(plain, Backend.MASKED)
+    sums, later = {}, []
+    for key, parameter in fused.named_parameters():
+        parameter.main_grad = sums[key] = torch.full_like(parameter, 0.5, dtype=torch.float32)
+        if postpones:
+            parameter.postponed = later
+    tokens, labels, positions, cu_seqlens = packed(ROWS, 16)
+    attend = Documents(fused.config, Backend.FUSED)(positions, cu_seqlens, training=True)
+    from megazh.model.loss import loss_and_gradient
+
+    hidden = run_layers(fused.embedding, fused.blocks, fused.norm, tokens, attend, False)
+    scale = torch.ones(())
+    _, gradient = loss_and_gradient(hidden, fused.head.weight, labels, 0.01, scale, True)
+    hidden.backward(gradient)
+    if postpones:
+        products = {key for key in sums if key.endswith("proj.weight")} | {"embedding.weight"}
+        assert len(later) == len(products), "each matrix of a block, and the head's"
+        untouched = [key for key in products - {"embedding.weight"} if (sums[key] == 0.5).all()]
+        assert sorted(untouched) == sorted(products - {"embedding.weight"})
+        add_postponed(later)
+        assert later == []
+    for key, parameter in plain.named_parameters():
+        assert dict(fused.named_parameters())[key].grad is None
+        torch.testing.assert_close(
+            sums[key] - 0.5, parameter.grad, rtol=1e-4, atol=3e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def test_another_document_changes_no_bit() -> None:
+    model = decoder(small(qkv_bias=True))
+    tokens, _, positions, cu_seqlens = packed(ROWS, 16)
+    attend = Documents(model.config, Backend.FUSED)(positions, cu_seqlens, training=False)
+    other = tokens.clone()
+    other[0, 6:11] = (other[0, 6:11] + 41) % 97
+    with torch.no_grad():
+        before, after = (run_layers(model.embedding, model.blocks, model.norm, t, attend, False) for t in (tokens, other))
+    same = (before == after).all(-1)
+    assert not same[0, 6:11].any()
+    same[0, 6:11] = True
+    assert same.all()
+
+
+def test_a_backward_pass_that_would_use_what_it_wrote_over_is_refused() -> None:
+    model = decoder(small())
+    tokens, _, positions, cu_seqlens = packed(ROWS, 16)
+    attend = Documents(model.config, Backend.FUSED)(positions, cu_seqlens, training=True)
+    hidden = run_layers(model.embedding, model.blocks, model.norm, tokens, attend, False)
+    hidden.backward(torch.ones_like(hidden), retain_graph=True)
+    with pytest.raises(RuntimeError, match="cannot run twice"):
+        hidden.backward(torch.ones_like(hidden))
