@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,15 @@ try:
     from megazh.cluster.launch import run_local
     from megazh.errors import UsageError, WorkerError
     from megazh.index.mixture import Mixture
+    from megazh.model.attention import choose_backend
     from megazh.model.counts import flops_per_token
+    from megazh.pipeline.costs import LayerCosts
+    from megazh.pipeline.passes import makespan
+    from megazh.pipeline.timing import remembered_seconds
     from megazh.training.layout import make_layout
     from megazh.training.peaks import peak_flops
-    from megazh.training.recipe import Recipe, load_recipe, recipe_path
+    from megazh.training.precision import precision_on
+    from megazh.training.recipe import Kernels, Recipe, load_recipe, recipe_path
     from megazh.training.run_folder import RunFolder
     from megazh.training.startup import BEGUN, Startup
 except ModuleNotFoundError as error:
@@ -69,7 +75,10 @@ class Result:
     note: str
     waited: float | None = None
     """megazh: share of the time in which a step waited for samples."""
-    stages: str | None = None
+    stages: int = 1
+    bounds: list[int] | None = None
+    costs: LayerCosts | None = None
+    """megazh with stages: what they were cut by."""
 
 
 def measure_megazh(folder: Path, recipe: Recipe, stages: int, gpus: int, device: str, warm_up: int) -> Result:
@@ -91,7 +100,9 @@ def measure_megazh(folder: Path, recipe: Recipe, stages: int, gpus: int, device:
         found["losses"],
         "documents masked; fp32 master weights, optimizer state and sums",
         sum(found["data_seconds"][warm_up:]) / sum(found["seconds"][warm_up:]),
-        str(found["bounds"]),
+        stages,
+        found["bounds"],
+        LayerCosts.model_validate(found["costs"]) if found["costs"] else None,
     )
 
 
@@ -129,6 +140,7 @@ def serve_megazh(path: Path, stages: int, kind: str) -> None:
             "losses": [record["loss"] for record in records],
             "data_seconds": [record["data_seconds"] for record in records],
             "bounds": trainer.bounds,
+            "costs": _costs(recipe, device) if stages > 1 else None,
         }
         (path / "result.json").write_text(json.dumps(found))
     dist.barrier()
@@ -209,12 +221,50 @@ def table(results: Sequence[Result], recipe: Recipe, tokens: int, gpus: int, car
         extra = [each.note]
         if each.waited is not None:
             extra.append(f"waited for samples {each.waited:.2%}")
-        if each.stages and gpus > 1:
-            extra.append(f"bounds {each.stages}")
+        if each.stages > 1:
+            extra.append(f"bounds {each.bounds}")
         lines.append(
             f"{each.name:<16} {rate:>12,.0f} {f'{min(rates):,.0f}-{max(rates):,.0f}':>17} {mfu:>6} "
             f"{each.memory_bytes / 2**30:>6.2f} GiB {times:>10}  {'; '.join(extra)}"
         )
+    return lines
+
+
+def _costs(recipe: Recipe, device: torch.device) -> dict[str, Any] | None:
+    """What the start of a run with stages has measured, or an earlier one."""
+    if device.type != "cuda":
+        return None
+    dtype = precision_on(recipe, device.type).dtype
+    backend = choose_backend(recipe.model, device, dtype, recipe.kernels is Kernels.AUTO)
+    found = remembered_seconds(
+        recipe.model, recipe.seq_len, recipe.micro_batch_size, dtype, backend, torch.cuda.get_device_name(device),
+        recipe.activation_checkpointing,
+    )  # fmt: skip
+    return found.model_dump() if found else None
+
+
+def describe_stages(results: Sequence[Result], micro_batches: int) -> list[str]:
+    """What each pipeline reached of the replicas' speed, and what its cut and its bubble allow."""
+    flat = next((each for each in results if each.name.startswith(MEGAZH) and each.stages == 1), None)
+    lines = []
+    for each in results:
+        if each.stages == 1 or each.costs is None or each.bounds is None:
+            continue
+        count = micro_batches * each.stages
+        blocks = each.bounds[-1] - 2
+        pairs = list(pairwise(each.bounds))
+        whole = sum(each.costs.units(blocks)) / each.stages
+        plain = makespan([each.costs.passes(*pair, blocks, split=False) for pair in pairs], count)
+        split = makespan([each.costs.passes(*pair, blocks, split=True) for pair in pairs], count)
+        line = (
+            f"pp={each.stages}, {count} micro-batches, cut {each.bounds}: layer {each.costs.block * 1e3:.2f} ms, head "
+            f"{each.costs.head * 1e3:.2f} ms; cut and bubble allow {count * whole / plain:.3f} of the replicas' speed "
+            f"with one forward, one backward, {count * whole / split:.3f} with weights for later"
+        )
+        if flat is not None:
+            reached = statistics.median(flat.seconds) / statistics.median(each.seconds)
+            line += f"; reached {reached:.3f}, {reached / (count * whole / plain):.3f} of the former"
+        lines.append(line)
     return lines
 
 
@@ -272,10 +322,13 @@ def call(arguments: argparse.Namespace) -> None:
     )
     for line in table(results, recipe, tokens, arguments.gpus, card):
         print(line)
+    for line in describe_stages(results, arguments.micro_batches):
+        print(line)
     for contender, reason in left_out.items():
         print(f"left out: {contender}: {reason}")
     if arguments.json:
-        found = {"results": [asdict(each) for each in results], "left_out": left_out, "tokens_a_step": tokens}
+        told = [{**asdict(each), "costs": each.costs.model_dump() if each.costs else None} for each in results]
+        found = {"results": told, "left_out": left_out, "tokens_a_step": tokens}
         arguments.json.write_text(json.dumps({"card": card, "torch": torch.__version__, **found}, indent=1) + "\n")
 
 

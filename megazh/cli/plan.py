@@ -19,7 +19,9 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument("-n", "--count", type=count, metavar="N", help="GPUs (default: the recipe's)")
     parser.add_argument("--card", default="3090", metavar="CARD", help="3090, 4090, a100, a100-40, h100, h200")
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of the card, instead of its own")
-    parser.add_argument("--mfu", type=float, default=0.40, metavar="SHARE", help="of peak, by one GPU (default: 0.4)")
+    parser.add_argument(
+        "--mfu", type=float, metavar="SHARE", help="of peak, by one GPU (default: as measured on an H200)"
+    )
     parser.add_argument(
         "--bandwidth",
         type=float,
@@ -32,10 +34,12 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from megazh.cluster.plan import Assumptions, plan
+    from megazh.cluster.plan import MEASURED_MFU, Assumptions, plan
     from megazh.training.recipe import load_recipe, recipe_path
 
     recipe = load_recipe(recipe_path(options.recipe), options.settings)
-    assumed = Assumptions(options.card, options.memory, options.mfu, options.bandwidth)
+    assumed = Assumptions(
+        options.card, options.memory, MEASURED_MFU if options.mfu is None else options.mfu, options.bandwidth
+    )
     for line in plan(recipe, options.count or recipe.gpus or 1, assumed):
         print(line)

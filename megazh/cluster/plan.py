@@ -8,13 +8,14 @@ from megazh.errors import UsageError
 from megazh.model.counts import Flops, flops_per_token, parameter_counts
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
 from megazh.pipeline.memory import StageMemory, stage_parameters
-from megazh.pipeline.precision import Precision
+from megazh.pipeline.passes import makespan
+from megazh.pipeline.precision import Precision, sums_in_place
 from megazh.pipeline.timing import remembered_seconds
 from megazh.training.layout import Layout, make_layout
 from megazh.training.peaks import peak_flops
 from megazh.training.precision import accumulation, communication, precision_on
 from megazh.training.recipe import Recipe
-from megazh.training.stages import OUTSIDE_TORCH, bounds_for, memory_of_stage
+from megazh.training.stages import OUTSIDE_TORCH, bounds_for, memory_of_stage, usual_backend
 from megazh.training.summary import describe_parts
 
 CARDS = {
@@ -28,14 +29,19 @@ CARDS = {
 """By the name on the command line: torch's name of the card, and its GiB."""
 
 
+MEASURED_MFU = 0.40
+"""Of the 0.5B recipe on one H200 (docs/performance.md). A 3090 has more memory bandwidth for each of its FLOPs, so that
+there the rest weighs less beside matrix products; whether it reaches as much has not been measured."""
+
+
 @dataclass(frozen=True)
 class Assumptions:
-    """What speed is estimated from; none of it is measured."""
+    """What speed is estimated from; on the card in question none of it is measured."""
 
     card: str = "3090"
     memory_gib: float | None = None
     """Instead of the card's."""
-    mfu: float = 0.40
+    mfu: float = MEASURED_MFU
     """What one GPU reaches on its own part of the work, of its peak."""
     bandwidth: float = 10.0
     """GB/s between GPUs, each direction."""
@@ -54,7 +60,8 @@ class Choice:
     imbalance: float
     """Share of the rest that the average stage waits for the slowest."""
     communication_seconds: float
-    """A step: gradients over replicas, hidden states between stages, the tied matrix between first and last."""
+    """A step: gradients over replicas, the tied matrix between first and last, and what travels between stages unless
+    they compute meanwhile."""
     step_seconds: float
     tokens_per_second: float
     days: float
@@ -102,6 +109,8 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
     yield from _describe_choices(choices, limit_gib)
     yield from refused
     yield ""
+    yield from _projection(recipe, choices[0], name, limit_gib)
+    yield ""
     for choice in choices:
         yield from _describe_stages(recipe, choice)
         yield ""
@@ -112,7 +121,13 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
 def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib: float, assumed: Assumptions) -> Choice:
     precision = precision_on(recipe, "cuda")
     costs = remembered_seconds(
-        recipe.model, recipe.seq_len, recipe.micro_batch_size, precision.dtype, card, recipe.activation_checkpointing
+        recipe.model,
+        recipe.seq_len,
+        recipe.micro_batch_size,
+        precision.dtype,
+        usual_backend(recipe, precision),
+        card,
+        recipe.activation_checkpointing,
     ) or costs_by_flops(recipe.model, recipe.seq_len, recipe.micro_batch_size, recipe.activation_checkpointing)
     if recipe.stage_bounds and len(recipe.stage_bounds) == layout.stages + 1:
         bounds = recipe.stage_bounds
@@ -127,19 +142,21 @@ def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib:
     ]
     units = costs.units(recipe.model.num_hidden_layers)
     per_second = 1.0 if costs.unit == "seconds" else peak * assumed.mfu
-    slowest = max(sum(units[begin:end]) for begin, end in pairwise(bounds)) / per_second
-    average = sum(units) / per_second / layout.stages
+    parts = [sum(units[begin:end]) / per_second for begin, end in pairwise(bounds)]
+    slowest, average = max(parts), sum(parts) / len(parts)
+    postpones = sums_in_place(precision, accumulation(recipe, precision)) and not recipe.activation_checkpointing
+    seconds = [costs.passes(begin, end, recipe.model.num_hidden_layers, postpones) for begin, end in pairwise(bounds)]
+    compute = makespan([(f / per_second, b / per_second, w / per_second) for f, b, w in seconds], layout.micro_batches)
     largest = max(stage_parameters(recipe.model, begin, end) for begin, end in pairwise(bounds))
-    slots = layout.micro_batches + layout.stages - 1
     communication_seconds = _bytes_moved(recipe, layout, precision, largest) / (assumed.bandwidth * 1e9)
-    step_seconds = slots * slowest + communication_seconds
+    step_seconds = compute + communication_seconds
     rate = recipe.batch_tokens / step_seconds
     return Choice(
         layout=layout,
         bounds=bounds,
         costs=costs,
         memory=memory,
-        bubble=(layout.stages - 1) / slots,
+        bubble=max(0.0, 1 - layout.micro_batches * slowest / compute),
         imbalance=1 - average / slowest,
         communication_seconds=communication_seconds,
         step_seconds=step_seconds,
@@ -149,21 +166,22 @@ def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib:
 
 
 def _bytes_moved(recipe: Recipe, layout: Layout, precision: Precision, parameters: int) -> float:
-    """What the busiest GPU sends in a step, none of it hidden behind work.
+    """What the busiest GPU sends in a step while it does not compute.
 
-    A ring moves every byte of the gradient twice, but for the share of one rank, and gathered weights once. Each
-    micro-batch's hidden state goes forward and its gradient back, blocking. The first and last stage sum the
-    gradient of a tied matrix.
+    A ring moves every byte of the gradient twice, but for the share of one rank, and gathered weights once. The first
+    and last stage sum the gradient of a tied matrix. Each micro-batch's hidden state goes forward and its gradient
+    back; DeepSpeed's own engine (fp32, fp16) waits for that.
     """
     size = {Precision.FP32: 4}.get(precision, 2)
-    sums = {Precision.FP32: 4}.get(communication(recipe, accumulation(recipe, precision)), 2)
+    accumulated = accumulation(recipe, precision)
+    sums = {Precision.FP32: 4}.get(communication(recipe, accumulated), 2)
     share = (layout.replicas - 1) / layout.replicas
     moved = (2 * sums + size) * share * parameters
     if layout.stages > 1:
         hidden = recipe.seq_len * layout.micro_batch_size * recipe.model.hidden_size * size
-        moved += 2 * layout.micro_batches * hidden
+        moved += 0 if sums_in_place(precision, accumulated) else 2 * layout.micro_batches * hidden
         if recipe.model.tie_word_embeddings:
-            moved += sums * parameter_counts(recipe.model).embedding
+            moved += {Precision.FP32: 4}.get(accumulated, 2) * parameter_counts(recipe.model).embedding
     return moved
 
 
@@ -211,6 +229,20 @@ def _describe_choices(choices: list[Choice], limit_gib: float) -> Iterator[str]:
             f"{choice.imbalance:>10.1%} {choice.communication_seconds:>11.2f}s {choice.memory_gib:>11.1f} "
             f"{choice.tokens_per_second / layout.ranks:>13,.0f} {choice.days:>9.2f}{full}"
         )
+
+
+def _projection(recipe: Recipe, best: Choice, card: str, limit_gib: float) -> Iterator[str]:
+    """What the best layout comes to, beside what is known from elsewhere."""
+    if best.memory_gib > limit_gib:
+        return
+    tokens = recipe.total_steps * recipe.batch_tokens
+    beside = ""
+    if recipe.reference_days is not None:
+        beside = f"; the recipe's reference: {recipe.reference_days:g} days ({recipe.reference_days / best.days:.2f} x)"
+    yield (
+        f"projection, not measured: {best.tokens_per_second:,.0f} tokens/s on {best.layout.ranks} x {card}, "
+        f"{best.days:.2f} days for {tokens / 1e9:.1f} billion tokens{beside}"
+    )
 
 
 def _describe_stages(recipe: Recipe, choice: Choice) -> Iterator[str]:

@@ -80,7 +80,7 @@ def _attend(
 
 
 @triton.jit
-def _forward(
+def _attention_forward(
     qkv, starts, out, lse, tokens, width, head_dim, heads, kv_heads, scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def _query_gradient(
 
 
 @triton.jit
-def _backward_queries(
+def _attention_backward_queries(
     qkv, starts, out, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
     scale, factor, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr,
     TURN: tl.constexpr, SUMS: tl.constexpr,
@@ -204,7 +204,7 @@ def _key_gradient(
 
 
 @triton.jit
-def _backward_keys(
+def _attention_backward_keys(
     qkv, starts, ends, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
     scale, factor, KEYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr,
     TURN: tl.constexpr, SUMS: tl.constexpr,
@@ -293,7 +293,7 @@ def document_attention(
     out = torch.empty(tokens, heads * head_dim, device=qkv.device, dtype=qkv.dtype)
     lse = torch.empty(heads, tokens, device=qkv.device, dtype=torch.float32)
     tiles = tiles or _tiles(head_dim, _FORWARD, _WIDE_FORWARD)
-    _forward[(triton.cdiv(tokens, tiles.queries), heads)](
+    _attention_forward[(triton.cdiv(tokens, tiles.queries), heads)](
         qkv, starts, out, lse, tokens, width, head_dim, heads, kv_heads, head_dim**-0.5 * _LOG2_E,
         tiles.queries, tiles.keys, _dim(head_dim), tiles.split, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -342,12 +342,12 @@ def document_attention_backward(
     blocks = triton.cdiv(tokens, first.queries)
     partial = torch.empty(blocks if sums else 0, width, device=qkv.device, dtype=torch.float32)
     assert first.queries == second.keys
-    _backward_queries[(blocks, heads)](
+    _attention_backward_queries[(blocks, heads)](
         qkv, starts, out, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
         factor * _LOG2_E, factor, first.queries, first.keys, _dim(head_dim), first.split, turn, sums,
         num_warps=first.warps, num_stages=first.stages,
     )  # fmt: skip
-    _backward_keys[(blocks, kv_heads)](
+    _attention_backward_keys[(blocks, kv_heads)](
         qkv, starts, ends, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
         factor * _LOG2_E, factor, second.keys, second.queries, _dim(head_dim), second.split, turn, sums,
         num_warps=second.warps, num_stages=second.stages,

@@ -8,7 +8,7 @@ _BLOCK = 8192
 
 
 @triton.jit
-def _rows(logits, labels, losses, scale, z_loss, vocab, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_entropy(logits, labels, losses, scale, z_loss, vocab, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     base = logits + row * vocab
@@ -58,7 +58,7 @@ def cross_entropy_(
     rows, vocab = logits.shape
     losses = torch.empty(rows, device=logits.device, dtype=torch.float32)
     block = min(_BLOCK, triton.next_power_of_2(vocab))
-    _rows[(rows,)](
+    _cross_entropy[(rows,)](
         logits, labels, losses, scale, z_loss, vocab, scale is not None, block, num_warps=min(16, max(1, block // 256))
     )
     return losses

@@ -9,7 +9,7 @@ _TOGETHER = 16
 
 
 @triton.jit
-def _sum_runs(gradients, order, ids, ends, sums, width, factor, TOGETHER: tl.constexpr, BLOCK: tl.constexpr):
+def _embedding_gradient(gradients, order, ids, ends, sums, width, factor, TOGETHER: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(ids + place)
@@ -40,6 +40,6 @@ def add_embedding_gradient_(sums: torch.Tensor, tokens: torch.Tensor, gradients:
     ends = torch.searchsorted(ids, ids, right=True)
     width = gradients.shape[1]
     block = min(256, triton.next_power_of_2(width))
-    _sum_runs[(len(ids), triton.cdiv(width, block))](
+    _embedding_gradient[(len(ids), triton.cdiv(width, block))](
         gradients, order, ids, ends, sums, width, factor, _TOGETHER, block, num_warps=2
     )

@@ -9,7 +9,7 @@ from megazh.kernels.sums import sum_rows
 
 
 @triton.jit
-def _forward(residual, delta, weight, total, normed, rstd, eps, width, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_forward(residual, delta, weight, total, normed, rstd, eps, width, ADDS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -27,7 +27,7 @@ def _forward(residual, delta, weight, total, normed, rstd, eps, width, ADDS: tl.
 
 
 @triton.jit
-def _backward(
+def _norm_backward(
     grad_normed, x, rstd, weight, grad_total, grad_x, partial, rows, width, ADDS: tl.constexpr, BLOCK: tl.constexpr
 ):
     program = tl.program_id(0)
@@ -69,7 +69,7 @@ def add_norm(
     normed = torch.empty_like(residual)
     rstd = torch.empty(rows, device=residual.device, dtype=torch.float32)
     block = triton.next_power_of_2(width)
-    _forward[(rows,)](
+    _norm_forward[(rows,)](
         residual, delta, weight, total, normed, rstd, eps, width, delta is not None, block, num_warps=warps_for(block)
     )
     return total, normed, rstd
@@ -97,7 +97,7 @@ def norm_backward(
     count = min(rows, programs(x.device, 8))
     partial = torch.empty(count, width, device=x.device, dtype=torch.float32)
     block = triton.next_power_of_2(width)
-    _backward[(count,)](
+    _norm_backward[(count,)](
         grad_normed, x, rstd, weight, grad_total, grad_x, partial, rows, width, grad_total is not None, block,
         num_warps=warps_for(block),
     )  # fmt: skip

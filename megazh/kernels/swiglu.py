@@ -8,7 +8,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _forward(gate_up, product, width, BLOCK: tl.constexpr):
+def _swiglu_forward(gate_up, product, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -19,7 +19,7 @@ def _forward(gate_up, product, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(gate_up, grad_product, grad, width, BLOCK: tl.constexpr):
+def _swiglu_backward(gate_up, grad_product, grad, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -38,12 +38,12 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """(tokens, 2 * width), gates first, to (tokens, width) (arXiv 2002.05202); computed in fp32."""
     tokens, width = len(gate_up), gate_up.shape[1] // 2
     product = torch.empty(tokens, width, device=gate_up.device, dtype=gate_up.dtype)
-    _forward[(tokens, triton.cdiv(width, _BLOCK))](gate_up, product, width, _BLOCK, num_warps=4)
+    _swiglu_forward[(tokens, triton.cdiv(width, _BLOCK))](gate_up, product, width, _BLOCK, num_warps=4)
     return product
 
 
 def swiglu_backward_(gate_up: torch.Tensor, grad_product: torch.Tensor) -> torch.Tensor:
     """The gradient of `gate_up`, written over it: (tokens, 2 * width) from (tokens, width)."""
     tokens, width = grad_product.shape
-    _backward[(tokens, triton.cdiv(width, _BLOCK))](gate_up, grad_product, gate_up, width, _BLOCK, num_warps=4)
+    _swiglu_backward[(tokens, triton.cdiv(width, _BLOCK))](gate_up, grad_product, gate_up, width, _BLOCK, num_warps=4)
     return gate_up

@@ -58,8 +58,8 @@ class Packed:
 _MOST_HEAD_DIM = 128
 
 
-def why_not_fused(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why blocks of this model do not run fused here; None: they do."""
+def unfit_for_kernels(config: ModelConfig) -> str | None:
+    """Why blocks of this model do not run fused on any card; None: they do."""
     unfit = {
         "layernorm has no kernel": config.norm is not Norm.RMSNORM,
         "only swiglu has a kernel": config.mlp is not Mlp.SWIGLU,
@@ -67,7 +67,12 @@ def why_not_fused(config: ModelConfig, device: torch.device, dtype: torch.dtype)
         "dropout has no kernel": bool(config.residual_dropout or config.attention_dropout),
         f"heads of more than {_MOST_HEAD_DIM} dimensions have no kernel": config.head_size > _MOST_HEAD_DIM,
     }
-    return next((reason for reason, applies in unfit.items() if applies), None) or why_not(device, dtype)
+    return next((reason for reason, applies in unfit.items() if applies), None)
+
+
+def why_not_fused(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why blocks of this model do not run fused here; None: they do."""
+    return unfit_for_kernels(config) or why_not(device, dtype)
 
 
 def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: bool = True) -> Backend:

@@ -97,7 +97,7 @@ class DecoderPipeline(PipelineModule):
             specs[0] = specs[last] = _Tied(self._layers)
         super().__init__(specs, num_stages=len(bounds) - 1, loss_fn=self.scaled_loss, partition_method="uniform")
         self._documents, self.fused = Documents(config, backend), backend is Backend.FUSED
-        self._checkpointing, self._z_loss = activation_checkpointing, z_loss
+        self.checkpointing, self._z_loss = activation_checkpointing, z_loss
         numbers = range(self._local_start, self._local_stop)
         self._embedding: Embedding | None = self.forward_funcs[0] if 0 in numbers else None
         self._blocks: list[Block] = [layer for layer in self.forward_funcs if isinstance(layer, Block)]
@@ -154,7 +154,7 @@ class DecoderPipeline(PipelineModule):
 
     def run_layers(self, states: torch.Tensor, attend: Attend | Packed) -> torch.Tensor:
         """This stage's layers, with any attention."""
-        checkpointing = self._checkpointing and self.training
+        checkpointing = self.checkpointing and self.training
         return run_layers(self._embedding, self._blocks, self._norm, states, attend, checkpointing)
 
     def scaled_loss(

@@ -23,6 +23,11 @@ class Precision(StrEnum):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
+def sums_in_place(precision: Precision, accumulated: Precision) -> bool:
+    """Whether `megazh.pipeline.stage_engine` adds gradients where they are summed; else all is DeepSpeed's own."""
+    return precision is Precision.BF16 and accumulated is Precision.FP32
+
+
 _BROKEN_FROM, _BROKEN_TO = (0, 18, 3), (0, 19, 4)
 
 

@@ -1,26 +1,17 @@
-"""When each stage does what: one forward, one backward, and weights when nobody waits for them.
+"""The order of `passes` as instructions for DeepSpeed's engine."""
 
-The backward pass of a micro-batch is two: gradients of inputs, which the stage before waits for, and gradients of
-weights, which nobody waits for before the step. Sent first, the former arrive earlier by what the latter take, and a
-stage that leaves one micro-batch's weights for later fills with them the wait at the end ("zero bubble", arXiv
-2401.10241). No stage but the first keeps more than it would without: see `kept_micro_batches`.
-"""
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from deepspeed.runtime.pipe import schedule
 
-
-class Receive(schedule.BufferOpInstruction):
-    """Base of the two below; `more` says that another one will come, whose transfer may begin."""
+from megazh.pipeline.passes import passes
 
 
-class ReceiveActivation(Receive):
-    """Wait for the hidden states of a micro-batch."""
+class ExpectActivation(schedule.PipeInstruction):
+    """Begin to receive the hidden states of the next micro-batch, while this one's weights are worked on."""
 
 
-class ReceiveGradient(Receive):
+class ReceiveGradient(schedule.BufferOpInstruction):
     """Wait for the gradient of a micro-batch's hidden states."""
 
 
@@ -28,59 +19,27 @@ class WeightPass(schedule.PipeInstruction):
     """Gradients of weights of the first micro-batch that still lacks them."""
 
 
-def weights_left(stage: int) -> int:
-    """For how many micro-batches a stage leaves the gradients of weights for later."""
-    return min(stage, 1)
-
-
-def kept_micro_batches(stage: int, stages: int, micro_batches: int) -> int:
-    """Micro-batches whose activations a stage keeps at most."""
-    return min(stages - stage + weights_left(stage), micro_batches)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One thing that a stage computes."""
-
-    kind: str
-    """`forward`, `backward` (gradients of inputs) or `weights`."""
-    micro_batch: int
-
-
-def passes(stage: int, stages: int, micro_batches: int) -> Iterator[Pass]:
-    """All that a stage computes in a step, in order."""
-    ahead = min(stages - stage - 1, micro_batches)
-    left = weights_left(stage)
-    for number in range(ahead):
-        yield Pass("forward", number)
-    for number in range(micro_batches):
-        if number + ahead < micro_batches:
-            yield Pass("forward", number + ahead)
-        yield Pass("backward", number)
-        if number >= left:
-            yield Pass("weights", number - left)
-    for number in range(max(0, micro_batches - left), micro_batches):
-        yield Pass("weights", number)
-
-
 class SplitSchedule(schedule.PipeSchedule):
-    """The same as instructions for DeepSpeed's engine."""
+    """A training step of one stage."""
 
     def steps(self) -> Iterator[list[schedule.PipeInstruction]]:
         """One list a pass, and one for the step."""
         first, last = self.stage_id == 0, self.stage_id == self.stages - 1
         for each in passes(self.stage_id, self.stages, self.micro_batches):
-            buffer, more = each.micro_batch % self.num_pipe_buffers(), each.micro_batch + 1 < self.micro_batches
+            buffer = each.micro_batch % self.num_pipe_buffers()
             found: list[schedule.PipeInstruction] = []
             if each.kind == "forward":
-                found += [] if first else [ReceiveActivation(buffer, more=more)]
+                found += [] if first else [schedule.RecvActivation(buffer)]
                 found += [schedule.LoadMicroBatch(buffer)] if first or last else []
                 found += [schedule.ForwardPass(buffer)]
                 found += [] if last else [schedule.SendActivation(buffer)]
             elif each.kind == "backward":
-                found += [] if last else [ReceiveGradient(buffer, more=more)]
+                found += [] if last else [ReceiveGradient(buffer)]
                 found += [schedule.BackwardPass(buffer)]
                 found += [] if first else [schedule.SendGrad(buffer)]
+                # The stage before sends them when it has got that gradient.
+                follows = each.micro_batch + self.stages - self.stage_id < self.micro_batches
+                found += [ExpectActivation()] if follows and not first else []
             else:
                 found += [WeightPass()]
             yield found
@@ -89,27 +48,3 @@ class SplitSchedule(schedule.PipeSchedule):
     def num_pipe_buffers(self) -> int:
         """Micro-batches between their forward and backward pass at one time."""
         return min(self.stages - self.stage_id, self.micro_batches)
-
-
-def makespan(seconds: Sequence[tuple[float, float, float]], micro_batches: int) -> float:
-    """How long a step of this schedule takes, with transfers that take no time.
-
-    Args:
-        seconds: of forward, backward and weight passes of one micro-batch, by stage.
-    """
-    stages = len(seconds)
-    todo = [list(passes(stage, stages, micro_batches)) for stage in range(stages)]
-    clock = [0.0] * stages
-    ended: dict[tuple[int, Pass], float] = {}
-    while any(todo):
-        for stage in range(stages):
-            while todo[stage]:
-                each = todo[stage][0]
-                source = {"forward": stage - 1, "backward": stage + 1}.get(each.kind, -1)
-                if 0 <= source < stages and (source, each) not in ended:
-                    break
-                begun = max(clock[stage], ended.get((source, each), 0.0))
-                place = ("forward", "backward", "weights").index(each.kind)
-                clock[stage] = ended[stage, each] = begun + seconds[stage][place]
-                todo[stage].pop(0)
-    return max(clock)

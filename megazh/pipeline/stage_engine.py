@@ -28,12 +28,10 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megazh.model.main_grad import Product, add_postponed
-from megazh.pipeline.schedule import ReceiveActivation, ReceiveGradient, SplitSchedule, WeightPass
+from megazh.pipeline.memory import BUCKET_ELEMENTS
+from megazh.pipeline.schedule import ExpectActivation, ReceiveGradient, SplitSchedule, WeightPass
 from megazh.pipeline.transfer import Tensors as _Tensors
 from megazh.pipeline.transfer import Transfers
-
-_BUCKET_ELEMENTS = 50_000_000
-"""Gradients summed over replicas at a time, where they are sent in another dtype than they are held in."""
 
 
 class _Recorded:
@@ -72,6 +70,7 @@ class StageEngine(PipelineEngine):
         super().__init__(**settings)
         self.total_loss: torch.Tensor | None
         self.pipe_recv_buf: _Tensors | None
+        self.first_output_send: bool
         self._lean = self.using_bf16_optimizer and self.optimizer.grad_acc_dtype is torch.float32
         if not self._lean:
             return
@@ -88,8 +87,9 @@ class StageEngine(PipelineEngine):
                 parameter._hp_grad = flat  # where DeepSpeed looks for the gradient of a tied weight
         if self.num_stages > 1:
             self._transfers = Transfers(self.module.topology(), self.device)
-            for parameter in self.module.parameters():
-                parameter.postponed = self._postponed
+            if not self.module.checkpointing:  # what is computed again would have to be kept after all
+                for parameter in self.module.parameters():
+                    parameter.postponed = self._postponed
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         if not self._lean:
@@ -155,7 +155,7 @@ class StageEngine(PipelineEngine):
         self.pipe_buffers["outputs"][buffer_id] = None
         self.pipe_buffers["labels"][buffer_id] = None
 
-    def _exec_recv_activations(self, buffer_id: int, more: bool = False) -> None:
+    def _exec_recv_activations(self, buffer_id: int) -> None:
         if not self._lean:
             super()._exec_recv_activations(buffer_id)
             return
@@ -163,10 +163,15 @@ class StageEngine(PipelineEngine):
         if self.pipe_recv_buf is None:  # the first one tells the shapes
             self.pipe_recv_buf = self._recv_tensor_meta(self.prev_stage)
             self._grad_layer_buf.clear()  # it kept them for itself
-        received = self._transfers.from_previous.receive(self.pipe_recv_buf, more)
+        received = self._transfers.from_previous.receive(self.pipe_recv_buf)
         for tensor in received:
             tensor.requires_grad = tensor.is_floating_point()
         self.pipe_buffers["inputs"][buffer_id] = received
+
+    def _exec_expect_activations(self) -> None:
+        assert self._transfers.from_previous is not None
+        assert self.pipe_recv_buf is not None
+        self._transfers.from_previous.expect(self.pipe_recv_buf)
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         if not self._lean:
@@ -179,10 +184,10 @@ class StageEngine(PipelineEngine):
             self._send_tensor_meta(outputs, self.next_stage)
         self._transfers.to_next.send(outputs)
 
-    def _exec_receive_gradient(self, buffer_id: int, more: bool) -> None:
+    def _exec_receive_gradient(self, buffer_id: int) -> None:
         assert self._transfers.from_next is not None
         hidden = self.pipe_buffers["outputs"][buffer_id][0]
-        self.grad_layer = self._transfers.from_next.receive((hidden.detach(),), more)
+        self.grad_layer = self._transfers.from_next.receive((hidden.detach(),))
 
     def _exec_send_grads(self, buffer_id: int) -> None:
         if not self._lean:
@@ -220,7 +225,7 @@ class StageEngine(PipelineEngine):
             return
         group = self.grid.get_data_parallel_group()
         for flat in self.optimizer.fp32_groups_gradients_flat:
-            for bucket in flat.split(_BUCKET_ELEMENTS):
+            for bucket in flat.split(BUCKET_ELEMENTS):
                 sent = bucket.div_(replicas).to(self.communication_data_type)
                 dist.all_reduce(sent, group=group)
                 if sent is not bucket:
@@ -235,7 +240,7 @@ class StageEngine(PipelineEngine):
         schedule.RecvActivation: _exec_recv_activations,
         schedule.SendActivation: _exec_send_activations,
         schedule.SendGrad: _exec_send_grads,
-        ReceiveActivation: _exec_recv_activations,
+        ExpectActivation: _exec_expect_activations,
         ReceiveGradient: _exec_receive_gradient,
         WeightPass: _exec_weight_pass,
     }

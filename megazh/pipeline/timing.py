@@ -18,10 +18,10 @@ from megazh.model.attention import Backend, Documents
 from megazh.model.config import ModelConfig
 from megazh.model.decoder import run_layers
 from megazh.model.layers import layer_count, make_layer
-from megazh.model.loss import summed_cross_entropy
+from megazh.model.loss import loss_and_gradient, summed_cross_entropy
 from megazh.pipeline.costs import LayerCosts
 
-_VERSION = 1
+_VERSION = 2
 _WARM_UP, _ROUNDS = 3, 7
 
 
@@ -39,11 +39,11 @@ def layer_seconds(
     Takes a few seconds and, for the while, the memory of one layer of each kind.
     """
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    known = remembered_seconds(config, seq_len, micro_batch_size, dtype, card, checkpointing)
+    known = remembered_seconds(config, seq_len, micro_batch_size, dtype, backend, card, checkpointing)
     if known is not None:
         return known
     costs = _measure(config, seq_len, micro_batch_size, dtype, backend, device, checkpointing)
-    key = _key(config, seq_len, micro_batch_size, dtype, card, checkpointing)
+    key = _key(config, seq_len, micro_batch_size, dtype, backend, card, checkpointing)
     note = json.dumps({**key, "costs": costs.model_dump()}, indent=1)
     with contextlib.suppress(OSError):  # without a cache, the next run measures again
         write_atomic(_path(key), note.encode(), durable=False)
@@ -51,10 +51,16 @@ def layer_seconds(
 
 
 def remembered_seconds(
-    config: ModelConfig, seq_len: int, micro_batch_size: int, dtype: torch.dtype, card: str, checkpointing: bool
+    config: ModelConfig,
+    seq_len: int,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    backend: Backend,
+    card: str,
+    checkpointing: bool,
 ) -> LayerCosts | None:
     """What an earlier `layer_seconds` found on a card of this name; None: nothing, or its note is damaged."""
-    path = _path(_key(config, seq_len, micro_batch_size, dtype, card, checkpointing))
+    path = _path(_key(config, seq_len, micro_batch_size, dtype, backend, card, checkpointing))
     try:
         return from_mapping(json.loads(path.read_bytes())["costs"], LayerCosts, str(path))
     except (OSError, ValueError, KeyError, TypeError, UsageError):
@@ -62,7 +68,13 @@ def remembered_seconds(
 
 
 def _key(
-    config: ModelConfig, seq_len: int, micro_batch_size: int, dtype: torch.dtype, card: str, checkpointing: bool
+    config: ModelConfig,
+    seq_len: int,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    backend: Backend,
+    card: str,
+    checkpointing: bool,
 ) -> dict[str, Any]:
     return {
         "version": _VERSION,
@@ -72,6 +84,7 @@ def _key(
         "seq_len": seq_len,
         "micro_batch_size": micro_batch_size,
         "dtype": str(dtype),
+        "backend": backend.value,
         "checkpointing": checkpointing,
     }
 
@@ -91,6 +104,7 @@ def _measure(
     checkpointing: bool,
 ) -> LayerCosts:
     last = layer_count(config) - 1
+    embedding: Any
     embedding, block, norm = (make_layer(config, number, seed=0).to(device, dtype) for number in (0, 1, last - 1))
     weight = make_layer(config, last, seed=0).get_parameter("weight").to(device, dtype).detach().requires_grad_()
     generator = torch.Generator().manual_seed(0)
@@ -100,15 +114,24 @@ def _measure(
     attend = Documents(config, backend)(position_ids, cu_seqlens, training=True)
     hidden = torch.randn(batch, seq_len, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn_like(hidden)
+    fused = backend is Backend.FUSED
+    if fused:  # as in a run, where fused products add to sums
+        for parameter in (*embedding.parameters(), *block.parameters(), *norm.parameters(), weight):
+            parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+    one = torch.ones((), device=device)
 
     def embed() -> None:
-        embedding(tokens).backward(gradient)
+        run_layers(embedding, [], None, tokens, attend, checkpointing).backward(gradient)
 
     def through_block() -> None:
         run_layers(None, [block], None, hidden, attend, checkpointing).backward(gradient)
 
     def to_loss() -> None:
-        summed_cross_entropy(norm(hidden), weight, tokens, fused=backend is Backend.FUSED).backward()
+        normed = run_layers(None, [], norm, hidden, attend, checkpointing)
+        if fused:
+            normed.backward(loss_and_gradient(normed, weight, tokens, 0.0, one, fused)[1])
+        else:
+            summed_cross_entropy(normed, weight, tokens).backward()
 
     return LayerCosts(
         unit="seconds",

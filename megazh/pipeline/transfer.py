@@ -1,7 +1,8 @@
 """Hidden states to the next stage and gradients back, moved while the stages compute.
 
 Each direction between two stages has a process group of its own, and so on GPUs a stream and an order of its own: a
-gradient never waits for hidden states, and what will be needed next is received while this one is worked on.
+gradient never waits for hidden states. On GPUs a send and a receive that wait for each other keep some of the card's
+processors busy with waiting; so neither is begun long before the other side is ready for it.
 """
 
 from collections import deque
@@ -29,31 +30,25 @@ class Channel:
         self._sent.append(([dist.isend(tensor, self._peer, self._group) for tensor in tensors], tensors))
         self._wait(_SENDS)
 
-    def receive(self, like: Tensors, more: bool) -> Tensors:
-        """What the neighbour sends, in new tensors.
+    def expect(self, like: Tensors) -> None:
+        """Begin to receive; `like` has the shapes, dtypes and device of what will come, whatever its contents."""
+        tensors = tuple(torch.empty_like(tensor) for tensor in like)
+        self._coming = ([dist.irecv(tensor, self._peer, self._group) for tensor in tensors], tensors)
 
-        Args:
-            like: of the shapes, dtypes and device to come; their contents do not matter.
-            more: begin at once to receive the next one, too.
-        """
+    def receive(self, like: Tensors) -> Tensors:
+        """What the neighbour sends, in new tensors; begun here, unless `expect` has."""
         if self._coming is None:
-            self._begin(like)
+            self.expect(like)
         assert self._coming is not None
         works, received = self._coming
+        self._coming = None
         for work in works:
             work.wait()
-        self._coming = None
-        if more:
-            self._begin(like)
         return received
 
     def finish(self) -> None:
         """Wait for all that was sent."""
         self._wait(0)
-
-    def _begin(self, like: Tensors) -> None:
-        tensors = tuple(torch.empty_like(tensor) for tensor in like)
-        self._coming = ([dist.irecv(tensor, self._peer, self._group) for tensor in tensors], tensors)
 
     def _wait(self, left: int) -> None:
         while len(self._sent) > left:
@@ -87,7 +82,7 @@ class Transfers:
         """NCCL connects at first use, and waits for the other side then: here, in an order in which none is missed."""
         empty = (torch.zeros(1, device=device),)
         if source is not None:
-            source.receive(empty, more=False)
+            source.receive(empty)
         if target is not None:
             target.send(empty)
             target.finish()

@@ -88,13 +88,13 @@ class Trainer:
         holds = (describe_parts(recipe, begin, end) for begin, end in pairwise(self.bounds))
         self.say(f"{'stages':<12}{' | '.join(holds)}")
         self._startup.done("stages")
-        self._engine = self._make_engine()
+        self.engine = self._make_engine()
         self._startup.done("engine")
         if manifest:
-            load_checkpoint(self._engine, list_checkpoints(run.checkpoints)[-1], manifest)
+            load_checkpoint(self.engine, list_checkpoints(run.checkpoints)[-1], manifest)
             self._startup.done("checkpoint")
             self.say(f"resumed at step {self._step} of {self._steps}")
-        module: DecoderPipeline = self._engine.module
+        module: DecoderPipeline = self.engine.module
         self._replica = module.mpu().get_data_parallel_rank()
         self._feed = self._make_feed(module)
         self._validator = self._make_validator()
@@ -186,13 +186,13 @@ class Trainer:
                 if last or _due(recipe.sample_every, self._step):
                     self._sample(metrics)
                 if last or _due(recipe.check_tied_every, self._step):
-                    check_tied(self._engine.module)
+                    check_tied(self.engine.module)
                 if last:
                     self._save()
 
     def take_step(self, metrics: Metrics) -> bool:
         """One optimizer step, told to `metrics`; returns whether a rank was asked to stop."""
-        engine, recipe = self._engine, self._recipe
+        engine, recipe = self.engine, self._recipe
         rate = learning_rate(self._step, self._steps, recipe.learning_rate, self._warmup, recipe.min_lr_ratio)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
@@ -255,21 +255,21 @@ class Trainer:
     def _validate(self, metrics: Metrics) -> None:
         if self._validator is None:
             return
-        found = self._validator(self._engine)
+        found = self._validator(self.engine)
         tokens = self._step * self._recipe.batch_tokens
         metrics.validation(self._step, tokens, found.loss, found.bits_per_byte, self._validator.samples)
 
     def _sample(self, metrics: Metrics) -> None:
         for number, prompt in enumerate(self._recipe.sample_prompts):
             seed = hash_seed(self._recipe.seed, self._step, number)
-            text = sample_text(self._engine, self._tokenizer, prompt, self._recipe.sample_tokens, seed)
+            text = sample_text(self.engine, self._tokenizer, prompt, self._recipe.sample_tokens, seed)
             metrics.sample(self._step, prompt, text)
 
     def _save(self) -> None:
         begun = time.perf_counter()
         recipe = self._recipe
         path = save_checkpoint(
-            self._engine,
+            self.engine,
             self._folder.checkpoints,
             self._step,
             self._step * recipe.global_batch_size,

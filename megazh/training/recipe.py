@@ -152,6 +152,9 @@ class Recipe(Config):
     peak_tflops: Positive | None = None
     """Peak of a GPU for MFU, where the table does not know it or you know better."""
 
+    reference_days: Positive | None = None
+    """How long such a run is known to take elsewhere, for `megazh plan` to compare with."""
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         if (self.tokens is None) == (self.steps is None):

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megazh.model.attention import choose_backend
+from megazh.model.attention import Backend, choose_backend, unfit_for_kernels
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
-from megazh.pipeline.memory import StageMemory, stage_memory
+from megazh.pipeline.memory import StageMemory, Work, stage_memory
 from megazh.pipeline.precision import Precision
 from megazh.pipeline.split import best_bounds
 from megazh.pipeline.timing import layer_seconds
 from megazh.training.layout import Layout
-from megazh.training.precision import accumulation
+from megazh.training.precision import accumulation, communication
 from megazh.training.recipe import Kernels, Recipe, StageCosts
 
 
@@ -32,13 +32,14 @@ def agree_on_bounds(recipe: Recipe, layout: Layout, device: torch.device, precis
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         costs = costs_by_flops(recipe.model, recipe.seq_len, recipe.micro_batch_size, recipe.activation_checkpointing)
+        backend = choose_backend(recipe.model, device, precision.dtype, recipe.kernels is Kernels.AUTO)
         if measured:
             costs = layer_seconds(
                 recipe.model,
                 recipe.seq_len,
                 recipe.micro_batch_size,
                 precision.dtype,
-                choose_backend(recipe.model, device, precision.dtype, recipe.kernels is Kernels.AUTO),
+                backend,
                 device,
                 recipe.activation_checkpointing,
             )
@@ -46,7 +47,7 @@ def agree_on_bounds(recipe: Recipe, layout: Layout, device: torch.device, precis
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
         limit = memory_limit(recipe, device)
-        box = [bounds_for(recipe, layout, precision, costs, limit)]
+        box = [bounds_for(recipe, layout, precision, costs, limit, backend)]
     dist.broadcast_object_list(box, 0)
     return box[0]
 
@@ -65,9 +66,17 @@ def memory_limit(recipe: Recipe, device: torch.device) -> float | None:
 
 
 def bounds_for(
-    recipe: Recipe, layout: Layout, precision: Precision, costs: LayerCosts, limit: float | None
+    recipe: Recipe,
+    layout: Layout,
+    precision: Precision,
+    costs: LayerCosts,
+    limit: float | None,
+    backend: Backend | None = None,
 ) -> list[int]:
     """The best bounds by these costs, within a limit in bytes.
+
+    Args:
+        backend: how blocks are computed; default as on a card that can run the kernels.
 
     Raises:
         UsageError: no cut fits.
@@ -77,16 +86,33 @@ def bounds_for(
         return best_bounds(units, layout.stages)
 
     def memory(stage: int, begin: int, end: int) -> float:
-        return memory_of_stage(recipe, layout, precision, stage, begin, end).total
+        return memory_of_stage(recipe, layout, precision, stage, begin, end, backend).total
 
     return best_bounds(units, layout.stages, memory, limit)
 
 
 def memory_of_stage(
-    recipe: Recipe, layout: Layout, precision: Precision, stage: int, begin: int, end: int
+    recipe: Recipe,
+    layout: Layout,
+    precision: Precision,
+    stage: int,
+    begin: int,
+    end: int,
+    backend: Backend | None = None,
 ) -> StageMemory:
-    """The memory of stage number `stage`, which holds the parts `begin` to `end`."""
-    return stage_memory(
-        recipe.model, begin, end, stage, layout.stages, layout.replicas, recipe.seq_len, layout.micro_batch_size,
-        layout.micro_batches, precision, accumulation(recipe, precision), recipe.activation_checkpointing,
+    """The memory of stage number `stage`, which holds the parts `begin` to `end`; `backend` as for `bounds_for`."""
+    accumulated = accumulation(recipe, precision)
+    work = Work(
+        layout.stages, layout.replicas, recipe.seq_len, layout.micro_batch_size, layout.micro_batches, precision,
+        accumulated, communication(recipe, accumulated), recipe.activation_checkpointing,
+        (backend or usual_backend(recipe, precision)) is Backend.FUSED,
     )  # fmt: skip
+    return stage_memory(recipe.model, work, stage, begin, end)
+
+
+def usual_backend(recipe: Recipe, precision: Precision) -> Backend:
+    """How blocks are computed on a card of compute capability 8.0 or later, with a C compiler beside it."""
+    if precision is Precision.FP32:
+        return Backend.MASKED
+    fits = recipe.kernels is Kernels.AUTO and unfit_for_kernels(recipe.model) is None
+    return Backend.FUSED if fits else Backend.VARLEN

@@ -24,9 +24,6 @@ def work(run: Path, stages: int, kind: str) -> int:
         stages: of the pipeline.
         kind: `cpu` or `cuda`.
     """
-    # DeepSpeed broadcasts a flag inside of a backward pass, and synchronises without naming its device: both harmless.
-    warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
-    warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device")
     stop, startup = StopRequest(), Startup()
     # Where the launcher is DeepSpeed's, nobody else has set these; both are read when CUDA and DeepSpeed are imported.
     os.environ.setdefault("DS_ACCELERATOR", kind)
@@ -61,6 +58,11 @@ def work(run: Path, stages: int, kind: str) -> int:
 
 def join(kind: str) -> torch.device:
     """Choose this rank's device and join the others."""
+    # DeepSpeed broadcasts a flag inside of a backward pass, and synchronises without naming its device: both harmless.
+    warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device")
+    # DeepSpeed calls what torch has renamed.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
     import deepspeed
 
     from megazh.pipeline.engine import quiet

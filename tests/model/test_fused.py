@@ -16,7 +16,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "qwen": {"qkv_bias": True, "rope_theta": 1e6},
     "grouped": {"num_key_value_heads": 2},
-    "head_dim 12, a part rotated": {"head_dim": 12, "num_attention_heads": 3, "partial_rotary_factor": 0.5, "qkv_bias": True},
+    "head_dim 12, a part rotated": {
+        "head_dim": 12, "num_attention_heads": 3, "partial_rotary_factor": 0.5, "qkv_bias": True,
+    },
     "scaled embedding, untied": {"embedding_scale": 5.5, "tie_word_embeddings": False},
 }  # fmt: skip
 
@@ -82,7 +84,9 @@ def test_another_document_changes_no_bit() -> None:
     other = tokens.clone()
     other[0, 6:11] = (other[0, 6:11] + 41) % 97
     with torch.no_grad():
-        before, after = (run_layers(model.embedding, model.blocks, model.norm, t, attend, False) for t in (tokens, other))
+        before, after = (
+            run_layers(model.embedding, model.blocks, model.norm, t, attend, False) for t in (tokens, other)
+        )
     same = (before == after).all(-1)
     assert not same[0, 6:11].any()
     same[0, 6:11] = True

@@ -1,90 +1,60 @@
-"""The order of a step: what each stage does, that neighbours agree, what it keeps, and how long it takes."""
+"""Instructions of a step: what one stage sends, its neighbour receives, in the same order."""
 
 import itertools
 
 import pytest
-from deepspeed.runtime.pipe import schedule as deepspeed_schedule
-
-from megazh.pipeline.schedule import (
-    Pass,
-    ReceiveActivation,
-    ReceiveGradient,
-    SplitSchedule,
-    kept_micro_batches,
-    makespan,
-    passes,
-    weights_left,
+from deepspeed.runtime.pipe.schedule import (
+    ForwardPass,
+    LoadMicroBatch,
+    OptimizerStep,
+    RecvActivation,
+    SendActivation,
+    SendGrad,
 )
+
+from megazh.pipeline.schedule import ExpectActivation, ReceiveGradient, SplitSchedule
 
 LAYOUTS = [(stages, batches) for stages in (2, 3, 6) for batches in (1, 2, 3, 8)]
 
 
-@pytest.mark.parametrize(("stages", "batches"), LAYOUTS)
-def test_each_stage_does_each_pass_once_and_in_order(stages: int, batches: int) -> None:
-    for stage in range(stages):
-        done = list(passes(stage, stages, batches))
-        wanted = [Pass(kind, number) for kind in ("forward", "backward", "weights") for number in range(batches)]
-        assert sorted(done, key=lambda each: (each.kind, each.micro_batch)) == sorted(
-            wanted, key=lambda each: (each.kind, each.micro_batch)
-        )
-        for number in range(batches):
-            places = [done.index(Pass(kind, number)) for kind in ("forward", "backward", "weights")]
-            assert places == sorted(places)
-        for kind in ("forward", "backward", "weights"):
-            numbers = [each.micro_batch for each in done if each.kind == kind]
-            assert numbers == sorted(numbers), "weights are summed in the same order everywhere"
+def kinds(batches: int, stages: int, stage: int) -> list[type]:
+    """The instructions of a step, in order."""
+    return [type(each) for each in itertools.chain(*SplitSchedule(batches, stages, stage))]
 
 
 @pytest.mark.parametrize(("stages", "batches"), LAYOUTS)
-def test_no_stage_keeps_more_than_is_said(stages: int, batches: int) -> None:
+def test_what_is_sent_is_received(stages: int, batches: int) -> None:
     for stage in range(stages):
-        kept = most = 0
-        for each in passes(stage, stages, batches):
-            kept += {"forward": 1, "backward": 0, "weights": -1}[each.kind]
-            most = max(most, kept)
-        assert most == kept_micro_batches(stage, stages, batches)
-        assert most <= min(stages, batches)
+        found = kinds(batches, stages, stage)
+        assert found.count(SendActivation) == found.count(ReceiveGradient) == batches * (stage < stages - 1)
+        assert found.count(RecvActivation) == found.count(SendGrad) == batches * (stage > 0)
+        assert found.count(LoadMicroBatch) == batches * (stage in (0, stages - 1))
+        assert found[-1] is OptimizerStep
 
 
 @pytest.mark.parametrize(("stages", "batches"), LAYOUTS)
-def test_what_one_sends_the_other_receives_in_the_same_order(stages: int, batches: int) -> None:
-    def instructions(stage: int) -> list:
-        return list(itertools.chain(*SplitSchedule(batches, stages, stage)))
-
-    def numbers(stage: int, kind: type, of: str) -> list[int]:
-        order = [each.micro_batch for each in passes(stage, stages, batches) if each.kind == of]
-        assert sum(type(each) is kind for each in instructions(stage)) == len(order)
-        return order
-
-    for stage in range(stages - 1):
-        sent = numbers(stage, deepspeed_schedule.SendActivation, "forward")
-        assert sent == numbers(stage + 1, ReceiveActivation, "forward")
-        sent = numbers(stage + 1, deepspeed_schedule.SendGrad, "backward")
-        assert sent == numbers(stage, ReceiveGradient, "backward")
+def test_what_is_expected_is_received_before_anything_else_is(stages: int, batches: int) -> None:
     for stage in range(stages):
-        receives = [each for each in instructions(stage) if isinstance(each, (ReceiveActivation, ReceiveGradient))]
-        for kind in (ReceiveActivation, ReceiveGradient):
-            more = [each.more for each in receives if type(each) is kind]
-            assert more == [True] * (len(more) - 1) + [False] * (len(more) > 0), "the last one expects no other"
+        expected = 0
+        for kind in kinds(batches, stages, stage):
+            if kind is ExpectActivation:
+                assert expected == 0
+                expected = 1
+            elif kind is RecvActivation:
+                expected = 0
+        assert expected == 0, "nothing is expected that does not come in this step"
 
 
-def one_forward_one_backward(stages: int, batches: int) -> float:
-    """How long a step of equal stages takes without the split, a forward pass being 1 and a backward pass 2."""
-    return 3 * (batches + stages - 1)
-
-
-@pytest.mark.parametrize(("stages", "batches"), [(2, 16), (3, 16), (6, 32)])
-def test_it_waits_less_than_without_the_split(stages: int, batches: int) -> None:
-    took = makespan([(1.0, 1.0, 1.0)] * stages, batches)
-    assert 3 * batches < took < one_forward_one_backward(stages, batches)
-    if stages == 2:
-        assert took == 3 * batches + 1, "one forward pass"
-
-
-def test_one_stage_never_waits() -> None:
-    assert makespan([(1.0, 2.0, 0.5)], 7) == pytest.approx(7 * 3.5)
-    assert weights_left(0) == 0
-
-
-def test_the_slowest_stage_decides() -> None:
-    assert makespan([(1.0, 1.0, 1.0), (3.0, 3.0, 3.0)], 20) == pytest.approx(9 * 20 + 1, abs=1)
+@pytest.mark.parametrize(("stages", "batches"), LAYOUTS)
+def test_a_buffer_is_free_when_it_is_taken(stages: int, batches: int) -> None:
+    for stage in range(stages):
+        schedule = SplitSchedule(batches, stages, stage)
+        taken: set[int] = set()
+        for each in itertools.chain(*schedule):
+            if type(each) is ForwardPass:
+                assert each.buffer_id not in taken
+                assert each.buffer_id < schedule.num_pipe_buffers()
+                taken.add(each.buffer_id)
+            elif type(each).__name__ == "BackwardPass":
+                taken.remove(each.buffer_id)
+        assert not taken

@@ -10,12 +10,11 @@ from training.stages_rank import RANKS, RECIPE, clock
 
 from megazh.errors import UsageError
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
-from megazh.pipeline.memory import stage_memory
 from megazh.pipeline.precision import Precision
 from megazh.pipeline.split import best_bounds
 from megazh.training.layout import Layout, make_layout
 from megazh.training.recipe import Recipe
-from megazh.training.stages import agree_on_bounds, bounds_for, memory_limit
+from megazh.training.stages import agree_on_bounds, bounds_for, memory_limit, memory_of_stage
 
 CPU = torch.device("cpu")
 EVEN = LayerCosts(unit="seconds", embedding=1.0, block=1.0, head=1.0)
@@ -50,12 +49,9 @@ def test_by_flops_the_head_counts_and_the_embedding_does_not() -> None:
 def needed(recipe: Recipe, layout: Layout, bounds: list[int]) -> float:
     """Bytes of the fullest stage."""
     return max(
-        stage_memory(
-            recipe.model, bounds[stage], bounds[stage + 1], stage, layout.stages, layout.replicas, recipe.seq_len,
-            layout.micro_batch_size, layout.micro_batches, Precision.FP32, Precision.FP32, False,
-        ).total
+        memory_of_stage(recipe, layout, Precision.FP32, stage, bounds[stage], bounds[stage + 1]).total
         for stage in range(layout.stages)
-    )  # fmt: skip
+    )
 
 
 def test_memory_moves_a_cut_and_too_little_of_it_is_refused() -> None:

@@ -1,0 +1,56 @@
+"""The order of a step: what each stage does, what it keeps, and how long it takes."""
+
+import pytest
+
+from megazh.pipeline.passes import Pass, kept_micro_batches, makespan, passes, weights_left
+
+LAYOUTS = [(stages, batches) for stages in (2, 3, 6) for batches in (1, 2, 3, 8)]
+
+
+@pytest.mark.parametrize(("stages", "batches"), LAYOUTS)
+def test_each_stage_does_each_pass_once_and_in_order(stages: int, batches: int) -> None:
+    for stage in range(stages):
+        done = list(passes(stage, stages, batches))
+        wanted = [Pass(kind, number) for kind in ("forward", "backward", "weights") for number in range(batches)]
+        assert sorted(done, key=lambda each: (each.kind, each.micro_batch)) == sorted(
+            wanted, key=lambda each: (each.kind, each.micro_batch)
+        )
+        for number in range(batches):
+            places = [done.index(Pass(kind, number)) for kind in ("forward", "backward", "weights")]
+            assert places == sorted(places)
+        for kind in ("forward", "backward", "weights"):
+            numbers = [each.micro_batch for each in done if each.kind == kind]
+            assert numbers == sorted(numbers), "weights are summed in the same order everywhere"
+
+
+@pytest.mark.parametrize(("stages", "batches"), LAYOUTS)
+def test_no_stage_keeps_more_than_is_said(stages: int, batches: int) -> None:
+    for stage in range(stages):
+        kept = most = 0
+        for each in passes(stage, stages, batches):
+            kept += {"forward": 1, "backward": 0, "weights": -1}[each.kind]
+            most = max(most, kept)
+        assert most == kept_micro_batches(stage, stages, batches)
+        assert most <= min(stages, batches)
+
+
+def one_forward_one_backward(stages: int, batches: int) -> float:
+    """How long a step of equal stages takes without the split, a forward pass being 1 and a backward pass 2."""
+    return 3 * (batches + stages - 1)
+
+
+@pytest.mark.parametrize(("stages", "batches"), [(2, 16), (3, 16), (6, 32)])
+def test_it_waits_less_than_without_the_split(stages: int, batches: int) -> None:
+    took = makespan([(1.0, 1.0, 1.0)] * stages, batches)
+    assert 3 * batches < took < one_forward_one_backward(stages, batches)
+    if stages == 2:
+        assert took == 3 * batches + 1, "one forward pass"
+
+
+def test_one_stage_never_waits() -> None:
+    assert makespan([(1.0, 2.0, 0.5)], 7) == pytest.approx(7 * 3.5)
+    assert weights_left(0) == 0
+
+
+def test_the_slowest_stage_decides() -> None:
+    assert makespan([(1.0, 1.0, 1.0), (3.0, 3.0, 3.0)], 20) == pytest.approx(9 * 20 + 1, abs=1)
