@@ -88,8 +88,9 @@ def measure_megazh(folder: Path, recipe: Recipe, stages: int, gpus: int, device:
     command = [str(Path(__file__).resolve()), "--rank", str(path), "--stages", str(stages), "--device", device]
     root = str(Path(__file__).resolve().parent.parent)
     env = {BEGUN: str(time.time()), "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-    ids = list(range(gpus)) if device == "cuda" else None
-    code = run_local(command, gpus, env, ids, path / "logs")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    ids: list[int | str] = list(seen.split(",")[:gpus]) if seen else list(range(gpus))
+    code = run_local(command, gpus, env, ids if device == "cuda" else None, path / "logs")
     if code:
         raise WorkerError(f"megazh ended with exit code {code}; what it said is above")
     found = json.loads((path / "result.json").read_text())
