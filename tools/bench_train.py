@@ -34,6 +34,7 @@ try:
     from megazh.cli.options import count, standalone
     from megazh.cluster.launch import run_local
     from megazh.errors import UsageError, WorkerError
+    from megazh.files import write_atomic
     from megazh.index.mixture import Mixture
     from megazh.model.attention import choose_backend
     from megazh.model.counts import flops_per_token
@@ -292,45 +293,82 @@ def call(arguments: argparse.Namespace) -> None:
     recipe = _recipe(arguments)
     per_gpu = arguments.micro_batch_size * arguments.micro_batches * arguments.seq_len
     card = torch.cuda.get_device_name(0) if arguments.device == "cuda" else None
-    results: list[Result] = []
-    left_out: dict[str, str] = {}
+    # With stages, each step has as many tokens as with replicas alone: equal work on both sides.
+    tokens = per_gpu * arguments.gpus
+    report = Report(arguments, recipe, tokens, card)
     with tempfile.TemporaryDirectory(prefix="megazh-bench-") as name:
         folder = Path(name)
         amount = (arguments.steps + 2) * per_gpu * arguments.gpus
         manifest = make_mixture(folder, amount, recipe.model.vocab_size, arguments.document_tokens, arguments.seed)
         for contender in arguments.contenders:
+            missing = [each for each in PEERS[contender].packages if not _installed(each)] if contender in PEERS else []
             try:
                 if contender == MEGAZH:
                     for stages in arguments.stages:
                         layout = _layout(arguments, manifest, stages)
-                        results.append(
+                        report.add(
                             measure_megazh(folder, layout, stages, arguments.gpus, arguments.device, arguments.warm_up)
                         )
-                elif missing := [each for each in PEERS[contender].packages if not _installed(each)]:
-                    left_out[contender] = f"not installed: pip install {' '.join(missing)}"
+                elif missing:
+                    report.leave_out(contender, f"not installed: pip install {' '.join(missing)}")
                 elif arguments.gpus > 1 or arguments.device == "cpu":
-                    left_out[contender] = "runs on one GPU only"
+                    report.leave_out(contender, "runs on one GPU only")
                 else:
-                    results.append(measure_peer(contender, folder, arguments))
+                    report.add(measure_peer(contender, folder, arguments))
             except (WorkerError, subprocess.TimeoutExpired) as error:
-                left_out[contender] = str(error)
-    # With stages, each step has as many tokens as with replicas alone: equal work on both sides.
-    tokens = per_gpu * arguments.gpus
-    print(
-        f"{arguments.recipe}, {arguments.seq_len} tokens, documents of {arguments.document_tokens:g} on average, "
-        f"{arguments.micro_batches} micro-batches of {arguments.micro_batch_size} a GPU and step, {arguments.gpus} x "
-        f"{card or 'CPU rank'}, torch {torch.__version__}; median of {arguments.steps - arguments.warm_up} steps"
-    )
-    for line in table(results, recipe, tokens, arguments.gpus, card):
-        print(line)
-    for line in describe_stages(results, arguments.micro_batches):
-        print(line)
-    for contender, reason in left_out.items():
-        print(f"left out: {contender}: {reason}")
-    if arguments.json:
-        told = [{**asdict(each), "costs": each.costs.model_dump() if each.costs else None} for each in results]
-        found = {"results": told, "left_out": left_out, "tokens_a_step": tokens}
-        arguments.json.write_text(json.dumps({"card": card, "torch": torch.__version__, **found}, indent=1) + "\n")
+                report.leave_out(contender, str(error))
+    report.tell()
+
+
+class Report:
+    """What has been measured so far; nothing of it is lost where a later contender hangs or is interrupted."""
+
+    def __init__(self, arguments: argparse.Namespace, recipe: Recipe, tokens: int, card: str | None) -> None:
+        self._arguments, self._recipe, self._tokens, self._card = arguments, recipe, tokens, card
+        self._results: list[Result] = []
+        self._left_out: dict[str, str] = {}
+
+    def add(self, result: Result) -> None:
+        """Keep it and say so."""
+        self._results.append(result)
+        rate = rate_of(result, self._tokens, self._arguments.gpus)
+        print(f"measured {result.name}: {rate:,.0f} tokens/s/GPU", file=sys.stderr, flush=True)
+        self._write()
+
+    def leave_out(self, contender: str, reason: str) -> None:
+        """Keep why there is nothing of it."""
+        self._left_out[contender] = reason
+        print(f"left out: {contender}: {reason}", file=sys.stderr, flush=True)
+        self._write()
+
+    def tell(self) -> None:
+        """The table."""
+        arguments = self._arguments
+        print(
+            f"{arguments.recipe}, {arguments.seq_len} tokens, documents of {arguments.document_tokens:g} on average, "
+            f"{arguments.micro_batches} micro-batches of {arguments.micro_batch_size} a GPU and step, {arguments.gpus} "
+            f"x {self._card or 'CPU rank'}, torch {torch.__version__}; median of "
+            f"{arguments.steps - arguments.warm_up} steps"
+        )
+        for line in table(self._results, self._recipe, self._tokens, arguments.gpus, self._card):
+            print(line)
+        for line in describe_stages(self._results, arguments.micro_batches):
+            print(line)
+        for contender, reason in self._left_out.items():
+            print(f"left out: {contender}: {reason}")
+
+    def _write(self) -> None:
+        if not self._arguments.json:
+            return
+        told = [{**asdict(each), "costs": each.costs.model_dump() if each.costs else None} for each in self._results]
+        found = {
+            "card": self._card,
+            "torch": torch.__version__,
+            "tokens_a_step": self._tokens,
+            "results": told,
+            "left_out": self._left_out,
+        }
+        write_atomic(self._arguments.json, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def _layout(arguments: argparse.Namespace, manifest: Path, stages: int) -> Recipe:

@@ -42,9 +42,9 @@ def run_fused(
     residual, delta = states.flatten(0, 1), None
     for block in blocks:
         assert isinstance(block, Block)
-        residual, delta = _Block.apply(residual, delta, block, packed, recompute, *_weights(block))
+        residual, delta = _Block.apply(residual, delta, block, packed, recompute, *_for_autograd(*_weights(block)))
     if norm is not None:
-        out = _Norm.apply(residual, delta, *_gain(norm))
+        out = _Norm.apply(residual, delta, norm, *_for_autograd(_gain(norm)[0]))
     else:
         out = residual if delta is None else residual + delta
     return out.view(batch, seq, -1)
@@ -56,6 +56,14 @@ def _weights(block: Block) -> tuple[torch.Tensor | None, ...]:
         block.attention_norm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias, attention.o_proj.weight,
         block.mlp_norm.weight, mlp.up_proj.weight, mlp.down_proj.weight,
     )  # type: ignore[return-value]  # fmt: skip
+
+
+def _for_autograd(*weights: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """What autograd must know of: nothing where gradients are summed in `main_grad`.
+
+    It would wait for the stream that it first saw a weight on, and a CUDA graph cannot be recorded so.
+    """
+    return () if any(weight is not None and main_grad(weight) is not None for weight in weights) else weights
 
 
 def _gain(norm: nn.Module) -> tuple[torch.Tensor, float]:
@@ -123,7 +131,7 @@ class _Block(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kept, added = _forward(residual, delta, block, packed)
         ctx.block, ctx.packed, ctx.recompute = block, packed, recompute
-        ctx.adds, ctx.done = delta is not None, False
+        ctx.adds, ctx.done, ctx.weights_known = delta is not None, False, len(weights)
         ctx.save_for_backward(*([kept.x] if recompute else vars(kept).values()))
         return kept.middle, added
 
@@ -163,10 +171,11 @@ class _Block(torch.autograd.Function):
         grad_weight = product_gradient(attention.qkv_proj.weight, grad_qkv, kept.x_normed)
         grad_x, gain = norm_backward(grad_normed, kept.x, kept.x_rstd, attention_gain, grad_middle)
         grad_attention_norm = vector_gradient(attention_gain, gain)
-        return (
-            grad_x, grad_x if ctx.adds else None, None, None, None,
+        gradients_of_weights = (
             grad_attention_norm, grad_weight, grad_bias, grad_o, grad_mlp_norm, grad_up, grad_down,
         )  # fmt: skip
+        known = ctx.weights_known
+        return grad_x, grad_x if ctx.adds else None, None, None, None, *gradients_of_weights[:known]
 
 
 class _Norm(torch.autograd.Function):
@@ -174,12 +183,12 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+        ctx: Any, residual: torch.Tensor, delta: torch.Tensor | None, norm: nn.Module, *weights: torch.Tensor | None
     ) -> torch.Tensor:
         from megazh.kernels.norm import add_norm
 
-        total, normed, rstd = add_norm(residual, delta, weight, eps)
-        ctx.adds, ctx.weight = delta is not None, weight
+        total, normed, rstd = add_norm(residual, delta, *_gain(norm))
+        ctx.adds, ctx.weight, ctx.weights_known = delta is not None, _gain(norm)[0], len(weights)
         ctx.save_for_backward(total, rstd)
         return normed
 
@@ -189,28 +198,31 @@ class _Norm(torch.autograd.Function):
 
         total, rstd = ctx.saved_tensors
         grad_x, gain = norm_backward(gradients[0].contiguous(), total, rstd, ctx.weight, None)
-        return grad_x, grad_x if ctx.adds else None, vector_gradient(ctx.weight, gain), None
+        grad_weight = vector_gradient(ctx.weight, gain)
+        return grad_x, grad_x if ctx.adds else None, None, *(grad_weight,)[: ctx.weights_known]
 
 
 def _embed(tokens: torch.Tensor, embedding: Embedding) -> torch.Tensor:
     """Like `Embedding`, with a gradient that is summed in `main_grad`."""
-    hidden = _Embed.apply(tokens, embedding.weight)
+    # Where no weight is known to autograd, this is what makes the states want a gradient.
+    anchor = torch.empty(0, device=tokens.device, requires_grad=True)
+    hidden = _Embed.apply(tokens, anchor, embedding.weight.detach(), main_grad(embedding.weight))
     return hidden if embedding.scale == 1.0 else hidden * embedding.scale
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.weight = weight
+    def forward(
+        ctx: Any, tokens: torch.Tensor, anchor: torch.Tensor, weight: torch.Tensor, sums: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.sums = sums
         ctx.save_for_backward(tokens)
         return nn.functional.embedding(tokens, weight)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, ...]:
         from megazh.kernels.embedding import add_embedding_gradient_
 
         (tokens,) = ctx.saved_tensors
-        sums = main_grad(ctx.weight)
-        assert sums is not None
-        add_embedding_gradient_(sums, tokens.flatten(), gradients[0].flatten(0, 1).contiguous(), 1.0)
-        return None, None
+        add_embedding_gradient_(ctx.sums, tokens.flatten(), gradients[0].flatten(0, 1).contiguous(), 1.0)
+        return None, None, None, None

@@ -76,6 +76,7 @@ class DecoderPipeline(PipelineModule):
         seed: of the initial weights.
         activation_checkpointing: compute blocks a second time in the backward pass.
         z_loss: see `summed_cross_entropy`; only in training.
+        graph: with fused blocks and one stage, launch the kernels of a micro-batch by one CUDA graph.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class DecoderPipeline(PipelineModule):
         seed: int,
         activation_checkpointing: bool = False,
         z_loss: float = 0.0,
+        graph: bool = True,
     ) -> None:
         self.config = config
         last = layer_count(config) - 1
@@ -97,6 +99,7 @@ class DecoderPipeline(PipelineModule):
             specs[0] = specs[last] = _Tied(self._layers)
         super().__init__(specs, num_stages=len(bounds) - 1, loss_fn=self.scaled_loss, partition_method="uniform")
         self._documents, self.fused = Documents(config, backend), backend is Backend.FUSED
+        self.recordable = self.fused and graph
         self.checkpointing, self._z_loss = activation_checkpointing, z_loss
         numbers = range(self._local_start, self._local_stop)
         self._embedding: Embedding | None = self.forward_funcs[0] if 0 in numbers else None

@@ -79,7 +79,7 @@ class StageEngine(PipelineEngine):
         self._postponed: list[Product] = []
         self._weights: deque[list[Product]] = deque()
         # One stage: nothing but kernels, whose shapes never change, between a micro-batch and its gradients.
-        self._records = self.num_stages == 1 and self.module.fused and self.device.type == "cuda"
+        self._records = self.num_stages == 1 and self.module.recordable and self.device.type == "cuda"
         self._recorded: _Recorded | None = None
         for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
             for parameter, flat in zip(parameters, sums, strict=True):

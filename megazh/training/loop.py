@@ -125,8 +125,9 @@ class Trainer:
         backend = choose_backend(recipe.model, self._device, self._precision.dtype, recipe.kernels is Kernels.AUTO)
         with quiet():
             module = DecoderPipeline(
-                recipe.model, self.bounds, backend, recipe.seed, recipe.activation_checkpointing, recipe.z_loss
-            )
+                recipe.model, self.bounds, backend, recipe.seed, recipe.activation_checkpointing, recipe.z_loss,
+                recipe.cuda_graph,
+            )  # fmt: skip
         self._startup.done("model")
         accumulated = accumulation(recipe, self._precision)
         return make_engine(

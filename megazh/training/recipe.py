@@ -110,6 +110,8 @@ class Recipe(Config):
 
     kernels: Annotated[Kernels, choice(Kernels)] = Kernels.AUTO
     """Whether Triton's kernels serve on CUDA."""
+    cuda_graph: bool = True
+    """With Triton's kernels and one stage, launch all kernels of a micro-batch at once."""
     precision: Annotated[PrecisionChoice, choice(PrecisionChoice)] = PrecisionChoice.BF16
     grad_accum_dtype: Annotated[GradientDtype | None, choice(GradientDtype)] = None
     """Of the sum over micro-batches; default fp32, for fp16 fp16."""
