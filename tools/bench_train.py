@@ -117,7 +117,7 @@ def serve_megazh(path: Path, stages: int, kind: str) -> None:
     from megazh.training.loop import Trainer
     from megazh.training.metrics import METRICS, Metrics
     from megazh.training.stop import StopRequest
-    from megazh.training.worker import join
+    from megazh.training.worker import join, leave
 
     startup.done("imports")
     device = join(kind)
@@ -147,6 +147,7 @@ def serve_megazh(path: Path, stages: int, kind: str) -> None:
         (path / "result.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+    leave(0)
 
 
 def measure_peer(name: str, folder: Path, arguments: argparse.Namespace) -> Result:

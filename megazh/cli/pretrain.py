@@ -88,6 +88,6 @@ def _apart(inputs: list[str] | None, settings: list[str]) -> tuple[list[str] | N
 
 
 def _rank(options: argparse.Namespace) -> None:
-    from megazh.training.worker import work
+    from megazh.training.worker import leave, work
 
-    sys.exit(work(options.run, options.stages, options.device))
+    leave(work(options.run, options.stages, options.device))

@@ -9,6 +9,7 @@ replaced.
 | inputs and what is received are copied, once or twice | used as they are |
 | loss, then its gradient, through hooks on the outputs | both at once; the head's gradient goes to its sum |
 | gradients are flattened into a copy, summed, copied back | already flat: summed in place, in buckets |
+| gradient norm and clipping go over the weights one by one | over all that lie together at once |
 | each stage waits for what it sends and receives | both go on while it computes (`transfer`) |
 | the stage before waits for gradients of weights, too | gradients of inputs first (`schedule`) |
 | batches are copied and sent to the GPU, waiting for it | sent from pinned memory, not waited for |
@@ -24,6 +25,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -49,7 +51,7 @@ class _Recorded:
         # Other threads (the loader, which pins memory, and the watch over NCCL) may go on meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             hidden = module(inputs)[0]
-            self._loss, gradient = module.loss_and_gradient(hidden, labels, 1 / engine.micro_batches)
+            self._loss, gradient = module.loss_and_gradient(hidden, labels, engine._share)
             torch.autograd.backward(hidden, gradient)
 
     def load(self, inputs: _Tensors, labels: _Tensors) -> None:
@@ -61,6 +63,20 @@ class _Recorded:
         """Run it; returns the loss."""
         self._graph.replay()
         return self._loss.clone()
+
+
+def _counted(optimizer: Any) -> list[torch.Tensor]:
+    """The gradients that count in the norm, neighbours in memory together: all but those of copies of a tied weight."""
+    found = []
+    for parameters, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients_flat, strict=True):
+        begin = end = 0
+        for parameter in parameters:
+            if getattr(parameter, PIPE_REPLICATED, False):
+                found.append(flat[begin:end])
+                begin = end + parameter.numel()
+            end += parameter.numel()
+        found.append(flat[begin:end])
+    return [part for part in found if len(part)]
 
 
 class StageEngine(PipelineEngine):
@@ -75,6 +91,8 @@ class StageEngine(PipelineEngine):
         if not self._lean:
             return
         optimizer = self.optimizer
+        self._counted = _counted(optimizer)
+        optimizer.get_grads_for_norm = self._gradients
         # What the backward pass under way has left for later, and what those before it have.
         self._postponed: list[Product] = []
         self._weights: deque[list[Product]] = deque()
@@ -90,6 +108,15 @@ class StageEngine(PipelineEngine):
             if not self.module.checkpointing:  # what is computed again would have to be kept after all
                 for parameter in self.module.parameters():
                     parameter.postponed = self._postponed
+
+    def _gradients(self, for_clipping: bool = False) -> Any:
+        """For the optimizer's norm, and for its clipping: a few long tensors in place of one a weight."""
+        return self.optimizer.fp32_groups_gradients_flat if for_clipping else (self._counted, {})
+
+    @property
+    def _share(self) -> float:
+        """Of the step's gradient, what is one micro-batch's: its mean is taken over micro-batches and replicas."""
+        return 1 / (self.micro_batches * self.grid.data_parallel_size)
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         if not self._lean:
@@ -123,8 +150,7 @@ class StageEngine(PipelineEngine):
             return
         labels = self.pipe_buffers["labels"][buffer_id]
         if self.module.training:
-            # The engine's loss is the mean over micro-batches, and so is the gradient.
-            loss, gradient = self.module.loss_and_gradient(outputs[0], labels, 1 / self.micro_batches)
+            loss, gradient = self.module.loss_and_gradient(outputs[0], labels, self._share)
             self.pipe_buffers["output_tensors"][buffer_id] = gradient
         else:
             loss = self.module.loss_fn(outputs, labels)
@@ -210,30 +236,22 @@ class StageEngine(PipelineEngine):
             return super()._train_schedule()
         return SplitSchedule(self.micro_batches, self.num_stages, self.stage_id)
 
-    def _exec_reduce_tied_grads(self) -> None:
-        if self._lean:
-            flags = self.optimizer.fp32_groups_has_gradients
-            self.optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in flags]
-        super()._exec_reduce_tied_grads()
-
     def _bf16_reduce_grads(self) -> None:
         if not self._lean:
             super()._bf16_reduce_grads()
             return
-        replicas = self.grid.data_parallel_size
-        if replicas == 1:
+        if self.grid.data_parallel_size == 1:
             return
         group = self.grid.get_data_parallel_group()
         for flat in self.optimizer.fp32_groups_gradients_flat:
             for bucket in flat.split(BUCKET_ELEMENTS):
-                sent = bucket.div_(replicas).to(self.communication_data_type)
+                sent = bucket.to(self.communication_data_type)
                 dist.all_reduce(sent, group=group)
                 if sent is not bucket:
                     bucket.copy_(sent)
 
     _INSTRUCTION_MAP: ClassVar[dict[Any, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,
-        schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
         schedule.LoadMicroBatch: _exec_load_micro_batch,
         schedule.ForwardPass: _exec_forward_pass,
         schedule.BackwardPass: _exec_backward_pass,

@@ -1,6 +1,7 @@
 """Micro-batches as the pipeline engine takes them, each with the scale that makes DeepSpeed's mean of means right."""
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -14,6 +15,10 @@ MicroBatch = tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.
 """((tokens, layout), (labels, scale)): (batch, seq), (batch, seq + max_docs + 1), (batch, seq) int32, (1,) fp32."""
 
 
+_READY = 4
+"""Micro-batches that a GPU's feed keeps ready."""
+
+
 def training_feed(
     mixture: Mixture, layout: Layout, replica: int, first_step: int, workers: int
 ) -> Iterator[MicroBatch]:
@@ -23,6 +28,14 @@ def training_feed(
     micro-batches and replicas; each micro-batch's summed loss is scaled by micro_batches * replicas / valid labels of
     the whole step, so that the average is the mean over tokens.
     """
+    feed = _training_feed(mixture, layout, replica, first_step, workers)
+    # On a CPU, another thread would take from training what it gives.
+    return _ahead(feed, _READY) if workers and torch.cuda.is_available() else feed
+
+
+def _training_feed(
+    mixture: Mixture, layout: Layout, replica: int, first_step: int, workers: int
+) -> Iterator[MicroBatch]:
     size = layout.micro_batch_size * layout.micro_batches * layout.replicas
     batches = training_batches(mixture, layout.micro_batch_size, first_step * size, replica, layout.replicas, workers)
     steps: Iterator[int] = itertools.count(first_step)
@@ -37,6 +50,15 @@ def training_feed(
             scale = torch.tensor([layout.micro_batches * layout.replicas / max(valid.result(), 1)])
             for _ in range(layout.micro_batches):
                 yield as_micro_batch(next(batches), scale)
+
+
+def _ahead(feed: Iterator[MicroBatch], ready: int) -> Iterator[MicroBatch]:
+    """The same micro-batches, made by a thread, `ready` of them before they are asked for."""
+    with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+        pending = deque(pool.submit(next, feed, None) for _ in range(ready))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, feed, None))
+            yield batch
 
 
 def _one_ahead(items: Iterator[Future[int]]) -> Iterator[Future[int]]:
