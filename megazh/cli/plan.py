@@ -20,7 +20,7 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument("--card", default="3090", metavar="CARD", help="3090, 4090, a100, a100-40, h100, h200")
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of the card, instead of its own")
     parser.add_argument(
-        "--mfu", type=float, metavar="SHARE", help="of peak, by one GPU (default: as measured on an H200)"
+        "--mfu", type=float, metavar="SHARE", help="of peak, by one GPU (default: as measured on an H100)"
     )
     parser.add_argument(
         "--bandwidth",

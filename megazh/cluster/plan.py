@@ -29,9 +29,9 @@ CARDS = {
 """By the name on the command line: torch's name of the card, and its GiB."""
 
 
-MEASURED_MFU = 0.40
-"""Of the 0.5B recipe on one H200 (docs/performance.md). A 3090 has more memory bandwidth for each of its FLOPs, so that
-there the rest weighs less beside matrix products; whether it reaches as much has not been measured."""
+MEASURED_MFU = 0.47
+"""Of the 0.5B recipe on one H100, in a step under the profiler (docs/performance.md). A 3090 has four times the memory
+bandwidth for each of its FLOPs, so that there the rest weighs less beside products; that has not been measured."""
 
 
 @dataclass(frozen=True)

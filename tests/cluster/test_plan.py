@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megazh.cluster.plan import OUTSIDE_TORCH, Assumptions, plan
+from megazh.cluster.plan import MEASURED_MFU, OUTSIDE_TORCH, Assumptions, plan
 from megazh.errors import UsageError
 from megazh.training.recipe import load_recipe, recipe_path
 
@@ -18,7 +18,7 @@ RATE = 0.4 * 71e12
 
 def lines_of(name: str = "qwen0.5b_6x3090", gpus: int = 6, settings: list[str] | None = None, **assumed: Any) -> list:
     """The plan of a recipe."""
-    return list(plan(load_recipe(recipe_path(name), settings or []), gpus, Assumptions(**assumed)))
+    return list(plan(load_recipe(recipe_path(name), settings or []), gpus, Assumptions(**{"mfu": 0.4, **assumed})))
 
 
 def table(lines: list[str]) -> dict[int, list[str]]:
@@ -45,19 +45,25 @@ def test_layouts_of_the_half_billion() -> None:
     rows = table(lines_of())
     micro_batches = {1: 16, 2: 32, 3: 48, 6: 96}
     assert {stages: int(row[1]) for stages, row in rows.items()} == micro_batches
-    for stages, row in rows.items():
-        assert row[2] == f"{(stages - 1) / (micro_batches[stages] + stages - 1):.1%}"
-    assert rows[2][2] == f"{1 / 33:.1%}" == "3.0%"
+    assert rows[1][2] == "0.0%"
     # The slower of 18 layers and of 6 with the head, against the mean of the two.
     slowest, whole = 18 * BLOCK, 24 * BLOCK + HEAD
+    # With thirds: the first stage has done two forward passes (2 x 6 layers) when it gets the first gradient, behind
+    # its own first pass (6), and on the other stage those of 6 layers and head (2 + 2/3 head, for the head's gradient
+    # of inputs belongs to its forward pass) and the backward pass of 6 layers (2). From then on it never waits.
+    waits = (6 + 2 + 2 - 12) * BLOCK + HEAD * 2 / 3
+    for stages, row in rows.items():
+        bubble = (stages - 1) / (micro_batches[stages] + stages - 1)
+        assert float(row[2][:-1]) / 100 < bubble or stages == 1, "less than with one forward, one backward"
+    assert rows[2][2] == f"{waits / (32 * slowest + waits):.1%}" == "0.9%"
     assert slowest > 6 * BLOCK + HEAD
     assert rows[2][3] == f"{1 - whole / 2 / slowest:.1%}"
-    # Bytes a parameter: the gradient in fp32 twice, the weight in bf16 once; all but the share of one of the replicas.
-    # With two stages also 32 hidden states and their gradients in bf16, and the tied matrix's gradient in fp32.
-    between = 2 * 32 * (8 * 1024 * 1024 * 2) + 4 * 151_936 * 1024
-    reduce = {1: 10 * 463_987_712 * 5 / 6 / 10e9, 2: (10 * 386_885_632 * 2 / 3 + between) / 10e9}
+    # Bytes a parameter: the gradient in bf16 twice, the weight in bf16 once; all but the share of one of the replicas.
+    # With two stages also the tied matrix's gradient in fp32; hidden states travel while the stages compute.
+    reduce = {1: 6 * 463_987_712 * 5 / 6 / 10e9, 2: (6 * 386_885_632 * 2 / 3 + 4 * 151_936 * 1024) / 10e9}
     micro_batch = 8 * 1024
-    seconds = {1: 16 * whole * micro_batch / RATE + reduce[1], 2: 33 * slowest * micro_batch / RATE + reduce[2]}
+    compute = {1: 16 * whole, 2: 32 * slowest + waits}
+    seconds = {stages: compute[stages] * micro_batch / RATE + reduce[stages] for stages in compute}
     for stages, step in seconds.items():
         assert rows[stages][4] == f"{reduce[stages]:.2f}s"
         assert rows[stages][6] == f"{786_432 / step / 6:,.0f}"
@@ -93,15 +99,17 @@ def test_settings_count() -> None:
 
 
 def test_what_does_not_fit_is_said_and_comes_last() -> None:
-    lines = lines_of(memory_gib=15.6)
+    lines = lines_of("minillm_1.4b", memory_gib=14.5, bandwidth=100)
     rows = table(lines)
     full = [row[-2:] == ["too", "large"] for row in rows.values()]
     assert full == [False] * 3 + [True]
     assert list(rows)[-1] == 1, "although it is the fastest"
     assert float(rows[1][7]) < float(next(iter(rows.values()))[7])
-    assert all(float(row[5]) <= 15.6 - OUTSIDE_TORCH for row in list(rows.values())[:3])
-    assert float(table(lines_of())[2][5]) > 15.6 - OUTSIDE_TORCH, "two stages fit since they are cut for that"
-    assert lines[-2].endswith(f": one stage needs {rows[1][5]} GiB and there are 14.1")
+    assert all(float(row[5]) <= 14.5 - OUTSIDE_TORCH for row in list(rows.values())[:3])
+    assert float(table(lines_of("minillm_1.4b"))[2][5]) > 14.5 - OUTSIDE_TORCH, (
+        "two stages fit since they are cut for that"
+    )
+    assert lines[-2].endswith(f": one stage needs {rows[1][5]} GiB and there are 13.0")
 
 
 def test_nothing_fits() -> None:
@@ -138,3 +146,15 @@ def test_assumptions_that_cannot_be(assumed: dict[str, Any], message: str) -> No
     with pytest.raises(UsageError) as refusal:
         lines_of(**assumed)
     assert str(refusal.value).startswith(message)
+
+
+def test_the_projection_says_that_it_is_one_and_compares() -> None:
+    lines = lines_of()
+    days = float(table(lines)[1][7])
+    rate = float(table(lines)[1][6].replace(",", ""))
+    (line,) = [line for line in lines if line.startswith("projection, not measured: ")]
+    assert f"{days:.2f} days for 30.0 billion tokens" in line
+    assert line.endswith(f"the recipe's reference: 7.25 days ({7.25 / days:.2f} x)")
+    assert float(line.split(": ")[1].split()[0].replace(",", "")) == pytest.approx(6 * rate, abs=3)
+    assert "reference" not in next(line for line in lines_of("minillm_1.4b") if line.startswith("projection"))
+    assert MEASURED_MFU == Assumptions().mfu

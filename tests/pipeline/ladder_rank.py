@@ -36,6 +36,8 @@ class Case:
     z_loss: float = 0.0
     precision: Precision = Precision.FP32
     accumulation: Precision = Precision.FP32
+    communication: Precision | None = None
+    """Of the sum over replicas; None: that of the accumulation."""
 
     @property
     def config(self) -> ModelConfig:
@@ -54,6 +56,7 @@ CASES = {
     "z_loss": Case(z_loss=0.01, checkpointing=True),
     "neox": Case(NEOX),
     "tied bf16": Case(precision=Precision.BF16),
+    "bf16 between replicas": Case(precision=Precision.BF16, communication=Precision.BF16),
     "untied bf16": Case(UNTIED, precision=Precision.BF16),
     "tied bf16 sums": Case(precision=Precision.BF16, accumulation=Precision.BF16),
 }
@@ -130,7 +133,7 @@ def make_pipeline(case: Case, stages: int) -> tuple[Any, Any]:
         replicas,
         case.precision,
         case.accumulation,
-        case.accumulation,
+        case.communication or case.accumulation,
         CLIP,
     )
     return module, engine

@@ -22,9 +22,9 @@ BF16 = [name for name, case in CASES.items() if case.precision is Precision.BF16
 # All cases of so many ranks, by stages, run in one launch.
 LAYOUTS = {
     1: {1: [*FP32, *BF16]},
-    2: {2: [*FP32, *BF16], 1: ["tied", "z_loss", "tied bf16"]},
+    2: {2: [*FP32, *BF16], 1: ["tied", "z_loss", "tied bf16", "bf16 between replicas"]},
     3: {3: ["tied", "neox"]},
-    4: {2: ["tied", "untied", "tied bf16"], PARTS: ["tied", "untied", "untied bf16"]},
+    4: {2: ["tied", "untied", "tied bf16", "bf16 between replicas"], PARTS: ["tied", "untied", "untied bf16"]},
 }
 RUNS = [(n, stages, name) for n, layouts in LAYOUTS.items() for stages, names in layouts.items() for name in names]
 

@@ -1,0 +1,35 @@
+"""The clock of a start: parts in order, from the command on."""
+
+import re
+import time
+
+import pytest
+
+from megazh.training.startup import BEGUN, Startup, process_begun
+
+
+def parts(line: str) -> dict[str, float]:
+    """By name."""
+    return {name: float(seconds) for name, seconds in re.findall(r"([a-z ]+) (\d+\.\d)(?:,|$)", line.split(": ")[1])}
+
+
+def test_each_part_is_what_passed_since_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BEGUN, str(process_begun() - 3))
+    startup = Startup()
+    now = process_begun()
+    startup.done("imports", now + 2)
+    startup.done("nothing", now + 2.01)
+    startup.done("first step", now + 7.5)
+    line = startup.describe()
+    assert line.startswith("first step after 10.5 s: ")
+    assert {name.strip(): value for name, value in parts(line).items()} == {
+        "launcher": 3.0, "imports": 2.0, "first step": 5.5,
+    }  # fmt: skip
+
+
+def test_without_a_launcher_it_begins_with_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BEGUN, raising=False)
+    startup = Startup()
+    startup.done("first step")
+    assert "launcher" not in startup.describe()
+    assert float(re.findall(r"after (\d+\.\d)", startup.describe())[0]) <= time.time() - process_begun() + 0.1
