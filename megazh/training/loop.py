@@ -32,7 +32,7 @@ from megazh.training.schedule import learning_rate, warmup_steps
 from megazh.training.stages import agree_on_bounds
 from megazh.training.startup import Startup
 from megazh.training.stop import StopRequest
-from megazh.training.summary import describe_parts
+from megazh.training.summary import describe_kernels, describe_parts
 
 
 class Interrupted(Exception):
@@ -87,6 +87,8 @@ class Trainer:
         self.bounds = manifest.bounds if manifest else agree_on_bounds(recipe, layout, device, self._precision)
         holds = (describe_parts(recipe, begin, end) for begin, end in pairwise(self.bounds))
         self.say(f"{'stages':<12}{' | '.join(holds)}")
+        if device.type == "cuda":
+            self.say(f"{'kernels':<12}{describe_kernels(recipe, device, self._precision, layout.stages)}")
         self._startup.done("stages")
         self.engine = self._make_engine()
         self._startup.done("engine")

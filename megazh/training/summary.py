@@ -4,14 +4,18 @@ import shlex
 from collections.abc import Iterator
 from itertools import pairwise
 
+import torch
+
+from megazh.model.attention import why_not_fused
 from megazh.model.counts import flops_per_token, parameter_counts
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.memory import stage_parameters
+from megazh.pipeline.precision import Precision, sums_in_place
 from megazh.training.layout import Layout
 from megazh.training.metrics import METRICS, read_metrics
 from megazh.training.plot import plot_losses
-from megazh.training.precision import precision_on
-from megazh.training.recipe import Recipe, StageCosts
+from megazh.training.precision import accumulation, precision_on
+from megazh.training.recipe import Kernels, Recipe, StageCosts
 from megazh.training.run_folder import RunFolder
 from megazh.training.stages import bounds_for, memory_of_stage
 
@@ -61,6 +65,16 @@ def describe_stages(recipe: Recipe, layout: Layout, kind: str) -> Iterator[str]:
             f"{stage:>5}  {describe_parts(recipe, begin, end):<28} {parameters:>12,}  {share:>5.1%}  "
             f"{memory.total / 2**30:>5.1f} GiB"
         )
+
+
+def describe_kernels(recipe: Recipe, device: torch.device, precision: Precision, stages: int) -> str:
+    """What computes blocks and loss on this GPU, and why not Triton's kernels where they do not."""
+    if recipe.kernels is Kernels.TORCH:
+        return "torch's, as kernels=torch wants"
+    if reason := why_not_fused(recipe.model, device, precision.dtype):
+        return f"torch's, slower than Triton's: {reason}"
+    recorded = recipe.cuda_graph and stages == 1 and sums_in_place(precision, accumulation(recipe, precision))
+    return "Triton's, a micro-batch recorded as one CUDA graph" if recorded else "Triton's"
 
 
 def describe_parts(recipe: Recipe, begin: int, end: int) -> str:

@@ -3,17 +3,21 @@
 import shlex
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from made_runs import make_run, write_metrics, write_recipe
 from recipes import make_recipe
 
+from megazh.model import attention
 from megazh.model.counts import parameter_counts
 from megazh.pipeline.memory import stage_parameters
+from megazh.pipeline.precision import Precision
 from megazh.training.layout import make_layout
 from megazh.training.recipe import Recipe, load_recipe, recipe_path
 from megazh.training.run_folder import RunFolder
-from megazh.training.summary import describe_end, describe_layout, describe_parts, describe_stages
+from megazh.training.summary import describe_end, describe_kernels, describe_layout, describe_parts, describe_stages
 
 LONGER, ANEW = "the longer one", "the new one"
 
@@ -25,6 +29,19 @@ def run(stories: Path, tmp_path: Path) -> RunFolder:
     found = make_run(tmp_path / "a run", recipe)
     write_metrics(found, 6, seconds=0.5)
     return found
+
+
+def test_what_computes_is_told_and_why_not_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(stages: int = 1, **changes: Any) -> str:
+        return describe_kernels(make_recipe(**changes), torch.device("cuda", 0), Precision.BF16, stages)
+
+    monkeypatch.setattr(attention, "why_not", lambda device, dtype: None)
+    assert told() == "Triton's, a micro-batch recorded as one CUDA graph"
+    assert told(stages=2) == told(cuda_graph=False) == told(grad_accum_dtype="bf16") == "Triton's"
+    assert told(kernels="torch") == "torch's, as kernels=torch wants"
+    assert told(model={"mlp": "gelu"}) == "torch's, slower than Triton's: only swiglu has a kernel"
+    monkeypatch.setattr(attention, "why_not", lambda device, dtype: "there is no C compiler; install gcc")
+    assert told() == "torch's, slower than Triton's: there is no C compiler; install gcc"
 
 
 def test_layout_of_the_half_billion() -> None:
