@@ -185,7 +185,7 @@ def _plain_step(
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(loss) * micro_batches
+    return float(loss.detach()) * micro_batches
 
 
 PEERS = {

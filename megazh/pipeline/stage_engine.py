@@ -99,6 +99,7 @@ class StageEngine(PipelineEngine):
         # One stage: nothing but kernels, whose shapes never change, between a micro-batch and its gradients.
         self._records = self.num_stages == 1 and self.module.recordable and self.device.type == "cuda"
         self._recorded: _Recorded | None = None
+        self._ran = False  # whether this process has done a step, and so all that first uses bring
         for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
             for parameter, flat in zip(parameters, sums, strict=True):
                 parameter.main_grad = flat.view_as(parameter)
@@ -139,7 +140,7 @@ class StageEngine(PipelineEngine):
             super()._exec_forward_pass(buffer_id)
             return
         inputs = self.pipe_buffers["inputs"][buffer_id]
-        if self.module.training and self._records and self._recorded is None and self.global_steps:
+        if self.module.training and self._records and self._recorded is None and self._ran:
             self._recorded = _Recorded(self, inputs, self.pipe_buffers["labels"][buffer_id])
         if self.module.training and self._recorded is not None:
             self._add_loss(self._recorded.replay())
@@ -175,8 +176,9 @@ class StageEngine(PipelineEngine):
                 if parameter.grad is not None:
                     parameter.main_grad.add_(parameter.grad)
                     parameter.grad = None
-        self._weights.append(self._postponed.copy())
-        self._postponed.clear()
+        if self.num_stages > 1:
+            self._weights.append(self._postponed.copy())
+            self._postponed.clear()
         self.pipe_buffers["output_tensors"][buffer_id] = None
         self.pipe_buffers["outputs"][buffer_id] = None
         self.pipe_buffers["labels"][buffer_id] = None
@@ -228,8 +230,10 @@ class StageEngine(PipelineEngine):
 
     def _exec_schedule(self, pipe_schedule: Any) -> None:
         super()._exec_schedule(pipe_schedule)
-        if self._lean and self.num_stages > 1:
-            self._transfers.finish()
+        if self._lean:
+            self._ran = self._ran or self.module.training
+            if self.num_stages > 1:
+                self._transfers.finish()
 
     def _train_schedule(self) -> Any:
         if not self._lean or self.num_stages == 1:
