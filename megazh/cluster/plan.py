@@ -168,18 +168,20 @@ def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib:
 def _bytes_moved(recipe: Recipe, layout: Layout, precision: Precision, parameters: int) -> float:
     """What the busiest GPU sends in a step while it does not compute.
 
-    A ring moves every byte of the gradient twice, but for the share of one rank, and gathered weights once. The first
+    A ring moves every byte but the share of one rank: of the gradient once where each replica gets its share of the
+    sum, twice where it gets all of it (DeepSpeed's own engine: fp32, fp16), and of the gathered weights once. The first
     and last stage sum the gradient of a tied matrix. Each micro-batch's hidden state goes forward and its gradient
-    back; DeepSpeed's own engine (fp32, fp16) waits for that.
+    back; DeepSpeed's own engine waits for that.
     """
     size = {Precision.FP32: 4}.get(precision, 2)
     accumulated = accumulation(recipe, precision)
     sums = {Precision.FP32: 4}.get(communication(recipe, accumulated), 2)
     share = (layout.replicas - 1) / layout.replicas
-    moved = (2 * sums + size) * share * parameters
+    in_place = sums_in_place(precision, accumulated)
+    moved = ((1 if in_place else 2) * sums + size) * share * parameters
     if layout.stages > 1:
         hidden = recipe.seq_len * layout.micro_batch_size * recipe.model.hidden_size * size
-        moved += 0 if sums_in_place(precision, accumulated) else 2 * layout.micro_batches * hidden
+        moved += 0 if in_place else 2 * layout.micro_batches * hidden
         if recipe.model.tie_word_embeddings:
             moved += {Precision.FP32: 4}.get(accumulated, 2) * parameter_counts(recipe.model).embedding
     return moved

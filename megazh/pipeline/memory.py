@@ -116,7 +116,9 @@ def _reduction_memory(work: Work, parameters: int) -> float:
         return 0
     if not work.in_place:
         return min(parameters, _REDUCE_ELEMENTS) * _BYTES[work.accumulated]
-    return min(parameters, BUCKET_ELEMENTS) * _BYTES[work.communicated] * (work.communicated is not work.accumulated)
+    if work.communicated is work.accumulated:
+        return 0
+    return min(parameters, BUCKET_ELEMENTS) * _BYTES[work.communicated] * (1 + 1 / work.replicas)
 
 
 def stage_parameters(config: ModelConfig, begin: int, end: int) -> int:

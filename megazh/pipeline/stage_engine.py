@@ -8,8 +8,8 @@ replaced.
 | a gradient in bf16 for each weight, copied to fp32, added | the product that computes a gradient adds it to the sum |
 | inputs and what is received are copied, once or twice | used as they are |
 | loss, then its gradient, through hooks on the outputs | both at once; the head's gradient goes to its sum |
-| gradients are flattened into a copy, summed, copied back | already flat: summed in place, in buckets |
-| gradient norm and clipping go over the weights one by one | over all that lie together at once |
+| every replica gets the sum of all gradients, through copies | its share of the sum, in place |
+| gradient norm and clipping go over all weights, one by one | over a replica's share, in a few long pieces |
 | each stage waits for what it sends and receives | both go on while it computes (`transfer`) |
 | the stage before waits for gradients of weights, too | gradients of inputs first (`schedule`) |
 | batches are copied and sent to the GPU, waiting for it | sent from pinned memory, not waited for |
@@ -65,18 +65,40 @@ class _Recorded:
         return self._loss.clone()
 
 
+class _AllRanks:
+    """DeepSpeed's grid for the optimizer, whose norm is a sum over all ranks: each has a share of its own."""
+
+    def __init__(self, grid: Any) -> None:
+        self._grid = grid
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+    def get_model_parallel_group(self) -> None:
+        """All ranks."""
+
+
 def _counted(optimizer: Any) -> list[torch.Tensor]:
-    """The gradients that count in the norm, neighbours in memory together: all but those of copies of a tied weight."""
+    """Of this rank's share of the gradients those that count in the norm: all but those of copies of a tied weight."""
     found = []
-    for parameters, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients_flat, strict=True):
+    groups = (
+        optimizer.bf16_groups,
+        optimizer.fp32_groups_gradients_flat,
+        optimizer.fp32_groups_gradient_flat_partition,
+    )
+    for parameters, flat, own in zip(*groups, strict=True):
+        first = own.storage_offset() - flat.storage_offset()
         begin = end = 0
+        pieces = []
         for parameter in parameters:
             if getattr(parameter, PIPE_REPLICATED, False):
-                found.append(flat[begin:end])
+                pieces.append((begin, end))
                 begin = end + parameter.numel()
             end += parameter.numel()
-        found.append(flat[begin:end])
-    return [part for part in found if len(part)]
+        for piece in (*pieces, (begin, end)):
+            low, high = max(piece[0], first), min(piece[1], first + len(own))
+            found.append(flat[low : max(low, high)])
+    return found
 
 
 class StageEngine(PipelineEngine):
@@ -92,7 +114,7 @@ class StageEngine(PipelineEngine):
             return
         optimizer = self.optimizer
         self._counted = _counted(optimizer)
-        optimizer.get_grads_for_norm = self._gradients
+        optimizer.get_grads_for_norm, optimizer.mpu = self._gradients, _AllRanks(optimizer.mpu)
         # What the backward pass under way has left for later, and what those before it have.
         self._postponed: list[Product] = []
         self._weights: deque[list[Product]] = deque()
@@ -112,7 +134,7 @@ class StageEngine(PipelineEngine):
 
     def _gradients(self, for_clipping: bool = False) -> Any:
         """For the optimizer's norm, and for its clipping: a few long tensors in place of one a weight."""
-        return self.optimizer.fp32_groups_gradients_flat if for_clipping else (self._counted, {})
+        return self.optimizer.fp32_groups_gradient_flat_partition if for_clipping else (self._counted, {})
 
     @property
     def _share(self) -> float:
@@ -244,15 +266,25 @@ class StageEngine(PipelineEngine):
         if not self._lean:
             super()._bf16_reduce_grads()
             return
-        if self.grid.data_parallel_size == 1:
+        replicas = self.grid.data_parallel_size
+        if replicas == 1:
             return
-        group = self.grid.get_data_parallel_group()
-        for flat in self.optimizer.fp32_groups_gradients_flat:
-            for bucket in flat.split(BUCKET_ELEMENTS):
-                sent = bucket.to(self.communication_data_type)
-                dist.all_reduce(sent, group=group)
-                if sent is not bucket:
-                    bucket.copy_(sent)
+        group, dtype = self.grid.get_data_parallel_group(), self.communication_data_type
+        optimizer = self.optimizer
+        for flat, own in zip(
+            optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition, strict=True
+        ):
+            if dtype is flat.dtype:
+                dist.reduce_scatter_tensor(own, flat, group=group)
+                continue
+            shares = flat.view(replicas, len(own))
+            for part, target in zip(
+                shares.split(BUCKET_ELEMENTS // replicas, 1), own.split(BUCKET_ELEMENTS // replicas), strict=True
+            ):
+                sent = part.to(dtype).flatten()
+                received = sent.new_empty(len(target))
+                dist.reduce_scatter_tensor(received, sent, group=group)
+                target.copy_(received)
 
     _INSTRUCTION_MAP: ClassVar[dict[Any, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,

@@ -58,9 +58,9 @@ def test_layouts_of_the_half_billion() -> None:
     assert rows[2][2] == f"{waits / (32 * slowest + waits):.1%}" == "0.9%"
     assert slowest > 6 * BLOCK + HEAD
     assert rows[2][3] == f"{1 - whole / 2 / slowest:.1%}"
-    # Bytes a parameter: the gradient in bf16 twice, the weight in bf16 once; all but the share of one of the replicas.
+    # Bytes a parameter: the gradient in bf16 once, the weight in bf16 once; all but the share of one of the replicas.
     # With two stages also the tied matrix's gradient in fp32; hidden states travel while the stages compute.
-    reduce = {1: 6 * 463_987_712 * 5 / 6 / 10e9, 2: (6 * 386_885_632 * 2 / 3 + 4 * 151_936 * 1024) / 10e9}
+    reduce = {1: 4 * 463_987_712 * 5 / 6 / 10e9, 2: (4 * 386_885_632 * 2 / 3 + 4 * 151_936 * 1024) / 10e9}
     micro_batch = 8 * 1024
     compute = {1: 16 * whole, 2: 32 * slowest + waits}
     seconds = {stages: compute[stages] * micro_batch / RATE + reduce[stages] for stages in compute}

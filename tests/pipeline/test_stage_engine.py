@@ -71,27 +71,32 @@ def test_it_has_its_own_schedule_only_where_it_serves(lean: bool, stages: int, k
     assert type(engine._train_schedule()) is kind
 
 
-def optimizer_of(*groups: list[tuple[int, bool]]) -> SimpleNamespace:
+def optimizer_of(share: int, shares: int, *groups: list[tuple[int, bool]]) -> SimpleNamespace:
     """As DeepSpeed's, from groups of (elements, whether a copy); gradients count up, two elements of padding behind."""
-    found = SimpleNamespace(bf16_groups=[], fp32_groups_gradients_flat=[])
+    found = SimpleNamespace(bf16_groups=[], fp32_groups_gradients_flat=[], fp32_groups_gradient_flat_partition=[])
     for group in groups:
         parameters = [torch.nn.Parameter(torch.zeros(size)) for size, _ in group]
         for parameter, (_, copied) in zip(parameters, group, strict=True):
             parameter.ds_pipe_replicated = copied
+        flat = torch.arange(1.0, sum(size for size, _ in group) + 3)
         found.bf16_groups.append(parameters)
-        found.fp32_groups_gradients_flat.append(torch.arange(1.0, sum(size for size, _ in group) + 3))
+        found.fp32_groups_gradients_flat.append(flat)
+        found.fp32_groups_gradient_flat_partition.append(flat.chunk(shares)[share])
     return found
 
 
-@pytest.mark.parametrize(
-    ("groups", "counted"),
-    [
-        ([[(3, False), (2, False)]], [[1, 2, 3, 4, 5]]),
-        ([[(3, True), (2, False)]], [[4, 5]]),
-        ([[(2, False), (3, True)], [(1, False)]], [[1, 2], [1]]),
-        ([[(2, False), (1, True), (2, False)]], [[1, 2], [4, 5]]),
-        ([[(2, True)], [(2, True)]], []),
-    ],
-)
-def test_a_copy_of_a_tied_weight_counts_once_in_the_norm(groups: list, counted: list[list[float]]) -> None:
-    assert [part.tolist() for part in _counted(optimizer_of(*groups))] == counted
+GROUPS: list[tuple[list[list[tuple[int, bool]]], list[float]]] = [
+    ([[(4, False), (2, False)]], [1, 2, 3, 4, 5, 6]),
+    ([[(3, True), (3, False)]], [4, 5, 6]),
+    ([[(2, False), (4, True)], [(2, False)]], [1, 2, 1, 2]),
+    ([[(2, False), (1, True), (3, False)]], [1, 2, 4, 5, 6]),
+    ([[(2, True)], [(2, True)]], []),
+]
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+@pytest.mark.parametrize(("groups", "counted"), GROUPS)
+def test_each_gradient_counts_once_in_the_norm(groups: list, counted: list[float], shares: int) -> None:
+    found = [_counted(optimizer_of(share, shares, *groups)) for share in range(shares)]
+    assert all(found), "each rank has something to take the norm of, if only nothing"
+    assert sorted(torch.cat([torch.cat(parts) for parts in found]).tolist()) == sorted(counted)
