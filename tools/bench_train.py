@@ -12,14 +12,10 @@ import argparse
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +25,17 @@ try:
     import torch
     from bench_train_data import batches, make_mixture
     from bench_train_peers import PEERS
+    from bench_train_report import MEGAZH, Report, Result
 
     from megazh.cli import run
     from megazh.cli.options import count, standalone
     from megazh.cluster.launch import run_local
     from megazh.errors import UsageError, WorkerError
-    from megazh.files import write_atomic
     from megazh.index.mixture import Mixture
     from megazh.model.attention import choose_backend
-    from megazh.model.counts import flops_per_token
     from megazh.pipeline.costs import LayerCosts
-    from megazh.pipeline.passes import makespan
     from megazh.pipeline.timing import remembered_seconds
     from megazh.training.layout import make_layout
-    from megazh.training.peaks import peak_flops
     from megazh.training.precision import precision_on
     from megazh.training.recipe import Kernels, Recipe, load_recipe, recipe_path
     from megazh.training.run_folder import RunFolder
@@ -60,26 +53,6 @@ A step is --micro-batches micro-batches and one update of the weights. tokens/s 
 the warm-up, over whole steps, loader and loop included. MFU = tokens/s x FLOPs a token / peak, with 6 FLOPs a parameter
 in matrix products and 6 x width x tokens a layer for causal attention, over whole rows, documents or not, and the dense
 bf16 peak of the card (megazh/training/peaks.py). Memory is the largest allocation."""
-
-MEGAZH = "megazh"
-
-
-@dataclass
-class Result:
-    """Of one contender."""
-
-    name: str
-    seconds: list[float]
-    """Of the steps behind the warm-up."""
-    memory_bytes: int
-    losses: list[float]
-    note: str
-    waited: float | None = None
-    """megazh: share of the time in which a step waited for samples."""
-    stages: int = 1
-    bounds: list[int] | None = None
-    costs: LayerCosts | None = None
-    """megazh with stages: what they were cut by."""
 
 
 def measure_megazh(folder: Path, recipe: Recipe, stages: int, gpus: int, device: str, warm_up: int) -> Result:
@@ -208,31 +181,6 @@ def _recipe(arguments: argparse.Namespace, replicas: int = 1) -> Recipe:
     return load_recipe(recipe_path(arguments.recipe), [*settings, *arguments.settings])
 
 
-def table(results: Sequence[Result], recipe: Recipe, tokens: int, gpus: int, card: str | None) -> list[str]:
-    """One line a contender."""
-    peak = peak_flops(card, recipe.peak_tflops)
-    flops = flops_per_token(recipe.model, recipe.seq_len).total
-    own = next((each for each in results if each.name.startswith(MEGAZH)), None)
-    lines = [
-        f"{'contender':<16} {'tokens/s/GPU':>12} {'min-max':>17} {'MFU':>6} {'memory':>10} {'megazh is':>10}  notes"
-    ]
-    for each in results:
-        rates = [tokens / second / gpus for second in each.seconds]
-        rate = statistics.median(rates)
-        mfu = f"{rate * flops / peak:.3f}" if peak else "?"
-        times = f"{statistics.median(own.seconds) and rate_of(own, tokens, gpus) / rate:.2f} x" if own else "-"
-        extra = [each.note]
-        if each.waited is not None:
-            extra.append(f"waited for samples {each.waited:.2%}")
-        if each.stages > 1:
-            extra.append(f"bounds {each.bounds}")
-        lines.append(
-            f"{each.name:<16} {rate:>12,.0f} {f'{min(rates):,.0f}-{max(rates):,.0f}':>17} {mfu:>6} "
-            f"{each.memory_bytes / 2**30:>6.2f} GiB {times:>10}  {'; '.join(extra)}"
-        )
-    return lines
-
-
 def _costs(recipe: Recipe, device: torch.device) -> dict[str, Any] | None:
     """What the start of a run with stages has measured, or an earlier one."""
     if device.type != "cuda":
@@ -244,36 +192,6 @@ def _costs(recipe: Recipe, device: torch.device) -> dict[str, Any] | None:
         recipe.activation_checkpointing,
     )  # fmt: skip
     return found.model_dump() if found else None
-
-
-def describe_stages(results: Sequence[Result], micro_batches: int) -> list[str]:
-    """What each pipeline reached of the replicas' speed, and what its cut and its bubble allow."""
-    flat = next((each for each in results if each.name.startswith(MEGAZH) and each.stages == 1), None)
-    lines = []
-    for each in results:
-        if each.stages == 1 or each.costs is None or each.bounds is None:
-            continue
-        count = micro_batches * each.stages
-        blocks = each.bounds[-1] - 2
-        pairs = list(pairwise(each.bounds))
-        whole = sum(each.costs.units(blocks)) / each.stages
-        plain = makespan([each.costs.passes(*pair, blocks, split=False) for pair in pairs], count)
-        split = makespan([each.costs.passes(*pair, blocks, split=True) for pair in pairs], count)
-        line = (
-            f"pp={each.stages}, {count} micro-batches, cut {each.bounds}: layer {each.costs.block * 1e3:.2f} ms, head "
-            f"{each.costs.head * 1e3:.2f} ms; cut and bubble allow {count * whole / plain:.3f} of the replicas' speed "
-            f"with one forward, one backward, {count * whole / split:.3f} with weights for later"
-        )
-        if flat is not None:
-            reached = statistics.median(flat.seconds) / statistics.median(each.seconds)
-            line += f"; reached {reached:.3f}, {reached / (count * whole / plain):.3f} of the former"
-        lines.append(line)
-    return lines
-
-
-def rate_of(result: Result, tokens: int, gpus: int) -> float:
-    """Tokens a second and GPU of the median step."""
-    return tokens / statistics.median(result.seconds) / gpus
 
 
 def call(arguments: argparse.Namespace) -> None:
@@ -319,57 +237,6 @@ def call(arguments: argparse.Namespace) -> None:
             except (WorkerError, subprocess.TimeoutExpired) as error:
                 report.leave_out(contender, str(error))
     report.tell()
-
-
-class Report:
-    """What has been measured so far; nothing of it is lost where a later contender hangs or is interrupted."""
-
-    def __init__(self, arguments: argparse.Namespace, recipe: Recipe, tokens: int, card: str | None) -> None:
-        self._arguments, self._recipe, self._tokens, self._card = arguments, recipe, tokens, card
-        self._results: list[Result] = []
-        self._left_out: dict[str, str] = {}
-
-    def add(self, result: Result) -> None:
-        """Keep it and say so."""
-        self._results.append(result)
-        rate = rate_of(result, self._tokens, self._arguments.gpus)
-        print(f"measured {result.name}: {rate:,.0f} tokens/s/GPU", file=sys.stderr, flush=True)
-        self._write()
-
-    def leave_out(self, contender: str, reason: str) -> None:
-        """Keep why there is nothing of it."""
-        self._left_out[contender] = reason
-        print(f"left out: {contender}: {reason}", file=sys.stderr, flush=True)
-        self._write()
-
-    def tell(self) -> None:
-        """The table."""
-        arguments = self._arguments
-        print(
-            f"{arguments.recipe}, {arguments.seq_len} tokens, documents of {arguments.document_tokens:g} on average, "
-            f"{arguments.micro_batches} micro-batches of {arguments.micro_batch_size} a GPU and step, {arguments.gpus} "
-            f"x {self._card or 'CPU rank'}, torch {torch.__version__}; median of "
-            f"{arguments.steps - arguments.warm_up} steps"
-        )
-        for line in table(self._results, self._recipe, self._tokens, arguments.gpus, self._card):
-            print(line)
-        for line in describe_stages(self._results, arguments.micro_batches):
-            print(line)
-        for contender, reason in self._left_out.items():
-            print(f"left out: {contender}: {reason}")
-
-    def _write(self) -> None:
-        if not self._arguments.json:
-            return
-        told = [{**asdict(each), "costs": each.costs.model_dump() if each.costs else None} for each in self._results]
-        found = {
-            "card": self._card,
-            "torch": torch.__version__,
-            "tokens_a_step": self._tokens,
-            "results": told,
-            "left_out": self._left_out,
-        }
-        write_atomic(self._arguments.json, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def _layout(arguments: argparse.Namespace, manifest: Path, stages: int) -> Recipe:

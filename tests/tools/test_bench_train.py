@@ -34,6 +34,7 @@ def test_both_layouts_train_on_the_same_tokens(tmp_path: Path) -> None:
     table = result.stdout[result.stdout.index("contender ") :].splitlines()
     assert [line.split()[:2] for line in table[1:3]] == [["megazh", "pp=1"], ["megazh", "pp=2"]]
     assert "waited for samples" in table[1]
+    assert "MFU = tokens/s x 0.00" in result.stdout
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
