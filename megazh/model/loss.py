@@ -169,9 +169,9 @@ def _chunk(
         return summed, logits
     # d loss / d logits = softmax * (1 + 2 z_loss z) - one_hot, nothing where the label does not count
     gradient = logits.sub_(log_sum).exp_()
-    gradient.mul_(torch.where(counted, 1 + 2 * z_loss * z, 0.0))
-    gradient.scatter_add_(1, wanted, -counted.float())
-    return summed, gradient.mul_(scale)
+    gradient.mul_(torch.where(counted, 1 + 2 * z_loss * z, 0.0).mul_(scale))
+    gradient.scatter_add_(1, wanted, counted.float().mul_(-scale))
+    return summed, gradient
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
