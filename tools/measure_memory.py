@@ -154,6 +154,8 @@ def serve(arguments: argparse.Namespace) -> None:
     with Metrics(path, 0, quiet=True) as metrics:
         for _ in range(STEPS):
             trainer.take_step(metrics)
+    if trainer.engine.skipped_steps:
+        raise WorkerError("a step was skipped, and its optimizer state is missing: made-up numbers were not finite")
     on_gpu = device.type == "cuda"
     found = {
         "allocated": torch.cuda.max_memory_allocated() if on_gpu else 0,

@@ -120,7 +120,8 @@ def _sum_chunks(
     add: AddProduct | None,
 ) -> torch.Tensor:
     """The sum of all losses. Writes `grad_hidden` and adds to the matrix's gradient, both of `scale` times the sum."""
-    most = chunk_tokens(len(weight), fused)
+    # Where no gradient is taken there is little to gain by many rows, and a recorded step holds the memory for them.
+    most = chunk_tokens(len(weight), fused and grad_hidden is not None)
     # Chunks of equal size, in whole tiles of the products, rather than a small one at the end.
     size = -(-len(hidden) // -(-len(hidden) // most))
     size = min(most, -(-size // 64) * 64)

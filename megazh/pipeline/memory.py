@@ -88,7 +88,9 @@ def stage_memory(config: ModelConfig, work: Work, stage: int, begin: int, end: i
     if work.checkpointing and blocks:
         activations += kept
     activations += in_flight * has_embedding * hidden + has_head * 3 * hidden
-    gradients = sum_size if work.precision is work.accumulated or work.in_place else size + sum_size
+    # Without kernels autograd holds a micro-batch's gradients until they are added to the sums.
+    one = work.precision is work.accumulated or (work.in_place and work.fused)
+    gradients = sum_size if one else size + sum_size
     return StageMemory(
         weights=parameters * size,
         gradients=parameters * gradients,

@@ -28,6 +28,9 @@ def sums_in_place(precision: Precision, accumulated: Precision) -> bool:
     return precision is Precision.BF16 and accumulated is Precision.FP32
 
 
+WRITTEN_AGAINST = "0.19.8"
+"""The release of DeepSpeed whose inner parts `megazh.pipeline.stage_engine` replaces; tests compare its source."""
+
 _BROKEN_FROM, _BROKEN_TO = (0, 18, 3), (0, 19, 4)
 
 

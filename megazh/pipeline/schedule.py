@@ -37,7 +37,7 @@ class SplitSchedule(schedule.PipeSchedule):
                 found += [] if last else [ReceiveGradient(buffer)]
                 found += [schedule.BackwardPass(buffer)]
                 found += [] if first else [schedule.SendGrad(buffer)]
-                # The stage before sends them when it has got that gradient.
+                # The stage before has sent them, or is about to.
                 follows = each.micro_batch + self.stages - self.stage_id < self.micro_batches
                 found += [ExpectActivation()] if follows and not first else []
             else:

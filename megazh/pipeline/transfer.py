@@ -2,7 +2,7 @@
 
 Each direction between two stages has a process group of its own, and so on GPUs a stream and an order of its own: a
 gradient never waits for hidden states. On GPUs a send and a receive that wait for each other keep some of the card's
-processors busy with waiting; so neither is begun long before the other side is ready for it.
+processors busy with waiting; so no receive is begun long before the other side is ready for it.
 """
 
 from collections import deque

@@ -22,6 +22,7 @@ _FREE = {
     "stage_costs", "stage_bounds", "memory_limit_gib", "resume", "checkpoint_every", "validate_every",
     "validation_samples", "sample_every", "sample_prompts", "sample_tokens", "check_tied_every", "peak_tflops",
     "pipe_parallel_size", "gradient_accumulation_steps", "micro_batch_size", "activation_checkpointing", "kernels",
+    "cuda_graph", "reference_days",
     "data.manifest", "data.stories", "data.workers",  # what the manifest holds is compared by itself
 }  # fmt: skip
 

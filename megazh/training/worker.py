@@ -78,9 +78,16 @@ def join(kind: str) -> torch.device:
     import deepspeed
 
     from megazh.pipeline.engine import quiet
-    from megazh.pipeline.precision import check_deepspeed_version
+    from megazh.pipeline.precision import WRITTEN_AGAINST, check_deepspeed_version
 
     check_deepspeed_version(deepspeed.__version__)
+    if deepspeed.__version__ != WRITTEN_AGAINST and os.environ["RANK"] == "0":
+        print(
+            f"warning: DeepSpeed {deepspeed.__version__}: bf16 runs replace inner parts of {WRITTEN_AGAINST}; "
+            "install that, or see first that tests/pipeline passes",
+            file=sys.stderr,
+            flush=True,
+        )
     use_no_compiled_operators()
     local_rank = int(os.environ["LOCAL_RANK"])
     if kind == "cpu":

@@ -53,6 +53,7 @@ def test_replicas_share_the_optimizer_state() -> None:
 def test_gradients_exist_once() -> None:
     assert whole().gradients == 2 * whole().weights, "in fp32, beside weights in bf16"
     assert whole("grad_accum_dtype=bf16").gradients == whole().weights
+    assert whole("kernels=torch").gradients == 3 * whole().weights, "for a while also in bf16"
     assert whole("precision=fp16", "grad_accum_dtype=fp32").gradients == 3 * whole().weights, "fp16, and fp32 sums"
 
 

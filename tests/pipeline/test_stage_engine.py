@@ -12,7 +12,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import TrainSchedule
 
-from megazh.pipeline.precision import Precision, sums_in_place
+from megazh.pipeline.precision import WRITTEN_AGAINST, Precision, sums_in_place
 from megazh.pipeline.schedule import SplitSchedule
 from megazh.pipeline.stage_engine import StageEngine, _counted
 
@@ -54,6 +54,7 @@ def test_deepspeed_is_what_the_engine_was_written_against(function: object) -> N
 def test_the_pin_is_that_version() -> None:
     pins = (Path(__file__).parents[2] / "requirements" / "deepspeed.txt").read_text()
     assert f"deepspeed=={deepspeed.__version__}" in pins.split()
+    assert deepspeed.__version__ == WRITTEN_AGAINST
     assert deepspeed.__version__ in (inspect.getdoc(inspect.getmodule(StageEngine)) or "")
 
 
