@@ -15,7 +15,7 @@ from megazh.training.layout import Layout, make_layout
 from megazh.training.peaks import peak_flops
 from megazh.training.precision import accumulation, communication, precision_on
 from megazh.training.recipe import Recipe
-from megazh.training.stages import OUTSIDE_TORCH, bounds_for, memory_of_stage, usual_backend
+from megazh.training.stages import OUTSIDE_TORCH, bounds_for, memory_of_stage, usual_backend, work_of
 from megazh.training.summary import describe_parts
 
 CARDS = {
@@ -144,7 +144,7 @@ def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib:
     per_second = 1.0 if costs.unit == "seconds" else peak * assumed.mfu
     parts = [sum(units[begin:end]) / per_second for begin, end in pairwise(bounds)]
     slowest, average = max(parts), sum(parts) / len(parts)
-    postpones = sums_in_place(precision, accumulation(recipe, precision)) and not recipe.activation_checkpointing
+    postpones = work_of(recipe, layout, precision).postpones
     seconds = [costs.passes(begin, end, recipe.model.num_hidden_layers, postpones) for begin, end in pairwise(bounds)]
     compute = makespan([(f / per_second, b / per_second, w / per_second) for f, b, w in seconds], layout.micro_batches)
     largest = max(stage_parameters(recipe.model, begin, end) for begin, end in pairwise(bounds))

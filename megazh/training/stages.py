@@ -101,13 +101,17 @@ def memory_of_stage(
     backend: Backend | None = None,
 ) -> StageMemory:
     """The memory of stage number `stage`, which holds the parts `begin` to `end`; `backend` as for `bounds_for`."""
+    return stage_memory(recipe.model, work_of(recipe, layout, precision, backend), stage, begin, end)
+
+
+def work_of(recipe: Recipe, layout: Layout, precision: Precision, backend: Backend | None = None) -> Work:
+    """What the stages of this layout have in common; `backend` as for `bounds_for`."""
     accumulated = accumulation(recipe, precision)
-    work = Work(
+    return Work(
         layout.stages, layout.replicas, recipe.seq_len, layout.micro_batch_size, layout.micro_batches, precision,
         accumulated, communication(recipe, accumulated), recipe.activation_checkpointing,
         (backend or usual_backend(recipe, precision)) is Backend.FUSED,
     )  # fmt: skip
-    return stage_memory(recipe.model, work, stage, begin, end)
 
 
 def usual_backend(recipe: Recipe, precision: Precision) -> Backend:
