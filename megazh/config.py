@@ -2,21 +2,22 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from megazh.errors import UsageError
 
 
 class Config(BaseModel):
-    """Base of every configuration model: unknown keys refused, no silent conversion, nothing changed later."""
+    """Base of every configuration model: unknown keys refused, no silent conversion, frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -25,7 +26,7 @@ _SCALES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 
 def parse_amount(text: str) -> int:
-    """A whole number that may have a unit: `1500000`, `1.5M`, `30B`. Raises ValueError for anything else."""
+    """Read a whole number that may have a unit: `1500000`, `1.5M`, `30B`. Raises ValueError for anything else."""
     scale = _SCALES.get(text[-1:].lower(), 1)
     try:
         number = Fraction(text[:-1] if scale > 1 else text) * scale
@@ -36,15 +37,20 @@ def parse_amount(text: str) -> int:
     return int(number)
 
 
-def choice(kind: type[StrEnum]) -> BeforeValidator:
-    """Lets a key of the enumeration `kind` be written as its text; for `Annotated[Kind, choice(Kind)]`."""
+def choice(members: type[StrEnum], *others: str) -> BeforeValidator:
+    """Let a member of an enumeration be written as its text; for `Annotated[Members, choice(Members)]`.
+
+    Args:
+        members: the enumeration.
+        others: further words that are allowed and stay text.
+    """
 
     def member(value: Any) -> Any:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or value in others:
             return value
-        if value not in list(kind):
-            raise ValueError(f"expected one of {', '.join(kind)}")
-        return kind(value)
+        if value not in list(members):
+            raise ValueError(f"expected one of {', '.join([*others, *members])}")
+        return members(value)
 
     return BeforeValidator(member)
 
@@ -52,7 +58,7 @@ def choice(kind: type[StrEnum]) -> BeforeValidator:
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Safe YAML in which a key given twice is an error and `5e-4` is a number (YAML 1.1 calls it text)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -68,7 +74,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
@@ -82,11 +88,15 @@ def load_yaml(path: Path | str, model: type[ConfigType]) -> ConfigType:
         UsageError: the file is missing, is no YAML mapping, or does not fit the model; one line that names
             the file, the key, what was expected and, for an unknown key, the nearest known one.
     """
-    return from_mapping(read_mapping(path), model, str(path))
+    return from_mapping(read_mapping(path)[0], model, str(path))
 
 
-def read_mapping(path: Path | str) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UsageError as `load_yaml` does."""
+def read_mapping(path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Read the mapping in a YAML file, and the line of each of its keys, nested ones as `a.b`.
+
+    Raises:
+        UsageError: the file is missing, unreadable, or holds no YAML mapping.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -95,109 +105,78 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     try:
-        values = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        loader = Loader(text)
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UsageError(f"{path}{where}: not valid YAML: {problem}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
-    return values
+    assert isinstance(node, yaml.MappingNode)
+    return values, dict(_lines_of_keys(node))
 
 
-def read_layers(
-    path: Path | str, alternatives: Sequence[tuple[str, str]] = (), inside: Sequence[Path] = ()
-) -> dict[str, Any]:
-    """The mapping in a YAML file on top of those that its key `include` names.
+def _lines_of_keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        yield key, key_node.start_mark.line + 1
+        if isinstance(value_node, yaml.MappingNode):
+            yield from _lines_of_keys(value_node, f"{key}.")
 
-    `include: base.yaml`, or a list of such, relative to the file. What is included first is overridden by what comes
-    later and by the file itself, key by key, also inside of nested mappings.
+
+def dotted_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """All fields of a model and of the models nested in it, by dotted name; a nested model comes before its fields.
+
+    Models inside of lists and dictionaries are left out: no dotted name reaches them.
+    """
+    for name, field in model.model_fields.items():
+        yield prefix + name, field
+        inner = None if get_origin(field.annotation) in (list, dict) else nested_model(field.annotation)
+        if inner is not None:
+            yield from dotted_fields(inner, f"{prefix}{name}.")
+
+
+def nested_model(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation such as `Model`, `Model | None` or `list[Model]`; None where there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = nested_model(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def from_mapping(
+    values: dict[str, Any], model: type[ConfigType], where: str, origins: Mapping[str, str] | None = None
+) -> ConfigType:
+    """Validate a mapping against `model`.
 
     Args:
-        path: the file.
-        alternatives: pairs of keys of which one is wanted: a file that gives one drops the other from those below.
-        inside: the files that are being read because they include this one.
+        values: keys and values, nested as the model is.
+        model: the model that they should fit.
+        where: the name of the source in errors.
+        origins: the place where each dotted key was written, if known; stands in an error in place of `where`.
 
     Raises:
-        UsageError: as `load_yaml`, and for a file that includes itself.
+        UsageError: one line, as in `load_yaml`.
     """
-    path = Path(path)
-    if path.resolve() in inside:
-        raise UsageError(f"{path}: includes itself, by way of {', '.join(file.name for file in inside)}")
-    values = read_mapping(path)
-    include = values.pop("include", [])
-    names = [include] if isinstance(include, str) else include
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UsageError(f"{path}: key 'include': expected the name of a file or a list of such, found {include!r}")
-    merged: dict[str, Any] = {}
-    for name in names:
-        merged = _merged(merged, read_layers(path.parent / name, alternatives, [*inside, path.resolve()]))
-    for one, other in [*alternatives, *((other, one) for one, other in alternatives)]:
-        if one in values and other not in values:
-            merged.pop(other, None)
-    return _merged(merged, values)
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(below[key], value) for key, value in above.items() if _nested(below.get(key), value)}
-    return {**below, **above, **both}
-
-
-def _nested(below: Any, above: Any) -> bool:
-    return isinstance(below, dict) and isinstance(above, dict)
-
-
-def override(values: dict[str, Any], settings: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
-    """`values` with `key=value` settings applied; `a.b=value` reaches into nested mappings, values are YAML.
-
-    Raises:
-        UsageError: no `=`, not valid YAML, or a key that `model` does not know, with the nearest that it does.
-    """
-    known = list(_dotted_keys(model))
-    for setting in settings:
-        key, equals, text = setting.removeprefix("--").partition("=")
-        if not equals:
-            raise UsageError(f"'{setting}': expected key=value, such as {known[-1]}=...")
-        if key not in known:
-            leaf = [name for name in known if name.rpartition(".")[2] == key]
-            near = leaf or difflib.get_close_matches(key, known, n=1)
-            raise UsageError(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, ValueError):
-            raise UsageError(f"'{setting}': the value is not valid YAML") from None
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        values = _merged(values, value)
-    return values
-
-
-def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        inner = _model_in(field.annotation)
-        if inner is not None:
-            yield from _dotted_keys(inner, f"{prefix}{name}.")
-
-
-def from_mapping(values: dict[str, Any], model: type[ConfigType], where: str) -> ConfigType:
-    """Validate a mapping against `model`; `where` names it in errors. Raises UsageError as `load_yaml` does."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{where}: {_describe(error.errors()[0], model)}") from None
+        first = error.errors()[0]
+        place = (origins or {}).get(".".join(part for part in first["loc"] if isinstance(part, str)), where)
+        raise UsageError(f"{place}: {_describe(first, model)}") from None
 
 
 def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
     location = error["loc"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if error["type"] == "extra_forbidden":
-        known = _keys_beside(model, location)
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        if near:
-            return f"unknown key '{key}'; did you mean '{near[0]}'?"
-        return f"unknown key '{key}'" + (f"; known keys: {', '.join(known)}" if known else "")
+        return unknown_key(key, model, _keys_beside(model, location))
     if error["type"] == "missing":
         return f"key '{key}' is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -205,25 +184,36 @@ def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
     return f"key '{key}': {message}{found}" if key else message
 
 
+def unknown_key(key: str, model: type[BaseModel], beside: list[str]) -> str:
+    """Message for a key that `model` lacks: names the same key elsewhere, else the nearest one.
+
+    Args:
+        key: the dotted key as it was given.
+        model: the model at the root.
+        beside: the keys known at that place; empty where they cannot be named.
+    """
+    parent, dot, last = key.rpartition(".")
+    known = [name for name, _ in dotted_fields(model)]
+    near = [name for name in known if name.rpartition(".")[2] == last]
+    near = near or [f"{parent}{dot}{name}" for name in difflib.get_close_matches(last, beside, n=1)]
+    if not near:
+        by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
+        near = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1)]
+    if near:
+        candidates = "' or '".join(near)
+        return f"unknown key '{key}'; did you mean '{candidates}'?"
+    return f"unknown key '{key}'" + (f"; known keys: {', '.join(beside)}" if beside else "")
+
+
 def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys that are known at the place of the last element of `location`; none where that cannot be told."""
+    """Keys known where the last element of `location` stands; empty where they cannot be named."""
     for part in location[:-1]:
         if isinstance(part, int):
             continue
         if part not in model.model_fields:  # a key of a dictionary, or the name of a choice
             continue
-        inner = _model_in(model.model_fields[part].annotation)
+        inner = nested_model(model.model_fields[part].annotation)
         if inner is None:
             return []
         model = inner
     return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _model_in(argument)
-        if found is not None:
-            return found
-    return None

@@ -1,4 +1,4 @@
-"""A `tokenizer.json` as models of the Llama family have it: spaces written as a mark, rare characters byte by byte."""
+"""A `tokenizer.json` like that of Llama models: spaces written as `▁`, rare characters as one token per byte."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ PIECES = ["▁", "▁今天", "天", "气", "▁hello", "lo", "x", "▁▁"]
 
 
 def write_byte_fallback_json(path: Path) -> Path:
-    """Ids 0 to 2 are control tokens, 3 to 258 bytes, then `PIECES`."""
+    """Write a tokenizer whose ids 0 to 2 are control tokens, 3 to 258 bytes, and 259 onwards `PIECES`."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
     added = [
         {

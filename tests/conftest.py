@@ -93,6 +93,14 @@ def tokenizer_json(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of 200 made-up stories, indexed with a tokenizer of 400 ids."""
+    from megazh.index.prepare import prepare
+
+    return prepare(tmp_path_factory.mktemp("stories"), 400, 1, None, story_count=200, say=lambda line: None)
+
+
+@pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
     """A running Slurm cluster of two nodes with seven pretended RTX 3090s each."""
     if reason := why_not():

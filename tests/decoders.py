@@ -1,4 +1,4 @@
-"""Small models, packed rows for them, and the decoder a second time: in float64, written with loops."""
+"""Small models, packed rows for them, and a reference decoder in float64, written with loops."""
 
 import itertools
 import math
@@ -34,11 +34,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     "linear": {"rope_scaling": {"type": "linear", "factor": 3.0}},
 }
-"""What each option changes in the small shape."""
+"""Changes to the small shape, by name of the case."""
 
 
 def small(**changes: Any) -> ModelConfig:
-    """A model of two layers that takes milliseconds; weights large enough that attention is not flat."""
+    """Shape of a model of two blocks that runs in milliseconds; weights large enough that attention is not uniform."""
     shape: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": 32,
@@ -51,7 +51,7 @@ def small(**changes: Any) -> ModelConfig:
 
 
 def decoder(config: ModelConfig, seed: int = 3, **options: Any) -> Decoder:
-    """A model whose biases and norms differ from zero and one as well."""
+    """A model whose biases are not all zero and whose norm weights are not all one."""
     model = Decoder(config, seed, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def decoder(config: ModelConfig, seed: int = 3, **options: Any) -> Decoder:
 
 
 def packed(rows: Sequence[Sequence[int]], seq_len: int, seed: int = 0, vocab: int = 97) -> tuple[torch.Tensor, ...]:
-    """Rows of documents of these lengths, padded: tokens, labels, position_ids (rows, seq), cu_seqlens (rows, 7)."""
+    """Padded rows of documents of these lengths: tokens, labels, position_ids (rows, seq), cu_seqlens (rows, 7)."""
     draw = np.random.default_rng(seed)
     tokens = draw.integers(0, vocab, (len(rows), seq_len))
     labels = np.full((len(rows), seq_len), -100)
@@ -80,17 +80,17 @@ def packed(rows: Sequence[Sequence[int]], seq_len: int, seed: int = 0, vocab: in
 
 
 def alone(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and bounds of a row that is one document."""
+    """Position ids (1, length) and boundaries (1, 2) of a row that is one document."""
     return torch.arange(length, dtype=torch.int32)[None], torch.tensor([[0, length]], dtype=torch.int32)
 
 
 def logits(model: Decoder, tokens: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """(rows, seq, vocab) of a packed micro-batch."""
+    """Logits (rows, seq, vocab) of a packed micro-batch."""
     return model.logits(model(tokens, model.attention(positions, cu_seqlens)))
 
 
 def turning(config: ModelConfig) -> tuple[Floats, float]:
-    """Angle a position of each pair of dimensions, and what yarn multiplies queries and keys with."""
+    """Angle per position of each pair of dimensions, and the multiplier that yarn applies to queries and keys."""
     dim = int(config.head_size * config.partial_rotary_factor)
     angles = np.array([config.rope_theta ** (-2 * pair / dim) for pair in range(dim // 2)])
     scaling = config.rope_scaling
@@ -100,7 +100,8 @@ def turning(config: ModelConfig) -> tuple[Floats, float]:
         return angles / scaling.factor, 1.0
     length = scaling.original_max_position_embeddings
     assert length is not None
-    # How far along the pairs a given number of turns over the original length lies: theta^(-2i/dim) * length / 2 pi.
+    # Fractional index of the pair that makes a given number of turns over the original length: pair i makes
+    # theta^(-2i/dim) * length / 2 pi turns.
     fast, slow = (
         dim / 2 * math.log(length / (2 * math.pi * turns), config.rope_theta)
         for turns in (scaling.beta_fast, scaling.beta_slow)
@@ -113,7 +114,7 @@ def turning(config: ModelConfig) -> tuple[Floats, float]:
 
 
 def turned(heads: Floats, position: int, config: ModelConfig) -> Floats:
-    """(heads, head_dim) at a position, each pair (i, i + half) as a complex number times e^(i angle)."""
+    """Rotate (heads, head_dim) by a position: each pair (i, i + half) is a complex number, times e^(i angle)."""
     angles, factor = turning(config)
     half = len(angles)
     complex_pairs = heads[:, :half] + 1j * heads[:, half : 2 * half]
@@ -124,21 +125,21 @@ def turned(heads: Floats, position: int, config: ModelConfig) -> Floats:
 def reference_logits(
     model: Decoder, tokens: torch.Tensor, positions: torch.Tensor, documents: list[list[int]]
 ) -> Floats:
-    """(rows, seq, vocab) of what `packed` makes, `documents` being its `rows`; token by token in float64."""
+    """Logits (rows, seq, vocab) of the rows that `packed` makes of `documents`; token by token in float64."""
     config = model.config
     weights: dict[str, Floats] = {name: value.double().numpy() for name, value in model.state_dict().items()}
     seq_len = tokens.shape[1]
     found = []
     for row, lengths in enumerate(documents):
-        bounds = np.cumsum([0, *lengths, seq_len - sum(lengths)])
+        boundaries = np.cumsum([0, *lengths, seq_len - sum(lengths)])
         states = weights["embedding.weight"][tokens[row].numpy()] * config.embedding_scale
         for layer in range(config.num_hidden_layers):
             own = {
                 n.removeprefix(f"blocks.{layer}."): w for n, w in weights.items() if n.startswith(f"blocks.{layer}.")
             }
-            added = _attention(config, own, _norm(config, own, "attention_norm", states), positions[row], bounds)
-            behind = states if config.parallel_residual else states + added
-            states = states + added + _mlp(config, own, _norm(config, own, "mlp_norm", behind))
+            added = _attention(config, own, _norm(config, own, "attention_norm", states), positions[row], boundaries)
+            mlp_input = states if config.parallel_residual else states + added
+            states = states + added + _mlp(config, own, _norm(config, own, "mlp_norm", mlp_input))
         states = _norm(config, weights, "norm", states)
         head = weights["embedding.weight" if config.tie_word_embeddings else "head.weight"]
         found.append(states @ head.T)
@@ -153,7 +154,11 @@ def _norm(config: ModelConfig, weights: dict[str, Floats], name: str, states: Fl
 
 
 def _attention(
-    config: ModelConfig, weights: dict[str, Floats], states: Floats, positions: torch.Tensor, bounds: npt.NDArray[Any]
+    config: ModelConfig,
+    weights: dict[str, Floats],
+    states: Floats,
+    positions: torch.Tensor,
+    boundaries: npt.NDArray[Any],
 ) -> Floats:
     size, heads, kv_heads = config.head_size, config.num_attention_heads, config.kv_heads
     qkv = states @ weights["attention.qkv_proj.weight"].T + weights.get("attention.qkv_proj.bias", 0.0)
@@ -162,13 +167,13 @@ def _attention(
     queries = np.stack([turned(each, int(at), config) for each, at in zip(queries, positions, strict=True)])
     keys = np.stack([turned(each, int(at), config) for each, at in zip(keys, positions, strict=True)])
     attended = np.zeros((len(states), heads, size))
-    for begin, end in itertools.pairwise(bounds):
+    for begin, end in itertools.pairwise(boundaries):
         for at in range(begin, end):
             for head in range(heads):
                 group = head // (heads // kv_heads)
                 scores = keys[begin : at + 1, group] @ queries[at, head] / math.sqrt(size)
-                shares = np.exp(scores - scores.max())
-                attended[at, head] = shares @ values[begin : at + 1, group] / shares.sum()
+                softmax = np.exp(scores - scores.max())
+                attended[at, head] = softmax @ values[begin : at + 1, group] / softmax.sum()
     return attended.reshape(len(states), -1) @ weights["attention.o_proj.weight"].T
 
 

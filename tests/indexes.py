@@ -1,4 +1,4 @@
-"""Small indexes for tests of what stands on an index, written without a tokenizer."""
+"""Small indexes without a tokenizer, for tests of the code that reads indexes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ VOCAB = 1000
 def write_index(
     prefix: Path, documents: Sequence[Sequence[int]], fingerprint: str = "f" * 64, dtype: type = np.uint16
 ) -> Path:
-    """Write `documents` (ids, the end id included) as an index with a description; the hash is that of the ids."""
+    """Write `documents` (ids, the end id included) as an index with a description; hashes are of the ids."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(f"{prefix}.build")
     writer = IndexWriter(folder, dtype)
@@ -55,6 +55,6 @@ def write_index(
 
 
 def random_documents(seed: int, count: int, longest: int = 60) -> list[list[int]]:
-    """Documents of 2 to `longest` random ids, each with the end id at its end and nowhere else."""
+    """Documents of 2 to `longest` random ids. The last id of each is the end id, which occurs nowhere else."""
     random = np.random.default_rng(seed)
     return [[*random.integers(EOD + 1, VOCAB, random.integers(1, longest)).tolist(), EOD] for _ in range(count)]

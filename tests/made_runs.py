@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import yaml
+from recipes import in_sections
 
-from megazh.index.mixture import Mixture
 from megazh.model.decoder import Decoder
+from megazh.run.folder import RunFolder
+from megazh.run.metrics import Metrics, StepRecord
 from megazh.training.checkpoint_list import MANIFEST, STATE, checkpoint_path
-from megazh.training.metrics import Metrics, StepRecord
 from megazh.training.recipe import Recipe, load_recipe
-from megazh.training.run_folder import RunFolder
 
 RECIPE: dict[str, Any] = {
     "model": {
@@ -30,8 +30,8 @@ RECIPE: dict[str, Any] = {
     "steps": 6,
     "learning_rate": 1e-2,
     "warmup": 0.1,
-    "precision": "fp32",
-    "gpus": 2,
+    "dtype": "fp32",
+    "num_gpus": 2,
     "pipe_parallel_size": 2,
     "checkpoint_every": 0,
     "validate_every": 0,
@@ -45,14 +45,14 @@ def write_recipe(path: Path, manifest: Path | None = None, **changes: Any) -> Pa
     values = {**RECIPE, **changes, "model": {**RECIPE["model"], **changes.get("model", {})}}
     if manifest is not None:
         values["data"] = {"manifest": str(manifest)}
-    path.write_text(yaml.safe_dump(values, allow_unicode=True))
+    path.write_text(yaml.safe_dump(in_sections(values), allow_unicode=True))
     return path
 
 
 def make_run(path: Path, recipe: Path, step: int = 6, dtype: torch.dtype = torch.float32) -> RunFolder:
     """A run of one stage in the folder `path`, with a checkpoint of `step` as training writes it, but no optimizer."""
     run, values = RunFolder(path), load_recipe(recipe)
-    run.begin(values, Mixture(values.data.manifest, values.seq_len))
+    run.begin(values.to_yaml(), values.open_mixture())
     add_checkpoint(run, values, step, dtype)
     return run
 
@@ -82,12 +82,12 @@ def write_manifest(checkpoint: Path, step: int, recipe: Recipe) -> None:
         }
         for file in sorted((checkpoint / STATE).iterdir())
     ]
-    samples = step * recipe.global_batch_size
+    samples = step * recipe.batch.global_batch_size
     values = {
         "format_version": 1,
         "step": step,
         "samples": samples,
-        "tokens": samples * recipe.seq_len,
+        "tokens": samples * recipe.batch.seq_len,
         "stages": 1,
         "replicas": 1,
         "bounds": [0, recipe.model.num_hidden_layers + 2],

@@ -15,9 +15,9 @@ TESTS = Path(__file__).parent
 _LAUNCHER = """
 import json, sys
 from pathlib import Path
-from megazh.cluster.launch import run_local
+from megazh.cluster.launchers.local import run_ranks
 arguments, ranks, logs = json.loads(sys.argv[1])
-sys.exit(run_local(arguments, ranks, {}, None, Path(logs)))
+sys.exit(run_ranks(arguments, ranks, {}, None, Path(logs)))
 """
 
 
@@ -51,9 +51,9 @@ def tell(folder: Path, found: dict[str, Any]) -> None:
 def join_ranks() -> None:
     """Join the other ranks, as a rank of a run does."""
     import deepspeed
+    from megazh.pipeline.operators import use_no_compiled_operators
 
     from megazh.pipeline.engine import quiet
-    from megazh.pipeline.operators import use_no_compiled_operators
 
     torch.set_num_threads(1)
     use_no_compiled_operators()

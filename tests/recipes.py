@@ -1,8 +1,9 @@
-"""A small recipe for tests."""
+"""A small recipe for tests, changed by the last names of its keys."""
 
 from typing import Any
 
 from megazh.config import from_mapping
+from megazh.settings import resolve_key
 from megazh.training.recipe import Recipe
 
 MODEL = {
@@ -14,8 +15,20 @@ MODEL = {
 }
 
 
+def in_sections(values: dict[str, Any]) -> dict[str, Any]:
+    """Put flat keys, such as `steps`, into their sections; sections given as mappings stay."""
+    sections: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in Recipe.model_fields and isinstance(value, dict):
+            sections.setdefault(name, {}).update(value)
+            continue
+        section, _, key = resolve_key(name, Recipe).partition(".")
+        sections.setdefault(section, {})[key] = value
+    return sections
+
+
 def make_recipe(**changes: Any) -> Recipe:
-    """A recipe of 8 samples of 16 tokens a step, two at a time; `model` is merged, the rest replaced."""
+    """A recipe of 8 samples of 16 tokens per step, two at a time; `model` is merged, other keys are replaced."""
     values = {
         "data": {"manifest": "m.yaml"},
         "seq_len": 16,
@@ -26,4 +39,4 @@ def make_recipe(**changes: Any) -> Recipe:
         **changes,
         "model": {**MODEL, **changes.get("model", {})},
     }
-    return from_mapping(values, Recipe, "recipe")
+    return from_mapping(in_sections(values), Recipe, "recipe")

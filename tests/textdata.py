@@ -1,4 +1,4 @@
-"""Text, files and processes that the tests of corpus, tokenizer and index share."""
+"""Texts, files and processes shared by the tests of corpus, tokenizer and index."""
 
 import atexit
 import base64
@@ -50,7 +50,7 @@ _ENDS = ("。", ", ", "\n", "\n\n", "\r\n", "!", "?", "  ", "\t", "<|endoftext|>
 
 
 def texts(count: int, seed: int = 0, most: int = 60) -> list[str]:
-    """Mixed text, the same for the same seed; none is empty."""
+    """`count` non-empty texts of mixed scripts and fewer than `most` words each, the same for the same seed."""
     draw = random.Random(seed)
     return [
         "".join(draw.choice(_WORDS) + (draw.choice(_ENDS) if draw.random() < 0.3 else "") for _ in range(words))
@@ -59,17 +59,17 @@ def texts(count: int, seed: int = 0, most: int = 60) -> list[str]:
 
 
 def json_lines(documents: Sequence[str], key: str = "text") -> bytes:
-    """A JSON object a line."""
+    """JSON Lines: one object per document."""
     return b"".join(json.dumps({key: text}, ensure_ascii=False).encode() + b"\n" for text in documents)
 
 
 def gz(data: bytes, members: int = 1) -> bytes:
-    """gzip in so many members."""
+    """`data` compressed with gzip, in `members` members."""
     return b"".join(gzip.compress(part, 1, mtime=0) for part in _split(data, members))
 
 
 def zst(data: bytes, frames: int = 1) -> bytes:
-    """zstd in so many frames."""
+    """`data` compressed with zstd, in `frames` frames."""
     found = b""
     for part in _split(data, frames):
         sink = pa.BufferOutputStream()
@@ -85,13 +85,13 @@ def _split(data: bytes, parts: int) -> list[bytes]:
 
 
 def write_parquet(path: Path, documents: Sequence[str | None], rows: int = 100) -> Path:
-    """A Parquet file of one column `text` in row groups of so many rows."""
+    """Write a Parquet file with one column, `text`, and `rows` rows per row group."""
     pq.write_table(pa.table({"text": pa.array(documents, pa.string())}), path, row_group_size=rows)
     return path
 
 
 def write_arrow(path: Path, documents: Sequence[str | None], stream: bool = False, rows: int = 100) -> Path:
-    """An Arrow IPC file (or stream) of one column `text` in batches of so many rows."""
+    """Write an Arrow IPC file (or stream) with one column, `text`, and `rows` rows per record batch."""
     schema = pa.schema([("text", pa.string())])
     new = pa.ipc.new_stream if stream else pa.ipc.new_file
     with pa.OSFile(str(path), "wb") as sink, new(sink, schema) as writer:
@@ -102,7 +102,7 @@ def write_arrow(path: Path, documents: Sequence[str | None], stream: bool = Fals
 
 @functools.cache
 def tokenizer_path() -> Path:
-    """A byte-level BPE of about 1,500 ids as `megazh tokenizer train` makes it; trained once."""
+    """Path of a byte-level BPE with 1,500 ids, as `megazh tokenizer train` makes it; trained once per process."""
     source = Path(_SCRATCH, "train.jsonl")
     draw = random.Random(7)
     rare = ["".join(chr(0x4E00 + draw.randrange(300)) for _ in range(draw.randrange(2, 5))) for _ in range(1500)]
@@ -113,13 +113,13 @@ def tokenizer_path() -> Path:
 
 
 def json_encoders(tokenizer_json: str) -> tuple[FastokensEncoder, HuggingFaceEncoder]:
-    """The fast and the reference encoder of a `tokenizer.json`, given as text."""
+    """(fast encoder, reference encoder) of a `tokenizer.json`; the argument is its contents."""
     reference = HuggingFaceEncoder(tokenizer_json)
     return FastokensEncoder(tokenizer_json, lambda: reference), reference
 
 
 def ranks_of(tokenizer_json: Path) -> dict[bytes, int]:
-    """The ranks that a rank file of this byte-level BPE would hold: no control tokens, densely renumbered."""
+    """Ranks that a rank file of this byte-level BPE would hold: without control tokens, renumbered from 0."""
     settings = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     control = {token["content"] for token in settings["added_tokens"]}
     byte_of = {character: byte for byte, character in byte_alphabet().items()}
@@ -132,7 +132,7 @@ def ranks_of(tokenizer_json: Path) -> dict[bytes, int]:
 
 
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:
-    """A rank file in tiktoken's format."""
+    """Write a rank file in tiktoken's format."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered))
     return path
@@ -158,14 +158,14 @@ def start(*command: object, env: dict[str, str] | None = None, **options: object
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for a process that `start` started, and all that came of it."""
+    """SIGKILL the process group of a process that `start` started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str, str]:
-    """Wait for a process that `start` started: exit code, stdout, stderr; its group is dead afterwards."""
+    """Wait for a process that `start` started, then kill its group; returns (exit code, stdout, stderr)."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -174,13 +174,13 @@ def finish(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, st
 
 
 def megazh(*arguments: object, timeout: float = 60, **options: object) -> tuple[int, str, str]:
-    """Run `python -m megazh ARGUMENTS`: exit code, stdout, stderr."""
+    """Run `python -m megazh ARGUMENTS`; returns (exit code, stdout, stderr)."""
     return finish(start_megazh(*arguments, **options), timeout)
 
 
 @contextlib.contextmanager
 def running(*arguments: object, **options: object) -> Iterator[subprocess.Popen[str]]:
-    """`python -m megazh ARGUMENTS` in the background; killed with all its children at the end."""
+    """Run `python -m megazh ARGUMENTS` in the background; its process group is killed on exit."""
     process = start_megazh(*arguments, **options)
     try:
         yield process
@@ -192,19 +192,19 @@ def running(*arguments: object, **options: object) -> Iterator[subprocess.Popen[
 
 
 def index_bytes(prefix: Path, *, optional: Sequence[str] = (".rejected.jsonl",)) -> dict[str, bytes]:
-    """The bytes of an index's files by suffix."""
+    """Bytes of the files of an index, by suffix."""
     suffixes = [".bin", ".idx", ".docs", ".json", *(end for end in optional if Path(f"{prefix}{end}").exists())]
     return {suffix: Path(f"{prefix}{suffix}").read_bytes() for suffix in suffixes}
 
 
 def is_one_line_error(stderr: str, *parts: object) -> bool:
-    """One line `error: ...` that holds all `parts`, and nothing else on stderr."""
+    """Whether stderr is one line `error: ...` that contains all `parts`."""
     lines = stderr.strip().splitlines()
     return len(lines) == 1 and lines[0].startswith("error: ") and all(str(part) in lines[0] for part in parts)
 
 
 def small_index(prefix: Path, documents: int = 40, seed: int = 5, dtype: type = np.uint16) -> list[np.ndarray]:
-    """An index without a description, as Megatron-LM would leave it; returns its documents."""
+    """Write an index without PREFIX.json, as Megatron-LM would; returns the tokens of its documents."""
     draw = np.random.default_rng(seed)
     found = [draw.integers(0, 60_000, draw.integers(1, 30)).astype(dtype) for _ in range(documents)]
     writer = IndexWriter(prefix.with_name(f"{prefix.name}.work"), dtype)
@@ -216,29 +216,31 @@ def small_index(prefix: Path, documents: int = 40, seed: int = 5, dtype: type = 
 
 @dataclasses.dataclass
 class Read:
-    """What came out of some sources: texts in order, (file, line, reason) of what was rejected, empty documents."""
+    """Result of reading sources."""
 
     texts: list[str] = dataclasses.field(default_factory=list)
     rejected: list[tuple[str, int, str]] = dataclasses.field(default_factory=list)
+    """(file name, line number, reason) of each rejected line."""
     empty: int = 0
+    """Number of empty documents."""
     pieces: int = 0
 
 
 def read_files(inputs: Sequence[Path], options: ReadOptions, size: int, format: Format | None = None) -> Read:
-    """Read files as a build does: cut into pieces of about `size` bytes, then piece by piece."""
+    """Read files as a build does: cut them into pieces of about `size` bytes, and read piece by piece."""
     sources = find_sources([str(path) for path in inputs], format)
     found = Read()
     line_of: dict[int, int] = {}
     for piece in cut(sources, options, size):
         found.pieces += 1
-        mine = piece_sources(sources, piece, options)
-        whole_files = mine[0].format is Format.TEXT and options.text_documents is TextDocuments.FILE
+        files = piece_sources(sources, piece, options)
+        whole_files = files[0].format is Format.TEXT and options.text_documents is TextDocuments.FILE
         lines = 0
-        for batch in read_piece(mine, piece, options):
+        for batch in read_piece(files, piece, options):
             found.texts += batch.texts
             found.empty += batch.empty
             for bad in batch.rejected:
-                file = mine[lines + bad.line - 1] if whole_files else mine[0]
+                file = files[lines + bad.line - 1] if whole_files else files[0]
                 line = 1 if whole_files else line_of.get(piece.source, 0) + lines + bad.line
                 found.rejected.append((file.name, line, bad.reason.value))
             lines += batch.lines
@@ -247,11 +249,11 @@ def read_files(inputs: Sequence[Path], options: ReadOptions, size: int, format: 
 
 
 def use_small_blocks(patch: pytest.MonkeyPatch, size: int, block: int = 64) -> None:
-    """Make limits of bytes in `megazh.corpus` so small that short files meet all of them."""
+    """Lower the byte limits in `megazh.corpus`, so that short files reach all of them."""
     patch.setattr(pieces, "_BLOCK", block)
     patch.setattr(pieces, "_SEARCH", block)
     patch.setattr(pieces, "_OVERLAP", 16)
     patch.setattr(pieces.read_block, "__defaults__", (block,))
-    patch.setattr(reader, "_NOMINAL", size)
+    patch.setattr(reader, "_PIECE_BYTES", size)
     patch.setattr(reader, "_BATCH_BYTES", 50)
     patch.setattr(reader, "_BATCH_ROWS", 3)

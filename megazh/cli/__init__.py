@@ -1,24 +1,44 @@
 """The `megazh` command: parses the line, calls the library, and turns errors into one line and an exit code."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from megazh import __version__
-from megazh.cli import index, mixture, pack, plan, pretrain, sample, stories, tokenizer
 from megazh.errors import INTERRUPTED, MegazhError, WorkerError
+
+# Each command with its line of help; the module of a command is imported only when it is called, so that
+# `megazh --help` and tab completion are quick.
+COMMANDS = {
+    "recipe": "list, show and check recipes",
+    "plan": "what a recipe needs, and the best layout for it",
+    "pretrain": "train a model through a pipeline of stages",
+    "sample": "continue a text with a trained model",
+    "index": "build, inspect, verify and merge indexes of tokens",
+    "tokenizer": "train a tokenizer, or look at one",
+    "mixture": "look at a manifest: shares, epochs, validation side",
+    "pack": "how documents become samples: numbers, and a picture of one",
+    "stories": "write Chinese micro-stories made from a seed: a small corpus to try everything with",
+    "rank": "one rank of a run (pretrain starts them)",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line `megazh ARGUMENTS`; ends the process."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="megazh", description="From raw Chinese text to a chat model.")
     parser.add_argument("--version", action="version", version=f"megazh {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (index, tokenizer, mixture, pack, stories, plan, pretrain, sample):
-        module.add_to(commands)
-    options, rest = parser.parse_known_args(arguments)
+    called = words[0] if words else None
+    for name, help_line in COMMANDS.items():
+        if name == called:
+            importlib.import_module(f"megazh.cli.{name}").add_to(commands)
+        else:
+            commands.add_parser(name, help=help_line)
+    options, rest = parser.parse_known_args(words)
     # Settings may stand anywhere among the options, which argparse does not allow for positional arguments.
     if rest and hasattr(options, "settings") and all("=" in word for word in rest):
         options.settings, rest = rest, []
@@ -28,15 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Call what the options name; returns the exit code (see `megazh.errors`)."""
+    """Call the command that the options name; returns the exit code (see `megazh.errors`)."""
     try:
         options.call(options)
-        sys.stdout.flush()  # here, where a reader that has gone is no error
+        sys.stdout.flush()  # here, where a closed pipe is no error
     except MegazhError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; what is finished is kept: run the same command again to go on", file=sys.stderr)
+        print("interrupted; finished work is kept: run the same command again to continue", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

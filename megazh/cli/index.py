@@ -4,17 +4,14 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megazh.cli.options import Subparsers, add_command, add_reading, count, reading, share
-from megazh.corpus.sources import Format
 from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
-from megazh.index import mpi
-from megazh.index.build import Request, Summary, build_index, check_request
-from megazh.index.check import inspect_index, verify_index
-from megazh.index.merge import merge_indexes
-from megazh.index.pools import InlinePool, Pool, ProcessPool
-from megazh.progress import duration
+
+if TYPE_CHECKING:  # slow to import: the functions below import what they need
+    from megazh.index.build import Request, Summary
+    from megazh.index.pools import Pool
 
 BUILD_EXAMPLES = """examples:
   megazh index build --input 'raw/*.jsonl.zst' --tokenizer qwen.tiktoken --output data_index/wiki
@@ -22,13 +19,13 @@ BUILD_EXAMPLES = """examples:
   megazh index build --input a.parquet b.parquet --text-key content.text --tokenizer tok/ --output data_index/web
   mpirun -n 8 megazh index build ...        (or srun --mpi=pmi2 -n 8 megazh index build ...)
 
-An interrupted build goes on where it was when the same command is given again. Beside OUTPUT.bin and OUTPUT.idx
-lie OUTPUT.json (what was indexed), OUTPUT.docs (content hashes), a copy of the tokenizer, OUTPUT.log, and, where
-lines were rejected, OUTPUT.rejected.jsonl."""
+Run the same command again to continue an interrupted build. Beside OUTPUT.bin and OUTPUT.idx, the index has
+OUTPUT.json (description), OUTPUT.docs (content hashes), a copy of the tokenizer, OUTPUT.log and, if records were
+rejected, OUTPUT.rejected.jsonl."""
 
 
 def add_to(commands: Subparsers) -> None:
-    """Add `index` and what is below it."""
+    """Add `index` and its commands."""
     parser = commands.add_parser("index", help="build, inspect, verify and merge indexes of tokens")
     below = parser.add_subparsers(metavar="COMMAND", required=True)
     build = add_command(below, "build", "tokenise text into PREFIX.bin and PREFIX.idx", BUILD_EXAMPLES)
@@ -41,12 +38,12 @@ def add_to(commands: Subparsers) -> None:
     )
     inspect.add_argument("prefix", metavar="PREFIX")
     inspect.add_argument("--document", type=int, metavar="N", help="also show document N (from 0; -1 is the last)")
-    inspect.add_argument("--tokens", type=count, default=200, metavar="N", help="show at most so many of its tokens")
+    inspect.add_argument("--tokens", type=count, default=200, metavar="N", help="show N of its tokens (default: 200)")
     inspect.set_defaults(call=_inspect)
     verify = add_command(
         below,
         "verify",
-        "read all of an index and check it: hashes, bounds, ids below the vocabulary, ends of documents",
+        "read all of an index and check it: hashes, boundaries, ids below the vocabulary size, document ends",
         "example:\n  megazh index verify data_index/wiki",
     )
     verify.add_argument("prefix", metavar="PREFIX", nargs="+")
@@ -54,7 +51,7 @@ def add_to(commands: Subparsers) -> None:
     merge = add_command(
         below,
         "merge",
-        "put indexes of the same tokenizer together, in the order given",
+        "merge indexes of the same tokenizer, in the given order",
         "example:\n  megazh index merge data_index/a data_index/b --output data_index/ab",
     )
     merge.add_argument("prefix", metavar="PREFIX", nargs="+")
@@ -63,7 +60,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `megazh index build`."""
+    """Add the options of `megazh index build`."""
     add_reading(parser)
     parser.add_argument(
         "--tokenizer",
@@ -72,33 +69,37 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         metavar="TOK",
         help="tokenizer.json or its folder, qwen.tiktoken, or a SentencePiece .model",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="where the index goes")
-    parser.add_argument("--eod", metavar="TOKEN", help="the token that ends a document (default: the tokenizer's)")
+    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="where to write the index")
+    parser.add_argument("--eod", metavar="TOKEN", help="end-of-document token (default: the tokenizer's)")
     parser.add_argument(
         "--front-tokens",
         action="store_true",
-        help="SentencePiece: put <pad> <bos> <eos> <unk> (ids 0 to 3) in front of the pieces",
+        help="SentencePiece: put <pad> <bos> <eos> <unk> (ids 0 to 3) in front of the model's ids",
     )
     parser.add_argument(
         "--max-bad",
         type=share,
         default=0.001,
         metavar="SHARE",
-        help="the largest share of bad records, such as 0.001 or 0.1%% (default: 0.1%%)",
+        help="largest share of bad records to accept, such as 0.001 or 0.1%% (default: 0.1%%)",
     )
     parser.add_argument(
-        "--workers", type=count, metavar="N", help="worker processes (default: one a core, fewer for little input)"
+        "--workers", type=count, metavar="N", help="worker processes (default: one per core; 1 for little input)"
     )
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="discard what an interrupted build has finished, and replace an index that is complete",
+        help="discard the finished pieces of an interrupted build, and replace a complete index",
     )
     parser.set_defaults(call=build)
 
 
 def build(options: argparse.Namespace) -> None:
-    """Build an index: alone, with worker processes, or as one of several MPI ranks."""
+    """Build an index: in this process, with worker processes, or as one of several MPI ranks."""
+    from megazh.corpus.sources import Format
+    from megazh.index import mpi
+    from megazh.index.build import Request, build_index, check_request
+
     request = Request(
         inputs=options.input,
         output=options.output,
@@ -114,7 +115,7 @@ def build(options: argparse.Namespace) -> None:
     if world is None:
         pool = _local_pool(options.workers, request)
         try:
-            _print_summary(build_index(request, pool, _say), request)
+            _print_summary(build_index(request, pool, _print_notice), request)
         finally:
             pool.close()
         return
@@ -129,15 +130,15 @@ def build(options: argparse.Namespace) -> None:
         mpi.serve(world, request.folder)
     ranks = mpi.MpiPool(world, request.folder)
     try:
-        summary = build_index(request, ranks, _say)
+        summary = build_index(request, ranks, _print_notice)
     except WorkerError as error:
-        _say(f"error: {error}")
+        _print_notice(f"error: {error}")
         mpi.abort(world, error.exit_code)
     except MegazhError as error:
         ranks.close(error.exit_code)
         raise
     except KeyboardInterrupt:
-        _say("interrupted; finished pieces are kept: run the same command again to go on")
+        _print_notice("interrupted; finished pieces are kept: run the same command again to continue")
         mpi.abort(world, INTERRUPTED)
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -146,21 +147,25 @@ def build(options: argparse.Namespace) -> None:
     _print_summary(summary, request)
 
 
-def _local_pool(workers: int | None, request: Request) -> Pool:
+def _local_pool(workers: int | None, request: "Request") -> "Pool":
+    from megazh.index.pools import InlinePool, ProcessPool
+
     if workers is None:
         size = sum(os.path.getsize(path) for path in request.inputs if os.path.isfile(path))
         folders_or_globs = any(not os.path.isfile(path) for path in request.inputs)
         cores = len(os.sched_getaffinity(0))
-        # A worker takes seconds to load its tokenizer: not worth it for a few megabytes.
+        # A worker process takes seconds to load its tokenizer, too long for a few megabytes.
         workers = cores if folders_or_globs or size > 64 << 20 else 1
     return InlinePool() if workers == 1 else ProcessPool(workers)
 
 
-def _say(line: str) -> None:
+def _print_notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _print_summary(summary: Summary, request: Request) -> None:
+def _print_summary(summary: "Summary", request: "Request") -> None:
+    from megazh.progress import duration
+
     data = summary.metadata
     if summary.already_complete:
         print(f"{request.output}: complete already, from the same input; nothing to do")
@@ -170,8 +175,8 @@ def _print_summary(summary: Summary, request: Request) -> None:
         ("index", f"{request.output}.bin, .idx ({data.dtype})"),
         ("documents", f"{data.documents:,}"),
         ("tokens", f"{data.tokens:,}"),
-        ("text", f"{data.text_bytes:,} bytes, {data.text_bytes / max(data.tokens - data.documents, 1):.2f} a token"),
-        ("empty", f"{data.empty_documents:,} documents without text, skipped"),
+        ("text", f"{data.text_bytes:,} bytes, {data.text_bytes / max(data.tokens - data.documents, 1):.2f} per token"),
+        ("empty", f"{data.empty_documents:,} documents without text, left out"),
         ("rejected", _rejected(summary, request)),
         ("time", f"{duration(summary.seconds)}, {size / 1e6 / summary.seconds:.1f} MB/s of input"),
         ("encoder", f"{summary.encoder}, {summary.samples_checked} documents checked against the reference"),
@@ -182,7 +187,7 @@ def _print_summary(summary: Summary, request: Request) -> None:
         print(f"{name:<10} {value}")
 
 
-def _rejected(summary: Summary, request: Request) -> str:
+def _rejected(summary: "Summary", request: "Request") -> str:
     rejected = summary.metadata.rejected
     if not rejected.total:
         return "0"
@@ -191,15 +196,21 @@ def _rejected(summary: Summary, request: Request) -> str:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from megazh.index.check import inspect_index
+
     for line in inspect_index(options.prefix, options.document, options.tokens):
         print(line)
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from megazh.index.check import verify_index
+
     for prefix in options.prefix:
         print(f"{prefix}: {verify_index(prefix)}")
 
 
 def _merge(options: argparse.Namespace) -> None:
+    from megazh.index.merge import merge_indexes
+
     metadata = merge_indexes(options.prefix, Path(options.output))
     print(f"{options.output}: {metadata.documents:,} documents, {metadata.tokens:,} tokens")

@@ -1,25 +1,25 @@
-"""`megazh mixture`: look at what a manifest mixes."""
+"""`megazh mixture`: show the corpora of a manifest."""
 
 import argparse
 from pathlib import Path
 
 from megazh.cli.options import Subparsers, add_command, add_shape, amount
-from megazh.index.packing import Packing
+from megazh.index.choices import Packing
 
 
 def add_to(commands: Subparsers) -> None:
-    """Add `mixture` and what is below it."""
-    parser = commands.add_parser("mixture", help="look at a manifest: shares, epochs, validation side")
+    """Add `mixture` and its command."""
+    parser = commands.add_parser("mixture", help="show a manifest: shares, epochs, validation documents")
     below = parser.add_subparsers(metavar="COMMAND", required=True)
     show = add_command(
         below,
         "show",
-        "check a manifest's corpora, and show tokens, shares, epochs, and what begins anew when",
+        "check a manifest's corpora, and show tokens, shares, epochs, and where each second epoch begins",
         "examples:\n  megazh mixture show data_index/pretrain.yaml\n"
         "  megazh mixture show data_index/pretrain.yaml --tokens 30B --seq-len 1024",
     )
     show.add_argument("manifest", type=Path, metavar="MANIFEST", help="data_index/NAME.yaml, or the PREFIX of an index")
-    show.add_argument("--tokens", type=amount, metavar="N", help="length of the run, such as 500M or 30B")
+    show.add_argument("--tokens", type=amount, metavar="N", help="length of the run in tokens, such as 500M or 30B")
     add_shape(show)
     show.add_argument(
         "--packing",
@@ -31,7 +31,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from megazh.index.mixture import Mixture  # numba takes a second to import: only where it is needed
+    from megazh.index.mixture import Mixture  # slow to import (numba)
     from megazh.index.report import describe_mixture
 
     mixture = Mixture(options.manifest, options.seq_len, Packing(options.packing), options.max_docs, options.seed)

@@ -1,24 +1,28 @@
-"""Command-line options that several commands share, and the types of their values."""
+"""Command-line options of several commands, and the types of their values.
+
+Modules that are slow to import are imported in the functions that need them, so that `--help` is quick.
+"""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megazh.config import parse_amount
-from megazh.corpus.pieces import ReadOptions, TextDocuments
 from megazh.corpus.sources import Format
+
+if TYPE_CHECKING:
+    from megazh.corpus.pieces import ReadOptions
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 
 def add_command(below: Subparsers, name: str, what: str, examples: str) -> argparse.ArgumentParser:
-    """A command with its one-line description and examples under `--help`."""
+    """Add a command below `below`, with a one-line description and examples for `--help`; returns its parser."""
     return below.add_parser(
         name, help=what, description=what, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
@@ -26,7 +30,9 @@ def count(text: str) -> int:
 
 
 def amount(text: str) -> int:
-    """A number of tokens or bytes: 1500000, 1.5M, 30B."""
+    """Parse a number of tokens or bytes: 1500000, 1.5M, 30B."""
+    from megazh.config import parse_amount
+
     try:
         return parse_amount(text)
     except ValueError as error:
@@ -34,7 +40,7 @@ def amount(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """A share between 0 and 1, or a percentage."""
+    """Parse a share between 0 and 1, or a percentage."""
     try:
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -45,7 +51,9 @@ def share(text: str) -> float:
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """The options that say what to read and where its documents are."""
+    """Add the options for input files and for the documents in them."""
+    from megazh.corpus.pieces import ReadOptions, TextDocuments
+
     parser.add_argument(
         "--input",
         required=True,
@@ -54,15 +62,17 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="files, folders or quoted globs: .jsonl .json .txt (also .gz .zst), .parquet, .arrow",
     )
-    parser.add_argument("--format", choices=[format.value for format in Format], help="where suffixes do not tell")
     parser.add_argument(
-        "--text-key", default="text", metavar="KEY", help="the key or column of the text; a.b is nested (default: text)"
+        "--format", choices=[format.value for format in Format], help="format of all files (default: by suffix)"
+    )
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="key or column of the text; a.b is nested (default: text)"
     )
     parser.add_argument(
         "--text-documents",
-        choices=[kind.value for kind in TextDocuments],
+        choices=[end.value for end in TextDocuments],
         default=TextDocuments.FILE.value,
-        help="plain text: a document is a file, or ends at a blank line (default: file)",
+        help="plain text: a document is a whole file, or ends at a blank line (default: file)",
     )
     parser.add_argument(
         "--max-document-bytes",
@@ -73,22 +83,27 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def reading(options: argparse.Namespace) -> ReadOptions:
-    """What `add_reading` added, as the library takes it."""
+def reading(options: argparse.Namespace) -> "ReadOptions":
+    """The values of the options that `add_reading` adds."""
+    from megazh.corpus.pieces import ReadOptions, TextDocuments
+
     return ReadOptions(options.text_key, TextDocuments(options.text_documents), options.max_document_bytes)
 
 
 def standalone(what: str, examples: str) -> argparse.ArgumentParser:
-    """The parser of a tool that is one command."""
+    """Parser of a tool with a single command."""
     return argparse.ArgumentParser(
         description=what, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
-    """The options that say what a sample looks like."""
-    parser.add_argument("--seq-len", type=count, default=1024, metavar="N", help="tokens a sample (default: 1024)")
+    """Add the options for the shape of a sample and for the seed."""
+    parser.add_argument("--seq-len", type=count, default=1024, metavar="N", help="tokens per sample (default: 1024)")
     parser.add_argument(
-        "--max-docs", type=count, metavar="N", help="segments a sample, padding included (default: seq-len / 8)"
+        "--max-docs",
+        type=count,
+        metavar="N",
+        help="most segments per sample, padding included (default: seq-len / 8, at least 16)",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="instead of the manifest's")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed (default: the manifest's)")

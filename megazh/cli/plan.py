@@ -16,18 +16,21 @@ def add_to(commands: Subparsers) -> None:
     """Add `plan`."""
     parser = add_command(commands, "plan", "what a recipe needs, and the best layout for it", EXAMPLES)
     parser.add_argument("recipe", metavar="RECIPE", help="a name in jobs/recipes/, or the path of a .yaml file")
-    parser.add_argument("-n", "--count", type=count, metavar="N", help="GPUs (default: the recipe's)")
+    parser.add_argument("-n", "--num-gpus", type=count, metavar="N", help="number of GPUs (default: the recipe's)")
     parser.add_argument("--card", default="3090", metavar="CARD", help="3090, 4090, a100, a100-40, h100, h200")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of the card, instead of its own")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of the card in GiB (default: its own)")
     parser.add_argument(
-        "--mfu", type=float, metavar="SHARE", help="of peak, by one GPU (default: as measured on an H100)"
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        help="share of its peak that one GPU reaches (default: as measured on an H100)",
     )
     parser.add_argument(
         "--bandwidth",
         type=float,
         default=10.0,
         metavar="GB/S",
-        help="between GPUs (default: 10, PCIe 4 without NVLink)",
+        help="bandwidth between GPUs (default: 10, PCIe 4 without NVLink)",
     )
     parser.usage = "%(prog)s RECIPE [options] [key=value ...]"
     parser.set_defaults(settings=[], call=_plan)
@@ -35,11 +38,12 @@ def add_to(commands: Subparsers) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from megazh.cluster.plan import MEASURED_MFU, Assumptions, plan
-    from megazh.training.recipe import load_recipe, recipe_path
+    from megazh.training.recipe import load_recipe
+    from megazh.training.recipe_files import recipe_path
 
     recipe = load_recipe(recipe_path(options.recipe), options.settings)
     assumed = Assumptions(
         options.card, options.memory, MEASURED_MFU if options.mfu is None else options.mfu, options.bandwidth
     )
-    for line in plan(recipe, options.count or recipe.gpus or 1, assumed):
+    for line in plan(recipe, options.num_gpus or recipe.parallel.num_gpus or 1, assumed):
         print(line)

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 from megazh.cli.options import Subparsers, add_command, count
-from megazh.corpus.pieces import TextDocuments
 
 EXAMPLES = """examples:
   bash jobs/run_pretrain.sh -t ds_pp                              the demo: made-up stories, minutes, also without a GPU
@@ -15,18 +14,18 @@ EXAMPLES = """examples:
   bash jobs/run_pretrain.sh -t ds_pp -c minillm_1.4b -r runs/big  another recipe, another run folder
   bash jobs/run_pretrain.sh -t ds_pp -c qwen0.5b_6x3090 -g 0-5 --dry-run
 
-Without -c, the recipe is 'demo', and with -g 'qwen0.5b_6x3090'. key=value settings override any key of the recipe;
-jobs/recipes/ has them all, megazh/training/recipe.py says what each means. The same command again resumes an
-interrupted run from its last checkpoint."""
+Without -c, the recipe is 'demo', and with -g 'qwen0.5b_6x3090'. key=value settings override any key of the recipe:
+'megazh recipe show NAME' prints them all with their meaning. The same command again resumes an interrupted run from
+its last checkpoint."""
 
 
 def add_to(commands: Subparsers) -> None:
-    """Add `pretrain`, and `rank`, which it starts."""
+    """Add `pretrain`."""
     parser = add_command(commands, "pretrain", "train a model through a pipeline of stages", EXAMPLES)
     parser.add_argument("-t", "--type", choices=["ds_pp", "hf"], default="ds_pp", help="the engine: DeepSpeed pipeline")
     parser.add_argument("-c", "--config", metavar="RECIPE", help="a name in jobs/recipes/, or the path of a .yaml file")
-    parser.add_argument("-g", "--gpus", metavar="IDS", help="GPUs as nvidia-smi counts them: 1,2,3 or 0-5")
-    parser.add_argument("-n", "--count", type=count, metavar="N", help="how many GPUs (on the CPU: ranks)")
+    parser.add_argument("-g", "--gpus", metavar="IDS", help="GPU ids as nvidia-smi numbers them: 1,2,3 or 0-5")
+    parser.add_argument("-n", "--num-gpus", type=count, metavar="N", help="number of GPUs (on the CPU: ranks)")
     parser.add_argument("-p", "--stages", type=count, metavar="N", help="pipeline stages; replicas = GPUs / stages")
     parser.add_argument(
         "-H", "--hostfile", type=Path, metavar="FILE", help="hosts and their slots, as DeepSpeed reads it"
@@ -38,7 +37,7 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument("--text-key", default="text", metavar="KEY", help="with -i: key of the text (default: text)")
     parser.add_argument(
         "--text-documents",
-        choices=[kind.value for kind in TextDocuments],
+        choices=["file", "blank-lines"],
         help="with -i: where a document ends in plain text (default: blank-lines for few files)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
@@ -47,23 +46,20 @@ def add_to(commands: Subparsers) -> None:
     )
     parser.usage = "%(prog)s [options] [key=value ...]"
     parser.set_defaults(settings=[], call=_pretrain)
-    rank = commands.add_parser("rank", help="one rank of a run (pretrain starts them)")
-    rank.add_argument("run", type=Path, metavar="RUN")
-    rank.add_argument("--stages", type=count, required=True)
-    rank.add_argument("--device", choices=["cpu", "cuda"], required=True)
-    rank.set_defaults(call=_rank)
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from megazh.cluster.start import Start, start
+    from megazh.cluster.start import start
+    from megazh.corpus.pieces import TextDocuments
+    from megazh.training.preflight import Request
 
     inputs, settings = _apart(options.input, options.settings)
     code = start(
-        Start(
-            kind=options.type,
+        Request(
+            engine=options.type,
             recipe=options.config,
             gpus=options.gpus,
-            count=options.count,
+            num_gpus=options.num_gpus,
             stages=options.stages,
             hostfile=options.hostfile,
             run=options.run,
@@ -80,14 +76,8 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _apart(inputs: list[str] | None, settings: list[str]) -> tuple[list[str] | None, list[str]]:
-    """`-i a.jsonl steps=5`: what looks like a setting and is no file is a setting."""
+    """Split `-i a.jsonl steps=5` into inputs and settings: a word with `=` that names no file is a setting."""
     if inputs is None:
         return None, settings
     taken = [text for text in inputs if "=" in text and not Path(text).exists()]
     return [text for text in inputs if text not in taken], [*taken, *settings]
-
-
-def _rank(options: argparse.Namespace) -> None:
-    from megazh.training.worker import leave, work
-
-    leave(work(options.run, options.stages, options.device))

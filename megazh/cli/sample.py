@@ -23,18 +23,28 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument("--checkpoint", metavar="NAME", help="one of RUN/checkpoints (default: the newest)")
-    parser.add_argument("--max-tokens", type=count, default=200, metavar="N", help="at most so many (default: 200)")
+    parser.add_argument(
+        "--max-tokens", type=count, default=200, metavar="N", help="largest number of tokens (default: 200)"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=50, metavar="K", help="of the K most likely; 0: all (default: 50)")
-    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus (default: 0.95)")
+    parser.add_argument(
+        "--top-k", type=int, default=50, metavar="K", help="draw among the K most likely tokens; 0: all (default: 50)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="draw among the most likely tokens of this total probability (default: 0.95)",
+    )
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)"
     )
-    parser.add_argument("--count", type=count, default=1, metavar="N", help="so many continuations (default: 1)")
+    parser.add_argument("--count", type=count, default=1, metavar="N", help="number of continuations (default: 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same text (default: 0)")
-    parser.add_argument("--ignore-end", action="store_true", help="go on behind the end of a document")
+    parser.add_argument("--ignore-end", action="store_true", help="continue after the end of the document")
     parser.add_argument(
-        "--no-cache", action="store_true", help="compute all tokens again for each new one (to compare)"
+        "--no-cache", action="store_true", help="recompute all tokens for each new one (for comparison)"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
     parser.set_defaults(call=_sample)
@@ -47,7 +57,7 @@ def _sample(options: argparse.Namespace) -> None:
     drawing = SamplingOptions(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
     if not options.prompt:
         raise UsageError("the prompt is empty: give at least one character")
-    if any("\udc80" <= each <= "\udcff" for each in options.prompt):  # what Python makes of bytes that are no UTF-8
+    if any("\udc80" <= each <= "\udcff" for each in options.prompt):  # surrogates stand for bytes that are not UTF-8
         raise UsageError("the prompt is not valid UTF-8: set the terminal to UTF-8")
     if not 0 <= options.seed < _SEEDS:
         raise UsageError(f"--seed {options.seed}: expected a number from 0 to {_SEEDS - 1}")
@@ -66,7 +76,7 @@ def _sample(options: argparse.Namespace) -> None:
             tokens += 1
             sys.stdout.write(text)
             sys.stdout.flush()
-        tokens -= 1  # the last piece is what was held back
+        tokens -= 1  # the last piece is the rest of the text, not a token
         sys.stdout.write("\n")
         seconds = time.perf_counter() - begun
-        print(f"[{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} a second]", file=sys.stderr)
+        print(f"[{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s]", file=sys.stderr)

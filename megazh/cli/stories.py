@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from megazh.cli.options import Subparsers, add_command, count
-from megazh.corpus.stories import write_stories
 from megazh.errors import UsageError
 
 
@@ -13,16 +12,18 @@ def add_to(commands: Subparsers) -> None:
     stories = add_command(
         commands,
         "stories",
-        "write Chinese micro-stories made from a seed: a small corpus to try everything with",
+        "write Chinese micro-stories generated from a seed: a small corpus for trying everything out",
         "example:\n  megazh stories --count 20000 --seed 1 --output raw/stories.jsonl",
     )
-    stories.add_argument("--count", type=count, default=20000, metavar="N", help="how many (default: 20000)")
-    stories.add_argument("--seed", type=int, default=1, metavar="N", help="another seed, other stories (default: 1)")
-    stories.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .jsonl to write")
+    stories.add_argument("--count", type=count, default=20000, metavar="N", help="number of stories (default: 20000)")
+    stories.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the stories (default: 1)")
+    stories.add_argument("--output", type=Path, required=True, metavar="FILE", help=".jsonl file to write")
     stories.set_defaults(call=_write)
 
 
 def _write(options: argparse.Namespace) -> None:
+    from megazh.demo.stories import write_stories
+
     if options.output.is_dir():
         raise UsageError(f"--output {options.output}: is a folder; give a file, such as {options.output}/stories.jsonl")
     write_stories(options.output, options.count, options.seed)

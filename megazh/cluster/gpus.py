@@ -1,41 +1,31 @@
-"""Which GPUs there are, and which of them a run takes; or that it takes the CPU."""
+"""The GPUs of this machine, and those that a run uses; or that it uses the CPU. Here `-g` is read."""
 
 import os
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from megazh.errors import UsageError
+from megazh.training.preflight import Devices
+from megazh.training.recipe import Device
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-class Devices(NamedTuple):
-    """What a run computes on."""
-
-    kind: Literal["cpu", "cuda"]
-    ranks: int
-    """How many; one a GPU."""
-    ids: tuple[str, ...] | None
-    """The CUDA_VISIBLE_DEVICES of the ranks: numbers as nvidia-smi counts them, or UUIDs; None on the CPU."""
-    note: str = ""
-    """A line for the person at the terminal, where the choice may surprise; else empty."""
-
-
 class Torch(NamedTuple):
-    """What torch says of itself and of the machine."""
+    """What torch reports about itself and the machine."""
 
     version: str
     cuda: str | None
-    """The CUDA version that it is built for; None: not built for CUDA."""
+    """CUDA version that torch is built for; None: built without CUDA."""
     gpus: int
-    """How many it can use, of those that CUDA_VISIBLE_DEVICES lets it see."""
+    """Number of GPUs that torch can use, among those that CUDA_VISIBLE_DEVICES shows."""
     failure: str = ""
-    """Why it can use none, where it says so."""
+    """torch's reason why it can use none; empty where it gives none."""
 
 
 def parse_gpu_list(text: str) -> list[int]:
-    """The numbers in `1,2,3` or `0-5` or `0-2,5`, in that order.
+    """Read GPU numbers such as `1,2,3`, `0-5` or `0-2,5`, in that order.
 
     Raises:
         UsageError: anything else, or a number twice.
@@ -49,48 +39,48 @@ def parse_gpu_list(text: str) -> list[int]:
         numbers.extend(range(first, last + 1))
     twice = sorted({number for number in numbers if numbers.count(number) > 1})
     if twice:
-        raise UsageError(f"-g {text}: {', '.join(map(str, twice))} is there twice; give each GPU once")
+        raise UsageError(f"-g {text}: {', '.join(map(str, twice))} is listed twice; give each GPU once")
     return numbers
 
 
 def choose_devices(device: str | None, gpus: str | None, count: int | None, wanted: int | None) -> Devices:
-    """What a run computes on, from its options and from what the machine has.
+    """Choose the devices of a run from its options and from the GPUs of the machine.
 
     Args:
         device: `cpu`, `cuda`, or None: CUDA where torch can use it, else the CPU.
-        gpus: a list for `parse_gpu_list`, counted as nvidia-smi counts; where CUDA_VISIBLE_DEVICES is set (Slurm does
-            that), within what it lists.
-        count: so many ranks. None: as many as `gpus` lists, else as many as `wanted`, or as there are GPUs if that is
-            less.
-        wanted: what the recipe is made for. None: all GPUs, or one rank on the CPU.
+        gpus: a list for `parse_gpu_list`, numbered as nvidia-smi does; where CUDA_VISIBLE_DEVICES is set (Slurm does
+            that), the numbers count within its list.
+        count: number of ranks. None: as many as `gpus` lists, else as many as `wanted` or as there are GPUs,
+            whichever is less.
+        wanted: number of GPUs that the recipe is made for. None: all GPUs, or one rank on the CPU.
 
     Raises:
-        UsageError: the options contradict each other or ask for what is not there, or the machine has an NVIDIA card
-            that torch cannot use, and the CPU was not asked for.
+        UsageError: the options contradict each other or name GPUs that are not there, or the machine has an NVIDIA
+            card that torch cannot use and the CPU was not requested.
     """
     numbers = None if gpus is None else parse_gpu_list(gpus)
     if device == "cpu":
         if numbers is not None:
             raise UsageError(f"-g {gpus} and --device cpu contradict each other; leave one of them out")
-        return Devices("cpu", count or wanted or 1, None)
+        return Devices(Device.CPU, count or wanted or 1, None)
     if numbers is not None and count is not None and count != len(numbers):
         raise UsageError(f"-n {count}, but -g {gpus} lists {len(numbers)} GPUs; leave -n out, or list {count}")
-    asked = f"-g {gpus}" if gpus is not None else "--device cuda" if device == "cuda" else ""
+    requested = f"-g {gpus}" if gpus is not None else "--device cuda" if device == "cuda" else ""
     torch = describe_torch()
     available = _available(torch)
     if not available:
-        why = _why_none(torch, asked)
-        return Devices("cpu", count or wanted or 1, None, f"computing on the CPU: {why}")
+        why = _why_none(torch, requested)
+        return Devices(Device.CPU, count or wanted or 1, None, f"computing on the CPU: {why}")
     if numbers is not None:
         return _listed(numbers, available, str(gpus))
     if count is not None and count > len(available):
         raise UsageError(f"-n {count}: there are {len(available)} GPUs ({_names(available)}); give a smaller -n")
     taken = available[: count or wanted or len(available)]
-    return Devices("cuda", len(taken), tuple(taken))
+    return Devices(Device.CUDA, len(taken), tuple(taken))
 
 
 def describe_torch() -> Torch:
-    """Ask torch; takes seconds, since it is imported."""
+    """Ask torch about CUDA and GPUs; takes seconds, since torch is imported."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -98,50 +88,50 @@ def describe_torch() -> Torch:
     if torch.version.cuda is not None and not gpus:
         try:
             torch.cuda.init()
-        except Exception as error:  # whatever the driver is up to
+        except Exception as error:  # drivers raise many types
             failure = str(error).strip().partition("\n")[0].partition(". ")[0]
     return Torch(torch.__version__, torch.version.cuda, gpus, failure)
 
 
 def nvidia_card(root: Path = Path("/")) -> str:
-    """The file that shows that an NVIDIA card is in this machine, whether its driver works or not; empty: none is."""
+    """A file that proves an NVIDIA card in this machine, whether its driver works or not; empty without a card."""
     nodes = sorted(path for path in (root / "dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
     if nodes:
         return str(nodes[0])
     for folder in sorted((root / "sys/bus/pci/devices").glob("*")):
         try:
-            vendor, kind = (folder / "vendor").read_text().strip(), (folder / "class").read_text().strip()
+            vendor, pci_class = (folder / "vendor").read_text().strip(), (folder / "class").read_text().strip()
         except OSError:
             continue
-        if vendor == "0x10de" and kind.startswith("0x03"):  # NVIDIA; display controller
+        if vendor == "0x10de" and pci_class.startswith("0x03"):  # NVIDIA; display controller
             return str(folder)
     return ""
 
 
 def _available(torch: Torch) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES must hold for each GPU that torch can use, in its order."""
+    """The CUDA_VISIBLE_DEVICES entry of each GPU that torch can use, in torch's order."""
     visible = os.environ.get(_VISIBLE)
     if visible is None:
         return [str(number) for number in range(torch.gpus)]
     return [part.strip() for part in visible.split(",")][: torch.gpus]
 
 
-def _why_none(torch: Torch, asked: str) -> str:
-    """Why no GPU is used. Raises UsageError where one was asked for, or where one is there that cannot be used."""
+def _why_none(torch: Torch, requested: str) -> str:
+    """The reason why no GPU is used. Raises UsageError where one was requested, or where one cannot be used."""
     visible, card = os.environ.get(_VISIBLE), nvidia_card()
     hidden = visible is not None and not re.match(r"\s*(\d|GPU-|MIG-)", visible)
     if torch.cuda is None:
         why = f"this torch ({torch.version}) is built without CUDA"
-        if asked:
+        if requested:
             raise UsageError(
-                f"{asked}: {why}; install one with it: unset MEGAZH_TORCH, remove .venv and run 'bash jobs/setup.sh' "
+                f"{requested}: {why}; install one with it: unset MEGAZH_TORCH, remove .venv, run 'bash jobs/setup.sh' "
                 "(own Python: the version in requirements/torch.txt), or give --device cpu"
             )
         return f"{why}, and would not use the NVIDIA card in this machine" if card and not hidden else why
     if hidden:
         why = f"{_VISIBLE}={visible} hides all GPUs"
-        if asked:
-            raise UsageError(f"{asked}: {why}; unset it, or ask Slurm for GPUs (--gres=gpu:N)")
+        if requested:
+            raise UsageError(f"{requested}: {why}; unset it, or ask Slurm for GPUs (--gres=gpu:N)")
         return why
     if card:
         raise UsageError(
@@ -149,13 +139,13 @@ def _why_none(torch: Torch, asked: str) -> str:
             f"{f' ({torch.failure})' if torch.failure else ''}; see whether nvidia-smi works, repair the driver or "
             f"upgrade it to one for CUDA {torch.cuda}, or give --device cpu"
         )
-    if asked:
-        raise UsageError(f"{asked}: no NVIDIA GPU is in this machine; leave that out, or give --device cpu")
+    if requested:
+        raise UsageError(f"{requested}: no NVIDIA GPU is in this machine; leave that out, or give --device cpu")
     return "no NVIDIA GPU is in this machine"
 
 
 def _listed(numbers: list[int], available: list[str], text: str) -> Devices:
-    """The GPUs that a list of numbers means."""
+    """The GPUs that a list of numbers selects."""
     visible = os.environ.get(_VISIBLE)
     missing = [number for number in numbers if number >= len(available)]
     if missing:
@@ -167,7 +157,7 @@ def _listed(numbers: list[int], available: list[str], text: str) -> Devices:
     note = ""
     if visible is not None and ids != tuple(map(str, numbers)):
         note = f"-g {text} counts within {_VISIBLE}={visible}: GPUs {','.join(ids)} of this machine"
-    return Devices("cuda", len(ids), ids, note)
+    return Devices(Device.CUDA, len(ids), ids, note)
 
 
 def _names(ids: list[str] | range) -> str:

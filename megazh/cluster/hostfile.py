@@ -1,4 +1,4 @@
-"""Hostfiles as DeepSpeed and MPI know them: a host and its number of GPUs a line."""
+"""Hostfiles in the format of DeepSpeed and MPI: one host and its number of GPUs per line."""
 
 import re
 import socket
@@ -13,17 +13,17 @@ _LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
 class Host(NamedTuple):
-    """A machine and how many ranks it can take, one a GPU."""
+    """A machine and the number of ranks that it takes, one per GPU."""
 
     name: str
     slots: int
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The hosts in a hostfile: lines `NAME slots=N`; blank lines and what follows a `#` do not count.
+    """Read the hosts of a hostfile: lines `NAME slots=N`; blank lines and comments after `#` are skipped.
 
     Raises:
-        UsageError: no such file, no host in it, or a line that is no host, names a host again, or has no slots.
+        UsageError: no such file, no host in it, or a line that is not a host, repeats a host, or gives no slots.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -51,5 +51,5 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def is_this_machine(hosts: Sequence[Host]) -> bool:
-    """Whether the hosts are this machine and no other, so that its ranks need no ssh."""
+    """Whether the hosts are this machine alone, so that its ranks need no ssh."""
     return len(hosts) == 1 and (hosts[0].name in _LOCAL or hosts[0].name == socket.gethostname())

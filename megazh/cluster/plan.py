@@ -1,4 +1,4 @@
-"""Which layout of stages and replicas suits a recipe on given GPUs: memory, bubble, speed, days; best first."""
+"""Layouts of stages and replicas for a recipe on given GPUs: memory, bubble, speed, days; best first."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,14 +9,12 @@ from megazh.model.counts import Flops, flops_per_token, parameter_counts
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
 from megazh.pipeline.memory import StageMemory, stage_parameters
 from megazh.pipeline.passes import makespan
-from megazh.pipeline.precision import Precision, sums_in_place
 from megazh.pipeline.timing import remembered_seconds
+from megazh.pipeline.work import Work
+from megazh.run.peaks import peak_flops
 from megazh.training.layout import Layout, make_layout
-from megazh.training.peaks import peak_flops
-from megazh.training.precision import accumulation, communication, precision_on
-from megazh.training.recipe import Recipe
-from megazh.training.stages import OUTSIDE_TORCH, bounds_for, memory_of_stage, usual_backend, work_of
-from megazh.training.summary import describe_parts
+from megazh.training.recipe import Device, Recipe
+from megazh.training.stages import OUTSIDE_TORCH, bounds_for, describe_parts, memory_by_stage, work_of
 
 CARDS = {
     "3090": ("NVIDIA GeForce RTX 3090", 24.0),
@@ -26,54 +24,58 @@ CARDS = {
     "h100": ("NVIDIA H100 80GB HBM3", 80.0),
     "h200": ("NVIDIA H200", 141.0),
 }
-"""By the name on the command line: torch's name of the card, and its GiB."""
-
+"""torch's name of each card, and its memory in GiB, by its name on the command line."""
 
 MEASURED_MFU = 0.47
-"""Of the 0.5B recipe on one H100, in a step under the profiler (docs/performance.md). A 3090 has four times the memory
-bandwidth for each of its FLOPs, so that there the rest weighs less beside products; that has not been measured."""
+"""MFU of the 0.5B recipe on one H100, in a step under the profiler (docs/performance.md). A 3090 has four times the
+memory bandwidth per FLOP, so that everything but matrix products should weigh less there; that is not measured."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What speed is estimated from; on the card in question none of it is measured."""
+    """Assumptions behind the projected speed; none of them is measured on the card in question."""
 
     card: str = "3090"
     memory_gib: float | None = None
-    """Instead of the card's."""
+    """Memory of the card in GiB, if not its own."""
     mfu: float = MEASURED_MFU
-    """What one GPU reaches on its own part of the work, of its peak."""
+    """Share of its peak that one GPU reaches on its own stage."""
     bandwidth: float = 10.0
-    """GB/s between GPUs, each direction."""
+    """GB/s between two GPUs in each direction."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One layout, estimated."""
+    """Projected figures of one layout."""
 
     layout: Layout
     bounds: list[int]
     costs: LayerCosts
     memory: list[StageMemory]
     bubble: float
-    """Share of the step that a GPU waits for others to fill and drain the pipeline."""
+    """Share of the step that a GPU waits while the pipeline fills and drains."""
     imbalance: float
-    """Share of the rest that the average stage waits for the slowest."""
+    """Share of the remaining step that the average stage waits for the slowest one."""
     communication_seconds: float
-    """A step: gradients over replicas, the tied matrix between first and last, and what travels between stages unless
-    they compute meanwhile."""
+    """Seconds per step of communication that no computation hides: gradient reduction over replicas, the tied matrix
+    between first and last stage, and on DeepSpeed's own paths the tensors between stages."""
     step_seconds: float
     tokens_per_second: float
     days: float
 
     @property
     def memory_gib(self) -> float:
-        """Of the fullest stage."""
-        return max(part.total for part in self.memory) / 2**30
+        """Memory of the fullest stage in GiB."""
+        return max(stage.total for stage in self.memory) / 2**30
 
 
 def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
-    """The lines of the plan.
+    """Yield the lines of the plan.
+
+    Args:
+        recipe: the recipe.
+        gpus: number of GPUs.
+        assumed: assumptions behind the projected speed.
 
     Raises:
         UsageError: an assumption cannot work, or no layout does.
@@ -86,18 +88,20 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
         raise UsageError(f"--bandwidth {assumed.bandwidth}: expected more than 0 GB/s")
     if assumed.memory_gib is not None and not assumed.memory_gib > OUTSIDE_TORCH:
         raise UsageError(
-            f"--memory {assumed.memory_gib}: expected more GiB than the {OUTSIDE_TORCH} that CUDA and NCCL take"
+            f"--memory {assumed.memory_gib}: expected more GiB than the {OUTSIDE_TORCH} that CUDA and NCCL use"
         )
     name, memory_gib = CARDS[assumed.card]
     limit_gib = (assumed.memory_gib or memory_gib) - OUTSIDE_TORCH
-    peak = peak_flops(name, recipe.peak_tflops)
+    peak = peak_flops(name, recipe.logging.peak_tflops)
     assert peak is not None
+    batch = recipe.batch.model_copy(update={"gradient_accumulation_steps": None})
+    any_batch = recipe.model_copy(update={"batch": batch})
     choices, refused = [], []
     for stages in range(1, gpus + 1):
         if gpus % stages:
             continue
         try:
-            layout = make_layout(recipe.model_copy(update={"gradient_accumulation_steps": None}), gpus, stages)
+            layout = make_layout(any_batch, gpus, stages)
             choices.append(_estimate(recipe, layout, name, peak, limit_gib, assumed))
         except UsageError as error:
             refused.append(f"pp={stages} x dp={gpus // stages}: {error}")
@@ -114,48 +118,38 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
     for choice in choices:
         yield from _describe_stages(recipe, choice)
         yield ""
-    yield "total: gradients are summed when activations and head are free again, so the larger of the two counts"
+    yield "total: gradients are reduced after activations and head are freed, so the larger of the two counts"
     yield from _reason(choices, limit_gib)
 
 
 def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib: float, assumed: Assumptions) -> Choice:
-    precision = precision_on(recipe, "cuda")
-    costs = remembered_seconds(
-        recipe.model,
-        recipe.seq_len,
-        recipe.micro_batch_size,
-        precision.dtype,
-        usual_backend(recipe, precision),
-        card,
-        recipe.activation_checkpointing,
-    ) or costs_by_flops(recipe.model, recipe.seq_len, recipe.micro_batch_size, recipe.activation_checkpointing)
-    if recipe.stage_bounds and len(recipe.stage_bounds) == layout.stages + 1:
-        bounds = recipe.stage_bounds
+    work = work_of(recipe, layout, recipe.precision.on(Device.CUDA))
+    costs = remembered_seconds(work, card) or costs_by_flops(work)
+    by_hand = recipe.parallel.stage_bounds
+    if by_hand and len(by_hand) == layout.stages + 1:
+        bounds = by_hand
     else:
         try:
-            bounds = bounds_for(recipe, layout, precision, costs, limit_gib * 2**30)
-        except UsageError:  # shown all the same, as too large
-            bounds = bounds_for(recipe, layout, precision, costs, None)
-    memory = [
-        memory_of_stage(recipe, layout, precision, stage, begin, end)
-        for stage, (begin, end) in enumerate(pairwise(bounds))
-    ]
-    units = costs.units(recipe.model.num_hidden_layers)
+            bounds = bounds_for(work, costs, limit_gib * 2**30)
+        except UsageError:  # shown nevertheless, as too large
+            bounds = bounds_for(work, costs, None)
+    blocks = recipe.model.num_hidden_layers
+    costs_of_parts = costs.parts(blocks)
     per_second = 1.0 if costs.unit == "seconds" else peak * assumed.mfu
-    parts = [sum(units[begin:end]) / per_second for begin, end in pairwise(bounds)]
-    slowest, average = max(parts), sum(parts) / len(parts)
-    postpones = work_of(recipe, layout, precision).postpones
-    seconds = [costs.passes(begin, end, recipe.model.num_hidden_layers, postpones) for begin, end in pairwise(bounds)]
+    stage_seconds = [sum(costs_of_parts[begin:end]) / per_second for begin, end in pairwise(bounds)]
+    slowest, average = max(stage_seconds), sum(stage_seconds) / len(stage_seconds)
+    split = work.defers_weight_gradients
+    seconds = [costs.passes(begin, end, blocks, split) for begin, end in pairwise(bounds)]
     compute = makespan([(f / per_second, b / per_second, w / per_second) for f, b, w in seconds], layout.micro_batches)
     largest = max(stage_parameters(recipe.model, begin, end) for begin, end in pairwise(bounds))
-    communication_seconds = _bytes_moved(recipe, layout, precision, largest) / (assumed.bandwidth * 1e9)
+    communication_seconds = _bytes_moved(work, largest) / (assumed.bandwidth * 1e9)
     step_seconds = compute + communication_seconds
     rate = recipe.batch_tokens / step_seconds
     return Choice(
         layout=layout,
         bounds=bounds,
         costs=costs,
-        memory=memory,
+        memory=memory_by_stage(work, bounds),
         bubble=max(0.0, 1 - layout.micro_batches * slowest / compute),
         imbalance=1 - average / slowest,
         communication_seconds=communication_seconds,
@@ -165,39 +159,37 @@ def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib:
     )
 
 
-def _bytes_moved(recipe: Recipe, layout: Layout, precision: Precision, parameters: int) -> float:
-    """What the busiest GPU sends in a step while it does not compute.
+def _bytes_moved(work: Work, parameters: int) -> float:
+    """Bytes that the busiest GPU sends in a step while it does not compute.
 
-    A ring moves every byte but the share of one rank: of the gradient once where each replica gets its share of the
-    sum, twice where it gets all of it (DeepSpeed's own engine: fp32, fp16), and of the gathered weights once. The first
-    and last stage sum the gradient of a tied matrix. Each micro-batch's hidden state goes forward and its gradient
-    back; DeepSpeed's own engine waits for that.
+    A ring moves all bytes but the shard of one rank: of the gradient once where each replica gets its shard of the sum,
+    twice where it gets the whole sum (DeepSpeed's own paths: fp32, fp16), and of the gathered weights once. The first
+    and last stage sum the gradient of a tied matrix. The hidden state of each micro-batch goes forward and its gradient
+    back; DeepSpeed's own paths wait for that.
     """
-    size = {Precision.FP32: 4}.get(precision, 2)
-    accumulated = accumulation(recipe, precision)
-    sums = {Precision.FP32: 4}.get(communication(recipe, accumulated), 2)
-    share = (layout.replicas - 1) / layout.replicas
-    in_place = sums_in_place(precision, accumulated)
-    moved = ((1 if in_place else 2) * sums + size) * share * parameters
-    if layout.stages > 1:
-        hidden = recipe.seq_len * layout.micro_batch_size * recipe.model.hidden_size * size
-        moved += 0 if in_place else 2 * layout.micro_batches * hidden
-        if recipe.model.tie_word_embeddings:
-            moved += {Precision.FP32: 4}.get(accumulated, 2) * parameter_counts(recipe.model).embedding
+    precision = work.precision
+    size, sums = precision.compute.bytes, precision.communication.bytes
+    in_place = precision.sums_in_place
+    moved = ((1 if in_place else 2) * sums + size) * (work.replicas - 1) / work.replicas * parameters
+    if work.stages > 1:
+        hidden = work.tokens * work.model.hidden_size * size
+        moved += 0 if in_place else 2 * work.micro_batches * hidden
+        if work.model.tie_word_embeddings:
+            moved += precision.accumulation.bytes * parameter_counts(work.model).embedding
     return moved
 
 
 def _describe_model(
     recipe: Recipe, gpus: int, card: str, peak: float, limit_gib: float, assumed: Assumptions
 ) -> Iterator[str]:
-    counts, flops = parameter_counts(recipe.model), flops_per_token(recipe.model, recipe.seq_len)
-    tokens = recipe.total_steps * recipe.batch_tokens
+    counts, flops = parameter_counts(recipe.model), flops_per_token(recipe.model, recipe.batch.seq_len)
+    tokens, seq_len = recipe.total_steps * recipe.batch_tokens, recipe.batch.seq_len
     yield (
         f"model       {counts.total:,} parameters: embedding {counts.embedding:,}, {counts.blocks} layers x "
         f"{counts.block:,}, last norm {counts.norm:,}, head {_head(counts.head)}"
     )
     yield (
-        f"FLOPs       {flops.total / 1e9:.3f} GFLOP a token (forward and backward, causal, {recipe.seq_len} tokens): "
+        f"FLOPs       {flops.total / 1e9:.3f} GFLOP per token (forward and backward, causal, {seq_len} tokens): "
         f"layer {flops.block / 1e6:.1f} M, head {flops.head / 1e6:.1f} M = {_in_blocks(flops):.1f} layers"
     )
     yield f"run         {recipe.total_steps:,} steps x {recipe.batch_tokens:,} = {tokens:,} tokens"
@@ -234,13 +226,13 @@ def _describe_choices(choices: list[Choice], limit_gib: float) -> Iterator[str]:
 
 
 def _projection(recipe: Recipe, best: Choice, card: str, limit_gib: float) -> Iterator[str]:
-    """What the best layout comes to, beside what is known from elsewhere."""
+    """Speed and length of the best layout, beside the recipe's reference."""
     if best.memory_gib > limit_gib:
         return
     tokens = recipe.total_steps * recipe.batch_tokens
-    beside = ""
-    if recipe.reference_days is not None:
-        beside = f"; the recipe's reference: {recipe.reference_days:g} days ({recipe.reference_days / best.days:.2f} x)"
+    beside, reference = "", recipe.logging.reference_days
+    if reference is not None:
+        beside = f"; the recipe's reference: {reference:g} days ({reference / best.days:.2f} x)"
     yield (
         f"projection, not measured: {best.tokens_per_second:,.0f} tokens/s on {best.layout.ranks} x {card}, "
         f"{best.days:.2f} days for {tokens / 1e9:.1f} billion tokens{beside}"
@@ -250,24 +242,25 @@ def _projection(recipe: Recipe, best: Choice, card: str, limit_gib: float) -> It
 def _describe_stages(recipe: Recipe, choice: Choice) -> Iterator[str]:
     source = "seconds measured on this card" if choice.costs.unit == "seconds" else "FLOPs; nothing measured yet"
     layout = choice.layout
-    yield f"stages of pp={layout.stages} x dp={layout.replicas} (cut by {source}), GiB by part:"
+    yield f"stages of pp={layout.stages} x dp={layout.replicas} (cut by {source}), GiB by component:"
     yield (
         "stage  holds                          parameters    share  weights  gradients  optimizer  activations  "
         "head  reduction  total"
     )
-    units = choice.costs.units(recipe.model.num_hidden_layers)
+    parts = choice.costs.parts(recipe.model.num_hidden_layers)
     for stage, (begin, end) in enumerate(pairwise(choice.bounds)):
-        part = choice.memory[stage]
+        memory = choice.memory[stage]
         gib = [
-            value / 2**30
-            for value in (
-                part.weights, part.gradients, part.optimizer, part.activations, part.head, part.reduction, part.total
+            component / 2**30
+            for component in (
+                memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.head, memory.reduction,
+                memory.total,
             )
         ]  # fmt: skip
         parameters = stage_parameters(recipe.model, begin, end)
         yield (
             f"{stage:>5}  {describe_parts(recipe, begin, end):<28} {parameters:>12,}  "
-            f"{sum(units[begin:end]) / sum(units):>6.1%}  {gib[0]:>7.2f}  {gib[1]:>9.2f}  {gib[2]:>9.2f}  "
+            f"{sum(parts[begin:end]) / sum(parts):>6.1%}  {gib[0]:>7.2f}  {gib[1]:>9.2f}  {gib[2]:>9.2f}  "
             f"{gib[3]:>11.2f}  {gib[4]:>4.2f}  {gib[5]:>9.2f}  {gib[6]:>5.2f}"
         )
 
@@ -284,7 +277,7 @@ def _reason(choices: list[Choice], limit_gib: float) -> Iterator[str]:
         return
     why = []
     if layout.stages == 1:
-        why.append("no bubble, and all stages are equal because there is one")
+        why.append("no bubble and no imbalance")
         why.append(f"communication costs {best.communication_seconds / best.step_seconds:.1%} of the step")
     else:
         flat = next((choice for choice in choices if choice.layout.stages == 1), None)
@@ -297,4 +290,4 @@ def _reason(choices: list[Choice], limit_gib: float) -> Iterator[str]:
             why.append(f"communication takes {saved:.2f} s a step less than with one stage")
             why.append(f"bubble and imbalance cost {lost:.1%}")
     yield f"best: pp={layout.stages} x dp={layout.replicas}: {'; '.join(why)}"
-    yield f"take it with: -p {layout.stages}"
+    yield f"to use it: -p {layout.stages}"

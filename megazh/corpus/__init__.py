@@ -1,1 +1,1 @@
-"""Raw text: which files there are, how they are cut, and the documents in them."""
+"""Raw text: source files, the pieces they are cut into, and the documents in them."""

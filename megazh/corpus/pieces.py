@@ -1,6 +1,6 @@
-"""How sources are cut into pieces that workers take: by bytes, row groups, record batches, files or stream chunks.
+"""Cutting of sources into pieces for workers: byte ranges, row groups, record batches, whole files or stream chunks.
 
-Where the cuts fall depends on the sources and the options alone, never on how many workers there are.
+Where the cuts fall depends on the sources and the options alone, never on the number of workers.
 """
 
 import re
@@ -18,31 +18,34 @@ from megazh.errors import DataError, UsageError
 
 _BLOCK = 1 << 20
 _SEARCH = 1 << 16
-_OVERLAP = 1 << 10  # a blank line with more white space than this may go unseen at the edge of a block
+_OVERLAP = 1 << 10  # a blank line with more white space than this may be missed between two blocks
 ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, SystemError)
-"""What pyarrow raises for damaged files; the last two for bytes that make no sense deep inside."""
+"""Exceptions that pyarrow raises for damaged files; ValueError and SystemError come from damage deep inside a file."""
 BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
 
 
 class TextDocuments(StrEnum):
-    """Where a document ends in plain text."""
+    """Where a document ends in a plain-text file."""
 
     FILE = "file"
-    """At the end of the file."""
+    """At the end of the file: one document per file."""
     BLANK_LINES = "blank-lines"
-    """At a line that holds nothing but ASCII white space."""
+    """At a blank line: one that is empty or holds only ASCII white space."""
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What tells the documents in a source apart."""
+    """How the documents in a source are found."""
 
     text_key: str = "text"
+    """Key (JSONL) or column (Parquet, Arrow) of the text; `a.b` reaches into nested objects and structs."""
     text_documents: TextDocuments = TextDocuments.FILE
+    """Where a document ends in a plain-text file."""
     max_document_bytes: int = 64_000_000
+    """Longest document in bytes of UTF-8; a longer one is rejected."""
 
     def max_raw_bytes(self, format: Format) -> int:
-        """Longer records are not held in memory: JSON writes a byte of text in up to six bytes."""
+        """Longest record in bytes that is held in memory whole; JSON takes up to six bytes for a byte of text."""
         return (6 if format is Format.JSONL else 1) * self.max_document_bytes + _BLOCK
 
 
@@ -51,44 +54,45 @@ class Piece:
     """A part of a source, small enough for one worker."""
 
     source: int
-    """Number of the source in the sorted list (the first one, where a piece is several whole files)."""
+    """Index of the source in the sorted list; of the first source if the piece is several whole files."""
     ordinal: int
-    """Number of the piece within its source."""
+    """Index of the piece within its source."""
     start: int
     end: int
-    """Half-open range: bytes, row groups, record batches or source numbers, by what the source is."""
+    """Half-open range `start:end` in the unit of the source: bytes, row groups, record batches or source indexes."""
     weight: int
-    """Bytes on disk that the piece stands for, for progress."""
+    """Bytes on disk that the piece stands for; used for the progress bar."""
     data: bytes | None = None
-    """What a chunk of a compressed stream holds; None for all other pieces."""
+    """Decompressed bytes of a stream chunk; None for all other pieces."""
     cut_short: bool = False
-    """`data` ends within a record that is too long to be held in memory; the piece has nothing after that record."""
+    """Whether `data` ends within a record too long to be held in memory. That record is the last of the piece."""
     lines_cut: int = 0
-    """Newlines of that record which `data` does not hold."""
+    """Number of newlines in the part of that record that `data` lacks."""
 
     @property
     def key(self) -> str:
-        """Name of the piece; in the order of the documents when sorted."""
+        """Name of the piece; sorted names are in document order."""
         return f"{self.source:06d}-{self.ordinal:08d}"
 
 
 def piece_sources(sources: Sequence[Source], piece: Piece, options: ReadOptions) -> Sequence[Source]:
-    """The files of a piece: one, or several where a document is a file."""
+    """Source files of a piece: one, or several if each file is one document."""
     if sources[piece.source].format is Format.TEXT and options.text_documents is TextDocuments.FILE:
         return sources[piece.start : piece.end]
     return sources[piece.source : piece.source + 1]
 
 
 def piece_size(sources: Sequence[Source]) -> int:
-    """Bytes a piece: 1 MiB for small corpora, so that all workers have some, up to 16 MiB for large ones."""
+    """Target size of a piece in bytes: a 256th of the corpus, but at least 1 MiB and at most 16 MiB."""
     return min(max(sum(source.size for source in sources) // 256, 1 << 20), 16 << 20)
 
 
 def cut(sources: Sequence[Source], options: ReadOptions, size: int) -> Iterator[Piece]:
-    """All pieces in the order of the documents. Streams are decompressed here, once.
+    """All pieces of about `size` bytes, in document order. Compressed sources are decompressed here, once.
 
     Raises:
-        DataError: a source is damaged or holds no such column.
+        DataError: a source is damaged, or shorter than when it was found.
+        UsageError: a Parquet or Arrow file has no text column `options.text_key`.
     """
     number = 0
     while number < len(sources):
@@ -113,7 +117,7 @@ def cut(sources: Sequence[Source], options: ReadOptions, size: int) -> Iterator[
 
 
 def _cut_groups(number: int, source: Source, sizes: Sequence[int], size: int) -> Iterator[Piece]:
-    """Runs of whole groups of about `size` bytes."""
+    """Pieces of consecutive whole groups (row groups or record batches), each of about `size` bytes."""
     start = ordinal = weight = 0
     total = max(sum(sizes), 1)
     for end, group in enumerate(sizes, start=1):
@@ -124,7 +128,7 @@ def _cut_groups(number: int, source: Source, sizes: Sequence[int], size: int) ->
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open for reading in small steps. Raises DataError where it is no Parquet file."""
+    """Open a Parquet file for reading in small steps. Raises DataError if it is not a Parquet file."""
     try:
         return pq.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False)
     except ARROW_ERRORS as error:
@@ -132,7 +136,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def open_arrow(path: Path) -> tuple[Any, bool]:
-    """Open an Arrow IPC file (True) or stream (False). Raises DataError where it is neither."""
+    """Open an Arrow IPC file or stream: (reader, whether it is a file). Raises DataError if it is neither."""
     try:
         mapped = pa.memory_map(str(path))
         try:
@@ -145,7 +149,7 @@ def open_arrow(path: Path) -> tuple[Any, bool]:
 
 
 def damaged(path: Path, what: str, error: Exception) -> DataError:
-    """One line for a file that its own library cannot read."""
+    """One-line error for a file of format `what` that its library cannot read."""
     return DataError(f"{path}: truncated or damaged {what} file: {' '.join(str(error).split())}")
 
 
@@ -161,7 +165,7 @@ _TEXT_TYPES = (
 
 
 def check_column(path: Path, schema: pa.Schema, key: str) -> None:
-    """Raises UsageError where `key` (a column, or `a.b` within structs) is missing, or holds no text."""
+    """Raises UsageError if column `key` (`a.b` for a field of nested structs) is missing or does not hold text."""
     if key in schema.names:
         found = schema.field(key).type
     else:
@@ -173,10 +177,10 @@ def check_column(path: Path, schema: pa.Schema, key: str) -> None:
                 break
             found = found.field(part).type
     if found is None:
-        raise UsageError(f"{path}: no column '{key}'; columns: {', '.join(schema.names)} (choose with --text-key)")
+        raise UsageError(f"{path}: no column '{key}'; columns: {', '.join(schema.names)} (choose one with --text-key)")
     value = found.value_type if pa.types.is_dictionary(found) else found
-    if not any(is_kind(value) for is_kind in _TEXT_TYPES):
-        raise UsageError(f"{path}: column '{key}' is {found}, not text (choose with --text-key)")
+    if not any(is_type(value) for is_type in _TEXT_TYPES):
+        raise UsageError(f"{path}: column '{key}' is {found}, not text (choose another with --text-key)")
 
 
 def _parquet_group_sizes(source: Source, key: str) -> list[int]:
@@ -196,13 +200,13 @@ def _arrow_batch_sizes(source: Source, key: str) -> list[int]:
 
 
 def open_compressed(source: Source) -> tuple[Any, Any]:
-    """The decompressed stream of a source, and the file under it, whose `tell()` gives progress."""
+    """(decompressed stream, file below it) of a compressed source; the file's `tell()` gives the progress in bytes."""
     file = pa.OSFile(str(source.path))
     return pa.CompressedInputStream(file, source.compression), file
 
 
 def read_block(source: Source, stream: Any, size: int = _BLOCK) -> bytes:
-    """The next bytes of a decompressed stream. Raises DataError where it is truncated or damaged."""
+    """The next bytes of a decompressed stream, b"" at its end. Raises DataError if it is truncated or damaged."""
     try:
         return stream.read(size)
     except ARROW_ERRORS as error:
@@ -210,7 +214,7 @@ def read_block(source: Source, stream: Any, size: int = _BLOCK) -> bytes:
 
 
 def _cut_plain(number: int, source: Source, size: int) -> Iterator[Piece]:
-    """Byte ranges of whole records: each ends with the first record that ends `size` bytes on, or later."""
+    """Byte ranges of whole records: each ends with the first record that ends `size` or more bytes from its start."""
     with open(source.path, "rb") as file:
         start = ordinal = 0
         while start < source.size:
@@ -220,7 +224,9 @@ def _cut_plain(number: int, source: Source, size: int) -> Iterator[Piece]:
             while end < source.size:
                 block = file.read(_SEARCH)
                 if not block:
-                    raise DataError(f"{source.path}: shorter than the {source.size} bytes it had at the start")
+                    raise DataError(
+                        f"{source.path}: shorter than the {source.size} bytes it had at first; do not change inputs"
+                    )
                 tail = tail[-_OVERLAP:] + block
                 file_position = file.tell()
                 if found := _record_end(tail, 0, source.format):
@@ -233,11 +239,11 @@ def _cut_plain(number: int, source: Source, size: int) -> Iterator[Piece]:
 
 
 def _cut_stream(number: int, source: Source, options: ReadOptions, size: int) -> Iterator[Piece]:
-    """Chunks of whole records by the same rule; of a record too long for memory, only the beginning is kept."""
+    """Chunks of whole records, cut as in `_cut_plain`; of a record too long for memory, only the beginning is kept."""
     limit = size + options.max_raw_bytes(source.format)
     stream, file = open_compressed(source)
     pending = bytearray()
-    ordinal = told = 0
+    ordinal = position = 0
     at_end = False
     while not at_end:
         searched = size - 1
@@ -251,24 +257,24 @@ def _cut_stream(number: int, source: Source, options: ReadOptions, size: int) ->
                 break
             if len(pending) > limit:
                 cut_short = True
-                overlap = min(_OVERLAP, len(pending) - (size - 1))  # no more than was searched
-                lines_cut, rest = _pass_over(source, stream, bytes(pending[-overlap:]))
+                overlap = min(_OVERLAP, len(pending) - (size - 1))  # bytes before `size - 1` must not be searched
+                lines_cut, rest = _skip_record(source, stream, bytes(pending[-overlap:]))
                 end = len(pending)
                 pending += rest
             else:
                 block = read_block(source, stream)
                 at_end = not block
                 pending += block
-        told, before = file.tell(), told
+        position, before = file.tell(), position
         data = bytes(pending[:end] if end else pending)
         if data:
-            yield Piece(number, ordinal, 0, 0, told - before, data, cut_short, lines_cut)
+            yield Piece(number, ordinal, 0, 0, position - before, data, cut_short, lines_cut)
         del pending[: len(data)]
         ordinal += 1
 
 
-def _pass_over(source: Source, stream: Any, tail: bytes) -> tuple[int, bytes]:
-    """Read on to the end of the record of which `tail` was read: (newlines passed, what follows the record)."""
+def _skip_record(source: Source, stream: Any, tail: bytes) -> tuple[int, bytes]:
+    """Read to the end of a record whose bytes read so far end with `tail`: (newlines skipped, bytes after it)."""
     lines = 0
     old = len(tail)
     while block := read_block(source, stream):
@@ -282,7 +288,7 @@ def _pass_over(source: Source, stream: Any, tail: bytes) -> tuple[int, bytes]:
 
 
 def _record_end(data: bytes | bytearray, start: int, format: Format) -> int:
-    """Where the first record ends that ends after `start`: after a newline (JSONL) or a blank line; 0 where none."""
+    """End of the first record that ends after `start`: behind a newline (JSONL) or a blank line (text); 0 if none."""
     if format is Format.JSONL:
         return data.find(b"\n", start) + 1
     match = BLANK_LINE.search(data, start)

@@ -1,4 +1,4 @@
-"""The documents of a piece, in batches that fit an encoder call."""
+"""Documents of a piece, in batches small enough for one encoder call."""
 
 import contextlib
 import io
@@ -31,17 +31,17 @@ _BATCH_BYTES = 1 << 19
 _BUFFER = 1 << 18
 _BATCH_ROWS = 256
 _BLANK_BYTES = 1 << 10
-_NOMINAL = 16 << 20  # no piece is cut longer, but for the record that it ends with
+_PIECE_BYTES = 16 << 20  # a piece is no longer than this and the record that it ends with
 
 
 def read_piece(sources: Sequence[Source], piece: Piece, options: ReadOptions) -> Iterator[Batch]:
-    """The documents of `piece` in order; line numbers in a batch count from the start of the batch.
+    """Batches of the documents of `piece`, in order. Line numbers in a batch count from 1 at the start of the batch.
 
     Args:
-        sources: the files of the piece, `piece_sources(all, piece)`.
+        sources: the files of the piece, `piece_sources(all_sources, piece, options)`.
 
     Raises:
-        DataError: a file is damaged, or is shorter than it was when it was cut.
+        DataError: a file is damaged, cannot be read, or is shorter than when it was cut.
     """
     source = sources[0]
     try:
@@ -61,7 +61,7 @@ def read_piece(sources: Sequence[Source], piece: Piece, options: ReadOptions) ->
 
 @dataclass(frozen=True)
 class _Records:
-    """Bytes of whole records; see Piece for `cut_short` and `lines_cut`."""
+    """Bytes of whole records; `cut_short` and `lines_cut` are those of `Piece`."""
 
     data: bytes
     cut_short: bool
@@ -73,14 +73,14 @@ def _records(source: Source, piece: Piece, options: ReadOptions) -> _Records:
         data, cut_short, lines_cut = piece.data, piece.cut_short, piece.lines_cut
     else:
         size = piece.end - piece.start
-        held = min(size, _NOMINAL + options.max_raw_bytes(source.format))
+        held = min(size, _PIECE_BYTES + options.max_raw_bytes(source.format))
         with open(source.path, "rb") as file:
             file.seek(piece.start)
             data = file.read(held)
             if len(data) != held:
                 raise _shorter(source)
             cut_short, lines_cut, left = held < size, 0, size - held
-            while left and (block := file.read(min(left, _NOMINAL))):
+            while left and (block := file.read(min(left, _PIECE_BYTES))):
                 lines_cut += block.count(b"\n")
                 left -= len(block)
     if piece.ordinal == 0:
@@ -95,7 +95,7 @@ def _too_long(line: int, options: ReadOptions) -> Rejected:
 def _json_lines(source: Source, piece: Piece, options: ReadOptions) -> Iterator[Batch]:
     limit = options.max_raw_bytes(source.format)
     key = options.text_key
-    plain = options.max_document_bytes // 4  # a text of so many characters cannot be too long
+    plain = options.max_document_bytes // 4  # characters of at most four bytes: no text of this length is too long
     loads = orjson.loads
     batch = Batch()
     line = batch_line = position = 0
@@ -108,13 +108,13 @@ def _json_lines(source: Source, piece: Piece, options: ReadOptions) -> Iterator[
             file = stack.enter_context(open(source.path, "rb", buffering=_BUFFER))
             file.seek(piece.start)
             size = piece.end - piece.start
-            cut_short = size > _NOMINAL + limit
+            cut_short = size > _PIECE_BYTES + limit
         for raw in iter(lambda: file.readline(limit + 1), b"") if cut_short else file:
             position += len(raw)
             line += 1
             if line == 1 and piece.ordinal == 0:
                 raw = raw.removeprefix(_BOM)
-            try:  # all that is right and plain passes here, at once; everything else is looked at with care
+            try:  # fast path for ordinary lines; all others go through the checks of _add_json
                 text = loads(raw)[key]
                 simple = type(text) is str and 0 < len(text) <= plain and text[0] != "\ufeff"
             except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -140,7 +140,7 @@ def _json_lines(source: Source, piece: Piece, options: ReadOptions) -> Iterator[
 
 
 def _shorter(source: Source) -> DataError:
-    return DataError(f"{source.path}: shorter than the {source.size} bytes it had at the start: changed meanwhile?")
+    return DataError(f"{source.path}: shorter than the {source.size} bytes it had at first; do not change inputs")
 
 
 def _add_json(batch: Batch, line: int, raw: bytes, options: ReadOptions) -> None:
@@ -153,11 +153,11 @@ def _add_json(batch: Batch, line: int, raw: bytes, options: ReadOptions) -> None
 
 
 def _paragraphs(records: _Records, options: ReadOptions) -> Iterator[Batch]:
-    """Documents with blank lines between them: their lines with their line ends, without the last line's."""
+    """Documents separated by blank lines; the line end of a document's last line is dropped, all others are kept."""
     batch = Batch()
     line = batch_line = 0
     batch_start = start = position = 0
-    first = last_end = 0  # line number of the document's first line (0: between documents), end of its last
+    first = last_end = 0  # number of the document's first line (0: between documents), offset of its end
     for raw in io.BytesIO(records.data):
         line += 1
         if raw.strip():
@@ -173,13 +173,13 @@ def _paragraphs(records: _Records, options: ReadOptions) -> Iterator[Batch]:
                 batch, batch_start, batch_line = Batch(), position, line
         position += len(raw)
     if records.cut_short:
-        # Cut within the blank line behind a document, that document is dealt with, and nothing else is lost. But a
-        # longer run of white space may hide where the next document begins.
+        # If the data ends in the blank lines after a document, that document is whole and nothing was lost. But a
+        # longer run of white space may hide the beginning of the next document.
         if first or len(records.data) - last_end > _BLANK_BYTES:
             batch.rejected.append(_too_long((first or line + 1) - batch_line, options))
     elif first:
         _add_raw(batch, first - batch_line, _without_line_end(records.data[start:last_end]), options)
-    # The line in which the data ends, if it does so within one, is counted with the newlines that were cut.
+    # A line in which the data ends is counted in `line`, and its newline in `lines_cut`.
     counted_twice = records.lines_cut > 0 and not records.data.endswith(b"\n")
     batch.lines = line - batch_line + records.lines_cut - counted_twice
     yield batch
@@ -197,7 +197,7 @@ def _add_raw(batch: Batch, line: int, raw: bytes, options: ReadOptions) -> None:
 
 
 def _whole_files(sources: Sequence[Source], options: ReadOptions) -> Iterator[Batch]:
-    """One batch a file; every file has one line, its first."""
+    """One batch per file; a file counts as one line."""
     for source in sources:
         batch = Batch(lines=1)
         limit = options.max_document_bytes + len(_BOM) + 1
@@ -241,7 +241,7 @@ def _rows(source: Source, batches: Iterable[pa.RecordBatch], options: ReadOption
             column = _column(rows, options.text_key)
             for start in range(0, len(column), _BATCH_ROWS):
                 part = column.slice(start, _BATCH_ROWS).cast(pa.large_binary())
-                part.validate(full=True)  # offsets of a damaged file may point anywhere
+                part.validate(full=True)  # in a damaged file, offsets may point anywhere
                 values = part.to_pylist()
                 batch = Batch(lines=len(values))
                 for line, raw in enumerate(values, start=1):
@@ -255,7 +255,7 @@ def _rows(source: Source, batches: Iterable[pa.RecordBatch], options: ReadOption
 
 
 def _column(rows: pa.RecordBatch, key: str) -> pa.Array:
-    """The column `key`, or the field that `a.b` names within structs; dictionaries resolved."""
+    """Column `key`, or the field that `a.b` names in nested structs; a dictionary column is decoded."""
     if key in rows.schema.names:
         column = rows.column(key)
     else:

@@ -1,4 +1,4 @@
-"""What counts as a document, and why a line is turned away."""
+"""Documents and rejected lines: what counts as a document, and why a line is rejected."""
 
 import json
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ _DETAIL = 200  # characters
 
 
 class Reason(StrEnum):
-    """Why a line gave no document."""
+    """Why a line was rejected."""
 
     BROKEN_JSON = "broken JSON"
     MISSING_KEY = "missing key"
@@ -23,7 +23,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class Rejected:
-    """A line (in Parquet and Arrow: a row) that gave no document; `line` counts from 1 at the start of its batch."""
+    """A line (Parquet, Arrow: a row) that gives no document; `line` counts from 1 at the start of its batch."""
 
     line: int
     reason: Reason
@@ -32,27 +32,27 @@ class Rejected:
 
 @dataclass
 class Batch:
-    """Some consecutive documents of one source."""
+    """Consecutive documents of one source."""
 
     texts: list[str] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     empty: int = 0
-    """Documents without a character; counted, and skipped."""
+    """Number of documents without any character; they are skipped."""
     lines: int = 0
-    """Lines (rows) that were passed, documents or not."""
+    """Number of lines (rows) read, whether or not they gave a document."""
 
 
 class RecordError(Exception):
-    """A record gives no document; carries the reason and a detail for the person who reads the reject file."""
+    """A record gives no document. Carries the reason and a detail, both for the reject file."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
-        self.detail = detail[:_DETAIL].encode("utf-8", "backslashreplace").decode()  # it may quote a lone surrogate
+        self.detail = detail[:_DETAIL].encode("utf-8", "backslashreplace").decode()  # may quote a lone surrogate
 
 
 def decode(raw: bytes) -> str:
-    """UTF-8 bytes to text. Raises RecordError where they are not valid UTF-8."""
+    """Decode UTF-8. Raises RecordError if the bytes are not valid UTF-8."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -65,13 +65,16 @@ def decode(raw: bytes) -> str:
 
 
 def check_length(text: str, max_bytes: int) -> None:
-    """Raises RecordError where `text` is longer than `max_bytes` of UTF-8."""
+    """Raises RecordError if `text` is longer than `max_bytes` in UTF-8."""
     if 4 * len(text) > max_bytes and (size := len(text.encode())) > max_bytes:
         raise RecordError(Reason.TOO_LONG, f"{size} bytes, more than {max_bytes}")
 
 
 def add_text(batch: Batch, line: int, text: str, max_bytes: int) -> None:
-    """Put a document's text into `batch`: without a byte order mark, not trimmed, empty ones only counted."""
+    """Add the text of a document to `batch`, without a byte order mark but otherwise as it is.
+
+    An empty text is counted only; one longer than `max_bytes` in UTF-8 is rejected.
+    """
     if text.startswith("\ufeff"):
         text = text[1:]
     if not text:
@@ -86,12 +89,12 @@ def add_text(batch: Batch, line: int, text: str, max_bytes: int) -> None:
 
 
 def json_text(line: bytes, key: str) -> str | None:
-    """The text under `key` of a JSON line (`a.b` reaches into nested objects); None for a blank line.
+    """Text under `key` in a JSON line (`a.b` reaches into nested objects); None for a blank line.
 
-    Numbers that strict JSON lacks (`NaN`, `Infinity`) are let through, since Python's own `json` writes them.
+    `NaN` and `Infinity`, which strict JSON lacks, are accepted, since Python's own `json` writes them.
 
     Raises:
-        RecordError: the line holds no such text.
+        RecordError: the line is not valid JSON or holds no text under `key`.
     """
     if not line.strip():
         return None
@@ -101,7 +104,7 @@ def json_text(line: bytes, key: str) -> str | None:
         value = _python_json(line)
     text = _value_at(value, key)
     if not isinstance(text, str):
-        raise RecordError(Reason.NOT_TEXT, f"'{key}' is {_kind(text)}")
+        raise RecordError(Reason.NOT_TEXT, f"'{key}' is {_type_name(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -110,7 +113,7 @@ def json_text(line: bytes, key: str) -> str | None:
 
 
 def _python_json(line: bytes) -> Any:
-    """What Python's own, more lenient and much slower `json` makes of a line that orjson refuses."""
+    """Parse a line that orjson refuses with Python's own `json`, which is more lenient and much slower."""
     try:
         return json.loads(decode(line))
     except (ValueError, RecursionError) as error:
@@ -123,12 +126,13 @@ def _value_at(value: Any, key: str) -> Any:
     at = value
     for part in key.split("."):
         if not isinstance(at, dict) or part not in at:
-            known = ", ".join(list(value)[:8]) if isinstance(value, dict) else f"none: the line is {_kind(value)}"
-            raise RecordError(Reason.MISSING_KEY, f"no '{key}'; keys: {known}")
+            is_object = isinstance(value, dict)
+            found = f"keys: {', '.join(list(value)[:8])}" if is_object else f"the line is {_type_name(value)}"
+            raise RecordError(Reason.MISSING_KEY, f"no '{key}'; {found}")
         at = at[part]
     return at
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null", str: "a string"}
     return names.get(type(value), "a number")

@@ -1,4 +1,4 @@
-"""From what a user names (files, folders, globs) to a sorted list of source files with known formats."""
+"""From the inputs that a user names (files, folders, globs) to a sorted list of source files of known format."""
 
 import glob
 import os
@@ -12,16 +12,16 @@ from megazh.errors import DataError, UsageError
 
 
 class Format(StrEnum):
-    """How documents lie in a file."""
+    """File format of a source."""
 
     JSONL = "jsonl"
-    """A JSON object a line."""
+    """One JSON object per line."""
     PARQUET = "parquet"
-    """A document a row."""
+    """One document per row."""
     ARROW = "arrow"
-    """A document a row, in an Arrow IPC file or stream (`datasets` writes streams)."""
+    """Arrow IPC file or stream (`datasets` writes streams), one document per row."""
     TEXT = "text"
-    """Plain text: a document a file, or documents with blank lines between them."""
+    """Plain text: one document per file, or documents separated by blank lines."""
 
 
 _SUFFIXES = {
@@ -47,24 +47,25 @@ class Source:
 
     path: Path
     name: str
-    """Path below the folder that all inputs share; the same wherever that folder lies."""
+    """Path relative to the innermost folder that holds all sources, so the same wherever that folder is."""
     format: Format
     compression: str | None
-    """`gzip`, `zstd`, or None for a plain file."""
+    """`gzip`, `zstd`, or None for an uncompressed file."""
     size: int
-    """Bytes on disk."""
+    """Size on disk in bytes."""
 
 
 def find_sources(inputs: Sequence[str], format: Format | None = None) -> list[Source]:
     """Expand files, folders (searched recursively) and globs into sources, sorted by path, each file once.
 
     Args:
-        inputs: what the user named.
-        format: the format of all of them; without it, each file's suffix tells.
+        inputs: paths of files and folders, and globs.
+        format: format of all files; by default, each file's suffix decides. With it, a folder's files of any suffix
+            are taken; without it, those of an unknown suffix are left out.
 
     Raises:
-        UsageError: an input matches nothing, or a file's suffix tells no format.
-        DataError: a file's first bytes contradict its suffix.
+        UsageError: an input matches no file, or a file has an unknown suffix.
+        DataError: a file cannot be read, or its first bytes contradict its suffix.
     """
     paths: set[str] = set()
     for given in inputs:
@@ -81,7 +82,7 @@ def find_sources(inputs: Sequence[str], format: Format | None = None) -> list[So
 
 
 def _printable(name: str) -> str:
-    """A file name that is no UTF-8 (GBK, say), with its odd bytes written as escapes."""
+    """`name` with bytes that are not UTF-8 (as in a GBK file name) written as escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -104,7 +105,7 @@ def _source(path: Path, name: str, given: Format | None) -> Source:
     by_suffix, compression = _suffixes(path)
     format = given or by_suffix
     if format is None:
-        raise UsageError(f"{path}: its suffix tells no format; give --format {'|'.join(Format)}")
+        raise UsageError(f"{path}: its suffix names no known format; give --format {'|'.join(Format)}")
     if compression and format in (Format.PARQUET, Format.ARROW):
         raise UsageError(f"{path}: a compressed {format.value} file cannot be read in parts; decompress it first")
     try:
@@ -116,5 +117,7 @@ def _source(path: Path, name: str, given: Format | None) -> Source:
     if compression and not _MAGIC[compression].match(head):
         raise DataError(f"{path}: not a {compression} file: begins with {head[:4].hex(' ') or 'nothing'}")
     if format is Format.JSONL and not compression and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        raise DataError(f"{path}: holds one JSON array; give one object a line (jq -c '.[]' {path.name} > out.jsonl)")
+        raise DataError(
+            f"{path}: holds one JSON array; write one object per line (jq -c '.[]' {path.name} > out.jsonl)"
+        )
     return Source(path, name, format, compression, size)

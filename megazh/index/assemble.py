@@ -1,4 +1,4 @@
-"""Put the finished pieces of a build together in their order, and keep account of what was rejected."""
+"""Join the finished pieces of a build in order, and keep account of rejected records."""
 
 import json
 from collections import deque
@@ -15,18 +15,18 @@ from megazh.index.metadata import Files
 from megazh.index.piece import FinishedPiece, piece_path, read_piece_file
 from megazh.index.writer import IndexWriter
 
-_EARLY_RECORDS = 1000
+_EARLY_RECORDS = 1000  # from here on, a build stops as soon as most records are bad
 
 
 class Assembly:
-    """Takes pieces in any order, and writes them in the order in which they are expected.
+    """Takes pieces in any order and writes them in the order of the calls of `expect`.
 
     Args:
-        folder: of the build; the piece files are here, and the index grows here.
-        dtype: of the tokens.
+        folder: folder of the build, with the piece files and the unfinished index.
+        dtype: dtype of the tokens.
         sources: all sources of the build.
-        options: how they are read.
-        max_bad: the largest share of records that may be rejected.
+        options: options with which the sources are read.
+        max_bad: largest share of records that may be rejected.
     """
 
     def __init__(
@@ -36,27 +36,27 @@ class Assembly:
         self._max_bad = max_bad
         self._order: deque[Piece] = deque()
         self._done: dict[str, tuple[str, FinishedPiece | None]] = {}
-        self._lines: dict[int, int] = {}  # lines of each source that were passed
+        self._lines: dict[int, int] = {}  # lines of each source in the pieces written so far
         self.writer = IndexWriter(folder, dtype)
         self.rejected_path = folder / "rejected.jsonl"
         self._rejected_file = open(self.rejected_path, "w", encoding="utf-8")  # noqa: SIM115 (closed at the end)
         self.records = 0
-        """Lines or rows that were documents, empty or bad."""
+        """Number of lines or rows: documents, empty and bad ones."""
         self.empty = 0
         self.text_bytes = 0
         self.rejected = 0
         self.reasons: dict[str, int] = {}
 
     def expect(self, piece: Piece) -> None:
-        """`piece` comes behind all that were expected before it."""
+        """Put `piece` behind all pieces that were expected before it."""
         self._order.append(piece)
 
     def add(self, key: str, encoder: str, finished: FinishedPiece | None = None) -> None:
-        """A piece is finished, by `encoder`; without `finished`, its file is read when it is its turn.
+        """Take the piece `key`, which `encoder` has finished. Without `finished`, its file is read in its turn.
 
         Raises:
             DataError: most of the first records are bad.
-            WorkerError: the piece's file is gone.
+            WorkerError: the piece's file is gone or damaged.
         """
         self._done[key] = (encoder, finished)
         while self._order and self._order[0].key in self._done:
@@ -73,16 +73,16 @@ class Assembly:
         self.records += footer["documents"] + footer["empty"] + len(footer["rejected"])
         self.empty += footer["empty"]
         self.text_bytes += footer["text_bytes"]
-        self._note_rejected(piece, footer)
+        self._record_rejected(piece, footer)
         if self.records >= _EARLY_RECORDS:
             self._check_bad(max(0.5, self._max_bad))
 
-    def _note_rejected(self, piece: Piece, footer: dict[str, Any]) -> None:
+    def _record_rejected(self, piece: Piece, footer: dict[str, Any]) -> None:
         files = piece_sources(self._sources, piece, self._options)
         before = self._lines.get(piece.source, 0)
         self._lines[piece.source] = before + footer["lines"]
         for line, reason, detail in footer["rejected"]:
-            # Of several whole files in a piece, each counts as one line.
+            # In a piece of several whole files, each file counts as one line.
             file, number = (files[0], before + line) if len(files) == 1 else (files[line - 1], 1)
             entry = {"file": file.name, "line": number, "reason": reason, "detail": detail}
             self._rejected_file.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -106,7 +106,7 @@ class Assembly:
         """Complete the index's files.
 
         Raises:
-            DataError: too many records were bad, or there is not one document.
+            DataError: too many records were bad, or there is no document.
         """
         assert not self._order, "a piece is missing"
         self._check_bad(self._max_bad)
@@ -114,6 +114,6 @@ class Assembly:
         return self.writer.finish()
 
     def abandon(self) -> None:
-        """Close what is open."""
+        """Close the files without completing them."""
         self._rejected_file.close()
         self.writer.abandon()

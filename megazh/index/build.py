@@ -1,4 +1,4 @@
-"""Build an index from text: hand pieces to workers, check their work, and put it together in order."""
+"""Build an index from text: hand pieces to workers, check samples of their ids, and join the pieces in order."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from megazh.corpus.sources import Format, Source, find_sources
 from megazh.errors import DataError, MegazhError, UsageError, WorkerError
 from megazh.files import locked, write_atomic
 from megazh.index.assemble import Assembly
-from megazh.index.metadata import Metadata, Rejected, read_metadata
+from megazh.index.metadata import CORE_SUFFIXES, INDEX_SUFFIXES, Metadata, Rejected, read_metadata
 from megazh.index.piece import Result, Setup, Task, piece_path, read_piece_file
 from megazh.index.plan import CUT_VERSION, PLAN, Plan, difference, make_plan, signature
 from megazh.index.pools import Pool
@@ -29,44 +29,45 @@ from megazh.progress import Progress, duration
 from megazh.tokenizer import Tokenizer, load_tokenizer
 from megazh.tokenizer.encoders import Encoder, EncoderSource, encode_each
 
-_DISTRUST = "fast-encoder-differs"  # its presence says so
-_OWN_SUFFIXES = (".bin", ".idx", ".docs", ".json")
+_DISTRUST = "fast-encoder-differs"  # empty file in the build folder, present once the fast encoder was found wrong
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to index, how, and where to."""
+    """What to index, with which options, and where to write it."""
 
     inputs: Sequence[str]
+    """Files, folders or globs."""
     output: Path
-    """The prefix: OUTPUT.bin, OUTPUT.idx and so on."""
+    """Prefix of the index: the files are OUTPUT.bin, OUTPUT.idx and so on."""
     tokenizer: Path
     eod: str | None = None
     front_tokens: bool = False
     format: Format | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
     max_bad: float = 0.001
-    """The largest share of records that may be rejected."""
+    """Largest share of records that may be rejected."""
     restart: bool = False
-    """Throw away the finished pieces of an interrupted build, and replace an index that is complete."""
+    """Whether to discard the finished pieces of an interrupted build and to replace a complete index."""
 
     @property
     def folder(self) -> Path:
-        """Where the unfinished build lies."""
+        """Folder of the unfinished build."""
         return Path(f"{self.output}.build")
 
 
 @dataclass
 class Summary:
-    """What a build did, for the person at the terminal; `metadata` says what is in the index."""
+    """Result of a build, for the person at the terminal; `metadata` describes the index."""
 
     metadata: Metadata
     seconds: float
     encoder: str = ""
     pieces: int = 0
     pieces_kept: int = 0
-    """Taken over from an interrupted run."""
+    """Number of pieces that an interrupted build had finished."""
     samples_checked: int = 0
+    """Number of documents whose ids were compared with those of the reference encoder."""
     already_complete: bool = False
 
 
@@ -74,13 +75,13 @@ def build_index(request: Request, pool: Pool, say: Callable[[str], None]) -> Sum
     """Build the index of `request`.
 
     Args:
-        pool: who encodes.
-        say: gets notices and warnings, one line each.
+        pool: the workers that encode.
+        say: called with each notice or warning, one line.
 
     Raises:
-        UsageError: the request cannot work, or does not fit the interrupted build or the index that is there.
-        DataError: an input is damaged, or too much of it is bad.
-        BusyError: another process builds the same prefix.
+        UsageError: the request cannot work, or does not match an interrupted build or an index at the same prefix.
+        DataError: an input is damaged, or too many records are bad.
+        BusyError: another process is building the same prefix.
         WorkerError: a worker died, or the disk is full; finished pieces are kept.
     """
     tokenizer, sources = check_request(request)
@@ -102,13 +103,13 @@ def build_index(request: Request, pool: Pool, say: Callable[[str], None]) -> Sum
 
 
 def check_request(request: Request) -> tuple[Tokenizer, list[Source]]:
-    """What can be known to be wrong before any work is done; returns the tokenizer and the sources.
+    """Check what can be checked before any work is done; returns the tokenizer and the sources.
 
     Raises:
-        UsageError, DataError: as `build_index`.
+        UsageError, DataError: as in `build_index`.
     """
     output = request.output
-    if output.suffix in _OWN_SUFFIXES:
+    if output.suffix in CORE_SUFFIXES:
         raise UsageError(f"--output {output}: give the prefix without {output.suffix}")
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder; give a prefix, such as {output}/NAME")
@@ -117,21 +118,21 @@ def check_request(request: Request) -> tuple[Tokenizer, list[Source]]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--output {output}: its folder cannot be made: {error.strerror}") from None
+        raise UsageError(f"--output {output}: its folder cannot be created: {error.strerror}") from None
     if not os.access(output.parent, os.W_OK):
         raise UsageError(f"--output {output}: its folder cannot be written to")
     return tokenizer, sources
 
 
 def _without_own_files(sources: list[Source], output: Path) -> list[Source]:
-    """The sources but for what a build of this very index made, where it lies among its input."""
+    """The sources without the files that an earlier build of this index wrote among its own input."""
     prefix = os.path.abspath(output)
-    mine = {f"{prefix}{suffix}" for suffix in (*_OWN_SUFFIXES, ".rejected.jsonl", ".tokenizer.json", ".log")}
+    own = {f"{prefix}{suffix}" for suffix in INDEX_SUFFIXES}
     folders = (f"{prefix}.build/", f"{prefix}.build.done/")
     kept = [source for source in sources if not str(source.path).startswith(folders)]
     if Path(f"{prefix}.idx").exists():
-        kept = [source for source in kept if str(source.path) not in mine]
-    overwritten = next((source.path for source in kept if str(source.path) in mine), None)
+        kept = [source for source in kept if str(source.path) not in own]
+    overwritten = next((source.path for source in kept if str(source.path) in own), None)
     if overwritten is not None:
         raise UsageError(f"--output {output}: would overwrite the input {overwritten}; choose another prefix")
     if not kept:
@@ -140,12 +141,12 @@ def _without_own_files(sources: list[Source], output: Path) -> list[Source]:
 
 
 class _EncoderDiffers(Exception):
-    """The fast encoder failed, or gave other ids than the reference."""
+    """The fast encoder failed, or gave other ids than the reference encoder."""
 
 
 @dataclass
 class _Run:
-    """What became of the pieces."""
+    """Counts of a run over all pieces; see `Summary`."""
 
     encoder: str
     pieces: int = 0
@@ -162,10 +163,10 @@ class _Build:
         tokenizer: Tokenizer,
         sources: Sequence[Source],
         pool: Pool,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
         self._request, self._tokenizer, self._sources = request, tokenizer, sources
-        self._pool, self._say = pool, say
+        self._pool, self._notify = pool, notify
         self._folder = request.folder
         self._begin = time.monotonic()
         self._reference: Encoder
@@ -179,7 +180,7 @@ class _Build:
             return Summary(complete, time.monotonic() - self._begin, already_complete=True)
         self._prepare_folder(plan)
         copy = self._folder / f"tokenizer{self._tokenizer.path.suffix}"
-        write_atomic(copy, self._tokenizer.path.read_bytes(), durable=False)  # flushed at the end, as all files
+        write_atomic(copy, self._tokenizer.path.read_bytes(), durable=False)  # flushed to disk at the end
         source = self._tokenizer.encoders
         self._setup = Setup(
             options=self._request.read,
@@ -196,12 +197,12 @@ class _Build:
                 raise DataError(f"{each.path}: changed while it was read; run again with --restart")
         metadata = self._finish(assembly, plan, copy)
         summary = Summary(metadata, time.monotonic() - self._begin, **dataclasses.asdict(run))
-        self._log(summary)
+        self._append_log(summary)
         self._remove_folder()
         return summary
 
     def _complete(self, plan: Plan) -> Metadata | None:
-        """The index that is already there, if it is the one asked for."""
+        """Metadata of an existing index, if it is the requested one."""
         output = self._request.output
         if self._request.restart or not Path(f"{output}.idx").exists():
             return None
@@ -212,7 +213,7 @@ class _Build:
         if different:
             before = self._interrupted()
             if before is not None and not difference(before, plan):
-                return None  # it is being replaced by just this build, which was interrupted
+                return None  # an interrupted build of the same plan was about to replace the index
             raise UsageError(
                 f"{output}: an index with {different} is there; --restart replaces it (it stays until the new one is "
                 "complete), or choose another --output"
@@ -220,11 +221,11 @@ class _Build:
         try:
             IndexedDataset(output).document_hashes()
         except MegazhError as error:
-            raise type(error)(f"{error}; --restart builds the index anew") from None
+            raise type(error)(f"{error}; --restart builds the index again") from None
         return metadata
 
     def _interrupted(self) -> Plan | None:
-        """The plan of the interrupted build that lies in the folder, if any of its pieces is finished."""
+        """The plan of an interrupted build in the folder, if it has finished at least one piece."""
         path = self._folder / PLAN
         with contextlib.suppress(FileNotFoundError, ValueError, UsageError):
             plan = from_mapping(json.loads(path.read_bytes()), Plan, str(path))
@@ -233,7 +234,7 @@ class _Build:
         return None
 
     def _prepare_folder(self, plan: Plan) -> None:
-        """Keep the pieces that an interrupted build of the same plan left, and no others."""
+        """Keep the pieces of an interrupted build only if its plan is the same. Raises UsageError if it is another."""
         path = self._folder / PLAN
         before = None if self._request.restart else self._interrupted()
         if before is None:
@@ -251,7 +252,7 @@ class _Build:
             piece.unlink()
 
     def _distrust_fast_encoder(self) -> None:
-        """Throw away what the fast encoder made, and do not use it when an interrupted build goes on."""
+        """Discard what the fast encoder made; a resumed build does not use it either."""
         (self._folder / _DISTRUST).touch()
         self._discard_pieces()
 
@@ -264,7 +265,7 @@ class _Build:
             except _EncoderDiffers as error:
                 assembly.abandon()
                 encoder = self._reference.name
-                self._say(f"warning: {error}; encoding everything anew with {encoder}, which is slower")
+                self._notify(f"warning: {error}; encoding everything again with {encoder}, which is slower")
                 self._distrust_fast_encoder()
                 fast = False
             except BaseException:
@@ -272,26 +273,27 @@ class _Build:
                 raise
 
     def _choose_encoder(self) -> tuple[bool, str]:
-        """Whether the fast encoder can be used, and the name of the one that is."""
+        """Whether the fast encoder can be used, and the name of the encoder that is used."""
         self._reference = self._setup.encoders.reference()
         name = self._reference.name
         if (self._folder / _DISTRUST).exists():
             return False, name
         trial = next(self._pool.run(self._setup, iter([Task(None, (), fast=True)])))
         if trial.failure is not None:
-            self._say(f"warning: the fast encoder cannot be used ({trial.failure}); using {name}, which is slower")
+            self._notify(f"warning: the fast encoder cannot be used ({trial.failure}); using {name}, which is slower")
             return False, name
         if not trial.encoder:
             return False, name
         try:
             self._check_samples(trial)
         except _EncoderDiffers as error:
-            self._say(f"warning: {error}; using {name}, which is slower")
+            self._notify(f"warning: {error}; using {name}, which is slower")
             self._distrust_fast_encoder()
             return False, name
         return True, trial.encoder
 
     def _check_samples(self, result: Result) -> None:
+        """Raises _EncoderDiffers if the fast encoder failed or a sample's ids differ from the reference."""
         if result.failure is not None:
             raise _EncoderDiffers(result.failure)
         expected = encode_each(self._reference, [sample.text for sample in result.samples])
@@ -306,12 +308,12 @@ class _Build:
             for piece in cut(self._sources, self._request.read, piece_size(self._sources)):
                 assembly.expect(dataclasses.replace(piece, data=None))
                 run.pieces += 1
-                for maker in dict.fromkeys((encoder, self._reference.name)):
-                    kept = read_piece_file(piece_path(self._folder, piece.key, maker), dtype, check=True)
+                for name in dict.fromkeys((encoder, self._reference.name)):
+                    kept = read_piece_file(piece_path(self._folder, piece.key, name), dtype, check=True)
                     if kept is not None:
                         run.pieces_kept += 1
                         progress.advance(piece.weight)
-                        assembly.add(piece.key, maker, kept)
+                        assembly.add(piece.key, name, kept)
                         break
                 else:
                     yield Task(piece, piece_sources(self._sources, piece, self._request.read), fast)
@@ -347,8 +349,8 @@ class _Build:
         writer.commit(self._request.output, files, beside, absent=[] if assembly.rejected else [".rejected.jsonl"])
         return metadata
 
-    def _log(self, summary: Summary) -> None:
-        """What is not the same for the same input: times, host, workers."""
+    def _append_log(self, summary: Summary) -> None:
+        """Append to OUTPUT.log what varies between builds of the same input: time, host, workers."""
         size = sum(source.size for source in self._sources)
         with open(f"{self._request.output}.log", "a", encoding="utf-8") as file:
             file.write(
@@ -359,7 +361,7 @@ class _Build:
             )
 
     def _remove_folder(self) -> None:
-        """Delete the folder of the build, under another name: ranks may still note in it that they live."""
+        """Delete the folder of the build, renamed first: MPI ranks may still touch their heartbeat files in it."""
         done = self._folder.with_name(f"{self._folder.name}.done")
         shutil.rmtree(done, ignore_errors=True)
         os.rename(self._folder, done)

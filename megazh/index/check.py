@@ -1,4 +1,4 @@
-"""Look into an index, and check all of it."""
+"""Show what is in an index, and verify all of it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +11,12 @@ from megazh.index.metadata import load_tokenizer_of
 from megazh.index.reader import IndexedDataset
 from megazh.progress import Progress
 
-_STEP = 1 << 24
-_BAR = 40
+_STEP = 1 << 24  # tokens per step of the check
+_BAR = 40  # characters of the longest bar in the histogram
 
 
 def inspect_index(prefix: str, document: int | None = None, tokens: int = 200) -> Iterator[str]:
-    """Lines about an index: header, counts, histogram and, where asked for, one document, decoded.
+    """Lines about an index: header, counts, histogram and, if `document` is given, its first `tokens` tokens, decoded.
 
     Raises:
         UsageError: there is no such index, or no such document.
@@ -41,7 +41,7 @@ def inspect_index(prefix: str, document: int | None = None, tokens: int = 200) -
             yield f"             {source.name} ({source.bytes:,} bytes, {source.sha256[:16]}…)"
         if len(data.sources) > 10:
             yield f"             … {len(data.sources) - 10:,} more in {prefix}.json"
-        yield "documents by tokens"
+        yield "documents by length in tokens"
         most = max(data.token_length_histogram.values())
         for edge, number in data.token_length_histogram.items():
             low = int(edge)
@@ -62,11 +62,11 @@ def inspect_index(prefix: str, document: int | None = None, tokens: int = 200) -
 def verify_index(prefix: str) -> str:
     """Read all of an index and check it; returns a line that says what was checked.
 
-    Checked are, besides what opening it checks: the SHA-256 of the files as they are now, that every id is below
-    the vocabulary, and that every document ends with the end-of-document id and has no other.
+    Beyond the checks of `IndexedDataset`: the SHA-256 of each file is computed again, every id is below the
+    vocabulary size, and every document ends with the end-of-document id and contains no other.
 
     Raises:
-        DataError: something is wrong; the message says what and where.
+        DataError: a check failed; the message says which and where.
     """
     index = IndexedDataset(prefix)
     data = index.metadata
@@ -74,10 +74,12 @@ def verify_index(prefix: str) -> str:
     with Progress("verifying", 2 * size if data else size) as progress:
         if data is not None:
             index.document_hashes()
-            for suffix, noted in ((".bin", data.files.bin), (".idx", data.files.idx), (".docs", data.files.docs)):
+            for suffix, recorded in ((".bin", data.files.bin), (".idx", data.files.idx), (".docs", data.files.docs)):
                 found = sha256_file(Path(prefix + suffix), progress.advance if suffix == ".bin" else None)
-                if found != noted.sha256:
-                    raise DataError(f"{prefix}{suffix}: wrong content: expected sha256 {noted.sha256}, found {found}")
+                if found != recorded.sha256:
+                    raise DataError(
+                        f"{prefix}{suffix}: wrong content: expected sha256 {recorded.sha256}, found {found}"
+                    )
         largest = 0
         ends = 0
         for at in range(0, len(index.tokens), _STEP):
@@ -92,7 +94,7 @@ def verify_index(prefix: str) -> str:
                 ends += int(np.count_nonzero(tokens == data.tokenizer.eod_id))
             progress.advance(tokens.nbytes)
     if data is None:
-        return f"{len(index):,} documents, {len(index.tokens):,} tokens, largest id {largest}: bounds are right"
+        return f"{len(index):,} documents, {len(index.tokens):,} tokens, largest id {largest}: boundaries are right"
     lasts = index.tokens[index.starts[1:] - 1]
     wrong_ends = np.flatnonzero(lasts != data.tokenizer.eod_id)
     if len(wrong_ends):
@@ -101,5 +103,5 @@ def verify_index(prefix: str) -> str:
             f"{prefix}.bin: document {first}: expected end-of-document id {data.tokenizer.eod_id}, found {lasts[first]}"
         )
     if ends != len(index):
-        raise DataError(f"{prefix}.bin: expected {len(index)} end-of-document ids, one a document, found {ends}")
-    return f"{len(index):,} documents, {len(index.tokens):,} tokens: hashes, bounds, ids and document ends are right"
+        raise DataError(f"{prefix}.bin: expected {len(index)} end-of-document ids, one per document, found {ends}")
+    return f"{len(index):,} documents, {len(index.tokens):,} tokens: hashes, boundaries, ids, document ends are right"

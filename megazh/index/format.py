@@ -1,9 +1,9 @@
-"""Megatron-LM's MMIDIDX version 1, byte for byte.
+"""Megatron-LM's index format, MMIDIDX version 1, byte for byte.
 
-`PREFIX.bin` holds the tokens of all sequences, one after the other, nothing else. `PREFIX.idx`, little endian:
+`PREFIX.bin` holds the tokens of all sequences, one after the other, and nothing else. `PREFIX.idx` is little endian:
 
 =====================  ===========================================================
-bytes                  what
+bytes                  content
 =====================  ===========================================================
 9                      ``MMIDIDX\\0\\0``
 8                      uint64 version, 1
@@ -16,7 +16,7 @@ bytes                  what
 S, only multimodal     int8 mode of each sequence
 =====================  ===========================================================
 
-Source: `megatron/core/datasets/indexed_dataset.py`. What megazh writes has one sequence a document.
+Source: `megatron/core/datasets/indexed_dataset.py`. megazh writes one sequence per document.
 """
 
 import struct
@@ -49,32 +49,38 @@ class Header:
     """The fixed part of an `.idx` file."""
 
     dtype: np.dtype[Any]
+    """Dtype of the tokens in the `.bin` file."""
     sequences: int
     boundaries: int
+    """Number of document boundaries, one more than documents."""
 
     @property
     def lengths_at(self) -> int:
+        """Byte offset of the sequence lengths."""
         return HEADER.size
 
     @property
     def pointers_at(self) -> int:
+        """Byte offset of the sequence pointers."""
         return self.lengths_at + 4 * self.sequences
 
     @property
     def boundaries_at(self) -> int:
+        """Byte offset of the document boundaries."""
         return self.pointers_at + 8 * self.sequences
 
     @property
     def end(self) -> int:
-        """Size of the file in bytes, without modes."""
+        """Size of the file in bytes, without the modes of a multimodal index."""
         return self.boundaries_at + 8 * self.boundaries
 
     def pack(self) -> bytes:
+        """The header as it is stored."""
         return HEADER.pack(MAGIC, VERSION, CODES[self.dtype], self.sequences, self.boundaries)
 
 
 def read_header(path: Path, size: int) -> Header:
-    """Read and check the header of an `.idx` file of `size` bytes. Raises DataError naming what is wrong."""
+    """Read and check the header of an `.idx` file of `size` bytes. Raises DataError, which names the fault."""
     with open(path, "rb") as file:
         raw = file.read(HEADER.size)
     if raw[: len(MAGIC)] != MAGIC:
@@ -88,9 +94,9 @@ def read_header(path: Path, size: int) -> Header:
         raise DataError(f"{path}: expected an integer dtype code ({', '.join(map(str, DTYPES))}), found {code}")
     header = Header(DTYPES[code], sequences, boundaries)
     if size not in (header.end, header.end + sequences):
-        kind = "truncated" if size < header.end else "too long"
+        fault = "truncated" if size < header.end else "too long"
         raise DataError(
-            f"{path}: {kind}: {sequences} sequences and {boundaries} boundaries make {header.end} bytes, found {size}"
+            f"{path}: {fault}: {sequences} sequences and {boundaries} boundaries make {header.end} bytes, found {size}"
         )
     if boundaries < 1:
         raise DataError(f"{path}: expected at least one document boundary, found none")

@@ -1,6 +1,6 @@
-"""Batches for training as torch tensors, gathered ahead by threads, in a fixed order.
+"""Training batches as torch tensors, in a fixed order, prefetched by threads.
 
-Threads, not processes: the gathering runs without Python's lock, so that nothing has to be copied or pickled.
+Threads suffice because gathering releases Python's global lock; unlike processes, they copy and pickle nothing.
 """
 
 from collections import deque
@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from megazh.index.mixture import Mixture, ValidationSamples
+from megazh.index.mixture import Mixture
 
 Batch = dict[str, torch.Tensor]
 
@@ -23,27 +23,21 @@ def training_batches(
     workers: int = 2,
     prefetch: int = 4,
 ) -> Iterator[Batch]:
-    """Micro-batches of one data-parallel rank, from training sample `start` on, until the mixture ends.
+    """Micro-batches of one data-parallel rank, from training sample `start` until the mixture ends.
 
-    Of each run of `micro_batch_size * ranks` samples, rank r gets those from r * micro_batch_size on.
+    Of each `micro_batch_size * ranks` consecutive samples, rank r gets `micro_batch_size`, from
+    r * micro_batch_size on. Samples at the end of the mixture that do not suffice for all ranks are left out.
 
     Args:
-        start: samples that were consumed before, by all ranks together.
-        workers: threads that gather ahead; 0 gathers when asked.
-        prefetch: batches that each of them keeps ready.
+        start: number of samples that all ranks together have consumed before.
+        workers: number of threads that gather batches ahead; 0 gathers each batch when it is requested.
+        prefetch: number of batches that each thread keeps ready.
 
     Yields:
         tokens, labels, position_ids (micro_batch, seq) int32 and cu_seqlens (micro_batch, max_docs + 1) int32; in
-        pinned memory where there is a GPU.
+        pinned memory if there is a GPU.
     """
     return _batches(mixture, _training_numbers(mixture.end, start, micro_batch_size, rank, ranks), workers, prefetch)
-
-
-def validation_batches(samples: ValidationSamples, micro_batch_size: int, workers: int = 1) -> Iterator[Batch]:
-    """All validation samples once, in order, as `training_batches` does; the last batch may be smaller."""
-    size = len(samples)
-    numbers = (range(at, min(at + micro_batch_size, size)) for at in range(0, size, micro_batch_size))
-    return _batches(samples, numbers, workers, prefetch=2)
 
 
 def _training_numbers(end: int | None, start: int, size: int, rank: int, ranks: int) -> Iterator[range]:
@@ -52,13 +46,11 @@ def _training_numbers(end: int | None, start: int, size: int, rank: int, ranks: 
         start += size * ranks
 
 
-def _batches(
-    samples: Mixture | ValidationSamples, numbers: Iterable[range], workers: int, prefetch: int
-) -> Iterator[Batch]:
+def _batches(mixture: Mixture, numbers: Iterable[range], workers: int, prefetch: int) -> Iterator[Batch]:
     pinned = torch.cuda.is_available()
 
     def fetch(batch: range) -> Batch:
-        tensors = {name: torch.from_numpy(array) for name, array in samples.batch(batch)._asdict().items()}
+        tensors = {name: torch.from_numpy(array) for name, array in mixture.batch(batch)._asdict().items()}
         return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pinned else tensors
 
     if workers == 0:

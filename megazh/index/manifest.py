@@ -1,4 +1,4 @@
-"""`data_index/NAME.yaml`: which indexes a training run reads, in which shares, and what it keeps for validation."""
+"""`data_index/NAME.yaml`: the indexes of a training run, their shares, and the documents kept for validation."""
 
 from enum import StrEnum
 from fractions import Fraction
@@ -11,10 +11,10 @@ from megazh.config import Config, choice, load_yaml, parse_amount
 
 
 class OnExhausted(StrEnum):
-    """What happens when a corpus has given all its samples."""
+    """What happens when all samples of a corpus have been drawn."""
 
     WRAP = "wrap"
-    """It begins a new epoch, in another order."""
+    """The corpus begins a new epoch, in another order."""
     STOP = "stop"
     """The mixture ends."""
 
@@ -28,30 +28,31 @@ WhenExhausted = Annotated[OnExhausted, choice(OnExhausted)]
 
 
 class Validation(Config):
-    """Which documents are kept for validation, by the hash of their text: the same text is always on one side."""
+    """Validation split by the hash of a document's text: documents of equal text are always on the same side."""
 
     fraction: Annotated[float, Field(ge=0, lt=1)]
-    """Share of documents, at least 0 and below 1."""
+    """Share of documents to keep for validation, at least 0 and below 1."""
     salt: str | int = ""
-    """Another salt chooses other documents."""
+    """Salt of the hash; another one chooses other documents."""
 
 
 class CorpusEntry(Config):
-    """One index in the mixture; exactly one of `weight`, `tokens`, `epochs`."""
+    """One index of the mixture. It needs exactly one of `weight`, `tokens` and `epochs`."""
 
     name: Annotated[str, Field(min_length=1)]
+    """Name of the corpus in reports and error messages; it also enters the random order."""
     prefix: Annotated[str, Field(min_length=1)]
-    """PREFIX of the index, relative to the manifest."""
+    """PREFIX of the index, relative to the manifest's folder."""
     weight: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     """Share of samples, relative to the other weights."""
     tokens: Amount | None = None
-    """Tokens to draw, such as 3B; the share is that of the sum."""
+    """Number of tokens to draw, such as 3B. The share of samples is this number over the sum of all corpora."""
     epochs: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
-    """Passes over the corpus; the share is that of the sum of tokens."""
+    """Number of passes over the corpus. The share of samples is its tokens times this, over the sum of all corpora."""
     on_exhausted: WhenExhausted | None = None
-    """What happens when this corpus runs out; without it, what the manifest says."""
+    """Action when this corpus is exhausted. Default: the manifest's `on_exhausted`."""
     sha256: str | None = None
-    """Where given, the SHA-256 that PREFIX.bin must have (`megazh index inspect` prints it)."""
+    """SHA-256 that PREFIX.bin must have (`megazh index inspect` prints it). Default: not checked."""
 
     @model_validator(mode="after")
     def _one_amount(self) -> "CorpusEntry":
@@ -65,11 +66,13 @@ class Manifest(Config):
     """The contents of `data_index/NAME.yaml`."""
 
     seed: int = 0
-    """Decides every random order."""
+    """Seed of all random orders."""
     validation: Validation | None = None
-    """Without it, all documents are for training."""
+    """Validation split. Default: all documents are for training."""
     on_exhausted: WhenExhausted = OnExhausted.WRAP
+    """Action when a corpus is exhausted, for corpora without their own `on_exhausted`."""
     corpora: Annotated[list[CorpusEntry], Field(min_length=1)]
+    """Indexes to mix."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
@@ -88,10 +91,10 @@ class Manifest(Config):
 
 
 def load_manifest(path: Path | str) -> Manifest:
-    """Read a manifest. Raises UsageError as `load_yaml` does."""
+    """Read a manifest. Raises UsageError, as `load_yaml` does."""
     return load_yaml(path, Manifest)
 
 
 def exact(value: float | int) -> Fraction:
-    """The decimal number that was written: 0.3 is three tenths."""
+    """The decimal number as written: 0.3 is exactly three tenths."""
     return Fraction(str(value))

@@ -1,4 +1,4 @@
-"""Put indexes of the same tokenizer together into one."""
+"""Merge indexes of the same tokenizer into one."""
 
 import contextlib
 import shutil
@@ -13,32 +13,32 @@ from megazh.index.reader import IndexedDataset
 from megazh.index.writer import IndexWriter
 from megazh.progress import Progress
 
-_DOCUMENTS = 1 << 16
+_DOCUMENTS = 1 << 16  # documents per copy step
 
 
 def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
-    """Write the documents of all `prefixes`, in that order, as the index `output`.
+    """Write the documents of all `prefixes`, in that order, as the index `output`; returns its metadata.
 
-    Sources keep their names; where two inputs have a source of the same name, both are listed.
+    Sources keep their names. If two indexes have a source of the same name, both are listed.
 
     Raises:
-        UsageError: an index is missing, differs in tokenizer, or the output is in use.
-        DataError: an index is damaged, or has no description.
-        BusyError: another process writes the same output.
+        UsageError: an index is missing or has another tokenizer, or there is already an index or a build at `output`.
+        DataError: an index is damaged, or has no `PREFIX.json`.
+        BusyError: another process is writing the same output.
     """
     if Path(f"{output}.idx").exists():
         raise UsageError(f"--output {output}: an index is there already; choose another name, or delete {output}.idx")
     indexes = [IndexedDataset(prefix) for prefix in prefixes]
-    parts: list[Metadata] = []
+    inputs: list[Metadata] = []
     for prefix, index in zip(prefixes, indexes, strict=True):
         if index.metadata is None:
             raise DataError(f"{prefix}.json: missing; only indexes that megazh built can be merged")
-        if parts and index.metadata.tokenizer != parts[0].tokenizer:
+        if inputs and index.metadata.tokenizer != inputs[0].tokenizer:
             raise UsageError(
                 f"{prefix}: tokenizer {index.metadata.tokenizer.fingerprint[:16]}… differs from "
-                f"{parts[0].tokenizer.fingerprint[:16]}… of {prefixes[0]}"
+                f"{inputs[0].tokenizer.fingerprint[:16]}… of {prefixes[0]}"
             )
-        parts.append(index.metadata)
+        inputs.append(index.metadata)
     folder = Path(f"{output}.build")
     with locked(folder / "lock", busy=f"{output}: another process builds this index"), _temporary(folder):
         writer = IndexWriter(folder, indexes[0].dtype)
@@ -52,22 +52,22 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
                     writer.append(tokens, lengths, hashes[at:end])
                     progress.advance(tokens.nbytes)
         files = writer.finish()
-        first = parts[0]
+        first = inputs[0]
         reasons: dict[str, int] = {}
-        for part in parts:
-            for reason, number in part.rejected.reasons.items():
+        for each in inputs:
+            for reason, number in each.rejected.reasons.items():
                 reasons[reason] = reasons.get(reason, 0) + number
         metadata = Metadata(
             tokenizer=first.tokenizer,
             dtype=first.dtype,
             documents=writer.documents,
             tokens=writer.tokens,
-            text_bytes=sum(part.text_bytes for part in parts),
-            empty_documents=sum(part.empty_documents for part in parts),
-            rejected=Rejected(total=sum(part.rejected.total for part in parts), reasons=dict(sorted(reasons.items()))),
+            text_bytes=sum(each.text_bytes for each in inputs),
+            empty_documents=sum(each.empty_documents for each in inputs),
+            rejected=Rejected(total=sum(each.rejected.total for each in inputs), reasons=dict(sorted(reasons.items()))),
             token_length_histogram={str(edge): writer.histogram[edge] for edge in sorted(writer.histogram)},
             options=first.options,
-            sources=[source for part in parts for source in part.sources],
+            sources=[source for each in inputs for source in each.sources],
             files=files,
         )
         write_atomic(folder / "index.json", metadata.to_bytes(), durable=False)
@@ -78,7 +78,7 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
 
 @contextlib.contextmanager
 def _temporary(folder: Path) -> Iterator[None]:
-    """Whatever happens, `folder` is gone afterwards. Raises UsageError where an interrupted build is in it."""
+    """Delete `folder` at the end, also after an error. Raises UsageError if it contains an interrupted build."""
     if (folder / PLAN).exists():
         raise UsageError(f"{folder}: an interrupted build is there; finish it, delete it, or choose another --output")
     try:

@@ -1,4 +1,7 @@
-"""`PREFIX.json`: what an index was made from and what is in it; the same bytes for the same input."""
+"""`PREFIX.json`, the description of an index: its sources, options, tokenizer and contents.
+
+Equal input gives an equal file: it holds no times, hosts or worker counts.
+"""
 
 import json
 from pathlib import Path
@@ -13,21 +16,26 @@ from megazh.files import sha256_file
 from megazh.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
+CORE_SUFFIXES = (".idx", ".bin", ".docs", ".json")
+"""Suffixes of the files that every index has. `.idx` comes first: once it is deleted, the rest counts as no index."""
+INDEX_SUFFIXES = (*CORE_SUFFIXES, ".tokenizer.json", ".log", ".rejected.jsonl")
+"""Suffixes of all files that a build may write at a prefix and that could be taken for input or are in its way."""
 
 
 class TokenizerInfo(Config):
-    """The tokenizer that made the tokens."""
+    """The tokenizer that encoded the documents."""
 
     kind: str
     fingerprint: str
     vocab_size: int
     eod: str
-    """The token that ends each document, as the tokenizer writes it."""
+    """End-of-document token as text, as the tokenizer writes it."""
     eod_id: int
     pad_id: int | None
     front_tokens: bool
+    """Whether `<pad> <bos> <eos> <unk>` were put in front of a SentencePiece model's ids, as ids 0 to 3."""
     file: str
-    """Suffix of the copy of the tokenizer's file beside the index: PREFIX + file."""
+    """Suffix of the tokenizer's copy beside the index; its path is PREFIX + file."""
     sha256: str
     """SHA-256 of that file."""
 
@@ -36,7 +44,7 @@ class SourceInfo(Config):
     """One input file."""
 
     name: str
-    """Path below the folder that all inputs share."""
+    """Path relative to the folder that all inputs have in common."""
     bytes: int
     sha256: str
 
@@ -49,7 +57,7 @@ class FileInfo(Config):
 
 
 class Files(Config):
-    """The files that belong together."""
+    """Sizes and hashes of the binary files, which belong together."""
 
     bin: FileInfo
     idx: FileInfo
@@ -57,17 +65,17 @@ class Files(Config):
 
 
 class Options(Config):
-    """The options that decide what the documents are."""
+    """Reading options: they decide what the documents are."""
 
     format: str | None
-    """The format given for all inputs, or null where each file's suffix told."""
+    """Format given for all inputs; null if each file's suffix decided."""
     text_key: str
     text_documents: str
     max_document_bytes: int
 
 
 class Rejected(Config):
-    """Lines that gave no document."""
+    """Number of records that were rejected as bad, in total and by reason."""
 
     total: int
     reasons: dict[str, int]
@@ -82,29 +90,30 @@ class Metadata(Config):
     dtype: str
     documents: int
     tokens: int
-    """End-of-document tokens included."""
+    """Number of tokens, end-of-document tokens included."""
     text_bytes: int
-    """UTF-8 bytes of the documents, for bits per byte."""
+    """Size of all documents in UTF-8 bytes, for bits per byte."""
     empty_documents: int
+    """Number of documents without text; they are not in the index."""
     rejected: Rejected
     token_length_histogram: dict[str, int]
-    """Documents by tokens: under key k (a power of two), those of k to 2k - 1 tokens."""
+    """Number of documents by length: key k, a power of two, counts those of k to 2k - 1 tokens."""
     options: Options
     sources: list[SourceInfo]
     files: Files
 
     def to_bytes(self) -> bytes:
-        """The file's bytes."""
+        """The contents of the file."""
         return (self.model_dump_json(indent=1) + "\n").encode()
 
 
 def metadata_path(prefix: Path | str) -> Path:
-    """`PREFIX.json`."""
+    """Path of the description, `PREFIX.json`."""
     return Path(f"{prefix}.json")
 
 
 def read_metadata(prefix: Path | str) -> Metadata | None:
-    """What `PREFIX.json` says, or None where there is none. Raises DataError where it is damaged or foreign."""
+    """The description in `PREFIX.json`, or None without such a file. Raises DataError if it is damaged or foreign."""
     path = metadata_path(prefix)
     try:
         values = json.loads(path.read_bytes())
@@ -121,13 +130,13 @@ def read_metadata(prefix: Path | str) -> Metadata | None:
 
 
 def length_histogram(lengths: npt.NDArray[np.integer]) -> dict[int, int]:
-    """Number of documents by the power of two at or below their length in tokens; empty ones are under 0."""
+    """Number of documents by the largest power of two that is not above their length in tokens; 0 for empty ones."""
     found = np.bincount(np.frexp(lengths.astype(np.float64))[1])
     return {(1 << exponent) >> 1: int(count) for exponent, count in enumerate(found) if count}
 
 
 def load_tokenizer_of(prefix: Path | str, metadata: Metadata) -> Tokenizer:
-    """The tokenizer whose copy lies beside an index. Raises DataError where it is missing or another one."""
+    """The tokenizer of an index, loaded from the copy beside it. Raises DataError if that is missing or has changed."""
     info = metadata.tokenizer
     path = Path(f"{prefix}{info.file}")
     if not path.exists():

@@ -1,10 +1,9 @@
-"""The mixture: training sample number n of several corpora, and the samples kept for validation."""
+"""The mixture: training samples of several corpora by number, and the samples kept for validation."""
 
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,39 +21,39 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass
 class Corpus:
-    """One corpus of a mixture: its index, and its two sides."""
+    """One corpus of a mixture: its index, and its training and validation sides."""
 
     entry: CorpusEntry
     prefix: Path
     index: IndexedDataset
     metadata: Metadata
     training: Int64s
-    """(documents,) numbers of the documents for training."""
+    """(documents,) numbers of the training documents."""
     validation: Int64s
-    """(documents,) numbers of the documents kept for validation."""
+    """(documents,) numbers of the validation documents."""
 
     def tokens(self, documents: Int64s) -> int:
-        """Tokens of some of its documents."""
+        """Number of tokens of the given documents."""
         return int((self.index.starts[documents + 1] - self.index.starts[documents]).sum())
 
 
 class Mixture:
     """Samples of a manifest's corpora, by number.
 
-    Training sample n is a function of the manifest, the seed and n; how many samples a run takes never enters.
-    Each corpus is packed once; each of its epochs goes through the same samples in an order of its own.
+    Training sample n depends on the manifest, the seed and n alone, not on the length of the run. Each corpus is
+    packed once; every epoch goes through the same samples, in an order of its own.
 
     Args:
-        manifest: the path of a manifest, or of a single index (its PREFIX).
-        seq_len: tokens a sample.
-        packing: how documents are packed.
-        max_docs: segments a sample; default `packing.default_max_docs`.
-        seed: instead of the manifest's.
+        manifest: path of a manifest, or PREFIX of a single index.
+        seq_len: tokens per sample.
+        packing: method of packing.
+        max_docs: largest number of segments per sample; default `packing.default_max_docs`.
+        seed: replaces the manifest's seed.
         running_positions: see `SampleShape`.
 
     Raises:
-        UsageError: a key, a path or a size cannot work; corpora have different tokenizers; a side is too small.
-        DataError: an index is damaged or has changed. Messages name the corpus.
+        UsageError: a key, a path or a size cannot work; corpora have different tokenizers; one side is too small.
+        DataError: an index is damaged or has changed. The message names the corpus.
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class Mixture:
         seed: int | None = None,
         running_positions: bool = False,
     ) -> None:
-        self._arguments = (manifest, seq_len, packing, max_docs, seed, running_positions)
         if seq_len < 2:
             raise UsageError(f"seq_len {seq_len}: expected at least 2")
         if max_docs is not None and max_docs < 2:
@@ -84,11 +82,8 @@ class Mixture:
         for corpus, samples in zip(self.corpora, self._samples, strict=True):
             if len(samples) == 0:
                 raise UsageError(f"corpus '{corpus.entry.name}': no full sample of {seq_len} tokens")
-        self._epochs: dict[int, tuple[int, np.uint64]] = {}  # the key of each corpus's latest epoch
+        self._epochs: dict[int, tuple[int, np.uint64]] = {}  # by corpus: latest epoch and its key
         self.blend = Blend([self._amount(number) for number in range(len(self.corpora))])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Mixture, self._arguments  # loader processes open the files themselves
 
     def _open(self, entry: CorpusEntry) -> Corpus:
         prefix = self.path.parent / entry.prefix
@@ -96,10 +91,10 @@ class Mixture:
             index = IndexedDataset(prefix)
             metadata = index.metadata
             if metadata is None:
-                raise DataError(f"{prefix}.json: missing; the mixture needs to know the tokenizer and the hashes")
+                raise DataError(f"{prefix}.json: missing; a mixture needs its tokenizer and hashes")
             if entry.sha256 not in (None, metadata.files.bin.sha256):
                 found = metadata.files.bin.sha256
-                raise DataError(f"{prefix}.bin: expected sha256 {entry.sha256} by the manifest, found {found}")
+                raise DataError(f"{prefix}.bin: expected sha256 {entry.sha256} from the manifest, found {found}")
             hashes = index.document_hashes()
         except MegazhError as error:
             raise type(error)(f"corpus '{entry.name}': {error}") from None
@@ -131,8 +126,8 @@ class Mixture:
         if validation and validation.fraction and not any(len(corpus.validation) for corpus in self.corpora):
             documents = sum(len(corpus.index) for corpus in self.corpora)
             raise UsageError(
-                f"{self.path}: the validation side is empty: a fraction of {validation.fraction} of {documents} "
-                "documents chose none; give a larger fraction, or another salt"
+                f"{self.path}: the validation side is empty: a fraction of {validation.fraction} chose none of "
+                f"{documents} documents; give a larger fraction, or another salt"
             )
 
     def _pack(self, corpus: Corpus, documents: Int64s, side: str) -> CorpusSamples:
@@ -141,7 +136,7 @@ class Mixture:
         return CorpusSamples(corpus.index, self.shape, self._padding_id, table)
 
     def _amount(self, number: int) -> Fraction:
-        """What the share of a corpus is in proportion to."""
+        """Exact weight, or number of tokens, to which the share of a corpus is proportional."""
         entry = self.corpora[number].entry
         if entry.weight is not None:
             return exact(entry.weight)
@@ -152,26 +147,26 @@ class Mixture:
 
     @property
     def planned_tokens(self) -> int | None:
-        """The sum of the corpora's `tokens` and `epochs`; None where the manifest gives weights."""
+        """Sum of the corpora's amounts in tokens; None if the manifest gives weights."""
         if self.corpora[0].entry.weight is not None:
             return None
         return round(sum(self._amount(number) for number in range(len(self.corpora))))
 
     def epoch_samples(self, corpus: int) -> int:
-        """Training samples in an epoch of `corpus`."""
+        """Number of training samples in one epoch of `corpus`."""
         return len(self._samples[corpus])
 
     def table(self, corpus: int) -> SampleTable:
-        """Which pieces of documents make up the training samples of `corpus`."""
+        """The pieces of documents in the training samples of `corpus`."""
         return self._samples[corpus].table
 
     def drawn(self, corpus: int, samples: int) -> int:
-        """How many of the first `samples` samples come from `corpus`."""
+        """Number of samples from `corpus` among the first `samples` training samples."""
         return self.blend.count(corpus, samples)
 
     @cached_property
     def end(self) -> int | None:
-        """The number of samples after which the mixture stops; None where it goes on for ever."""
+        """Number of samples after which the mixture ends; None if it never ends."""
         ends = [
             self._last_before(number, self._until_exhausted(number))
             for number, corpus in enumerate(self.corpora)
@@ -180,12 +175,12 @@ class Mixture:
         return min(ends) if ends else None
 
     def _until_exhausted(self, corpus: int) -> int:
-        """Samples that `corpus` gives before it stops: the epochs asked for, or one."""
+        """Number of samples after which `corpus` is exhausted: those of its `epochs`, or of one epoch."""
         epochs = self.corpora[corpus].entry.epochs
         return round(exact(epochs or 1) * len(self._samples[corpus]))
 
     def _last_before(self, corpus: int, limit: int) -> int:
-        """The largest number of samples of which at most `limit` come from `corpus`."""
+        """Largest number of samples of the mixture with at most `limit` samples from `corpus`."""
         low, high = 0, 1
         while self.blend.count(corpus, high) <= limit:
             low, high = high, 2 * high
@@ -198,14 +193,14 @@ class Mixture:
         return low
 
     def wraps_at(self, corpus: int) -> int:
-        """The number of samples after which `corpus` begins its second epoch."""
+        """Number of samples of the mixture after which `corpus` begins its second epoch."""
         return self._last_before(corpus, len(self._samples[corpus]))
 
     def locate(self, number: int) -> tuple[int, int, int]:
-        """(corpus, epoch, row among the corpus's packed samples) of training sample `number`.
+        """(corpus, epoch, row of the corpus's sample table) of training sample `number`.
 
         Raises:
-            IndexError: `number` is negative, or at or behind the mixture's end.
+            IndexError: `number` is negative, or not below the end of the mixture.
         """
         if number < 0:
             raise IndexError(f"training sample {number}: expected a number of at least 0")
@@ -214,14 +209,14 @@ class Mixture:
         corpus, before = self.blend.locate(number)
         size = len(self._samples[corpus])
         epoch, place = divmod(before, size)
-        latest = self._epochs.get(corpus)  # read once: another thread may be in another epoch
+        latest = self._epochs.get(corpus)  # read only once: another thread may replace it by that of another epoch
         if latest is None or latest[0] != epoch:
             latest = (epoch, stream_key("epoch", self.seed, self.corpora[corpus].entry.name, epoch))
             self._epochs[corpus] = latest
         return corpus, epoch, int(permuted(place, size, latest[1]))
 
     def valid_labels(self, number: int) -> int:
-        """How many labels of training sample `number` are not -100, without reading its tokens."""
+        """Number of labels of training sample `number` that are not -100, found without reading its tokens."""
         corpus, _, row = self.locate(number)
         return int(self._samples[corpus].table.valid_labels[row])
 
@@ -230,16 +225,16 @@ class Mixture:
         return _only(self.batch([number]))
 
     def batch(self, numbers: list[int] | range) -> Sample:
-        """Training samples `numbers` with a leading dimension, in that order."""
+        """Training samples `numbers` as one batch: arrays as in `Sample`, with a leading batch dimension."""
         located = [self.locate(number) for number in numbers]
         return _gather_batch([(corpus, row) for corpus, _, row in located], self._samples, self.shape)
 
     @cached_property
     def validation(self) -> "ValidationSamples":
-        """The samples kept for validation.
+        """The validation samples.
 
         Raises:
-            UsageError: the manifest keeps no documents.
+            UsageError: the manifest keeps no documents for validation.
         """
         if not self.manifest.validation or not self.manifest.validation.fraction:
             raise UsageError(f"{self.path}: keeps no documents for validation; add 'validation: {{fraction: 0.01}}'")
@@ -248,7 +243,7 @@ class Mixture:
 
 
 class ValidationSamples:
-    """All samples kept for validation, each once, corpus after corpus; the last of a corpus may be padded."""
+    """All validation samples, each once, corpus after corpus; the last sample of a corpus may be padded."""
 
     def __init__(self, corpora: list[CorpusSamples], shape: SampleShape) -> None:
         self._corpora, self._shape = corpora, shape
@@ -264,7 +259,7 @@ class ValidationSamples:
         return corpus, number - (int(self._ends[corpus - 1]) if corpus else 0)
 
     def valid_labels(self, number: int) -> int:
-        """How many labels of sample `number` are not -100, without reading its tokens."""
+        """Number of labels of validation sample `number` that are not -100, found without reading its tokens."""
         corpus, row = self._locate(number)
         return int(self._corpora[corpus].table.valid_labels[row])
 
@@ -273,12 +268,12 @@ class ValidationSamples:
         return _only(self.batch([number]))
 
     def batch(self, numbers: list[int] | range) -> Sample:
-        """Validation samples `numbers` with a leading dimension, in that order."""
+        """Validation samples `numbers` as one batch: arrays as in `Sample`, with a leading batch dimension."""
         return _gather_batch([self._locate(number) for number in numbers], self._corpora, self._shape)
 
 
 def _gather_batch(places: list[tuple[int, int]], corpora: list[CorpusSamples], shape: SampleShape) -> Sample:
-    """The samples at `places`, each (corpus, row), as one batch."""
+    """The samples at `places`, given as (corpus, row), as one batch."""
     count = len(places)
     ids = np.empty((3, count, shape.seq_len), np.int32)
     cu_seqlens = np.empty((count, shape.max_docs + 1), np.int32)
@@ -295,12 +290,12 @@ def _gather_batch(places: list[tuple[int, int]], corpora: list[CorpusSamples], s
 
 
 def _only(batch: Sample) -> Sample:
-    """The sample of a batch of one."""
+    """The only sample of a batch of one."""
     return Sample(batch.tokens[0], batch.labels[0], batch.position_ids[0], batch.cu_seqlens[0])
 
 
 def _manifest_at(path: Path) -> Manifest:
-    """The manifest at `path`, or one with the index at this prefix alone."""
+    """The manifest at `path`, or, if `path` is the prefix of an index, a manifest with that index alone."""
     if path.suffix not in (".yaml", ".yml") and Path(f"{path}.idx").exists():
         return Manifest(corpora=[CorpusEntry(name=path.name, prefix=path.name, weight=1.0)])
     return load_manifest(path)

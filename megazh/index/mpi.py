@@ -1,7 +1,7 @@
-"""MPI ranks as workers: started by `mpirun` or `srun`, rank 0 hands out the tasks and works as well.
+"""MPI ranks as workers, started by `mpirun` or `srun`. Rank 0 hands out the tasks and works as well.
 
-MPI is imported only where a launcher started more than one rank. A rank that dies is noticed by the file that it
-touches every few seconds in the build folder, since not every launcher ends the others.
+MPI is imported only if a launcher started more than one rank. Not every launcher ends the other ranks when one
+dies, so each rank writes a heartbeat file in the build folder every few seconds; one that no longer changes is dead.
 """
 
 import contextlib
@@ -20,21 +20,21 @@ from megazh.index.piece import Result, Setup, Task, Worker
 
 _POLL_SECONDS = 0.001
 _BEAT_SECONDS = 2.0
-_SILENT_SECONDS = 60.0
-_AHEAD = 2
+_SILENT_SECONDS = 60.0  # a rank is taken for dead once its heartbeat file has not changed for so long
+_AHEAD = 2  # tasks in flight per rank, so that none waits for its next one
 
 _LAUNCHERS = (
     ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI (mpirun or srun)", "PMI_RANK", "PMI_SIZE"),
-    # SLURM_PROCID and SLURM_NTASKS are also set in the batch shell, where there is only one process;
-    # SLURM_STEP_NUM_TASKS is set in a step alone. mpirun's own daemons are a step: so this comes last.
+    # SLURM_PROCID and SLURM_NTASKS are also set in the batch shell, which is a single process;
+    # SLURM_STEP_NUM_TASKS is set only within a step. mpirun starts its own daemons as a step, so srun comes last.
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 
 
 @dataclass(frozen=True)
 class World:
-    """This rank among all; `comm` is an `mpi4py` communicator."""
+    """All ranks, as seen from this one; `comm` is an `mpi4py` communicator."""
 
     rank: int
     size: int
@@ -42,7 +42,7 @@ class World:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, str]:
-    """(rank, size, launcher) as the launcher's variables tell it; (0, 1, "") without one."""
+    """(rank, size, launcher) from the launcher's environment variables; (0, 1, "") without a launcher."""
     for launcher, rank, size in _LAUNCHERS:
         if rank in environment and size in environment:
             return int(environment[rank]), int(environment[size]), launcher
@@ -50,17 +50,17 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, str
 
 
 def join_world() -> World | None:
-    """Join the other ranks, or None where this process is alone.
+    """Join the other ranks; returns None if this process is alone.
 
     Raises:
-        UsageError: a launcher started several ranks, but MPI is missing or sees another number of them.
+        UsageError: a launcher started several ranks, but MPI is missing or sees another number of ranks.
     """
     rank, size, launcher = launched()
     if size == 1:
         return None
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, an MPI library is not
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is installed, but no MPI library is
         why = str(error).splitlines()[0]
         raise UsageError(
             f"{launcher} started this as rank {rank} of {size}, but MPI cannot be loaded ({why}); install the extra "
@@ -69,33 +69,33 @@ def join_world() -> World | None:
     comm = MPI.COMM_WORLD
     if comm.size != size:
         raise UsageError(
-            f"{launcher} started {size} ranks, MPI sees {comm.size}: this mpirun is not of the MPI library that mpi4py "
-            "loads, or srun needs another --mpi (srun --mpi=list; MPICH: pmi2, Open MPI: pmix)"
+            f"{launcher} started {size} ranks, MPI sees {comm.size}: this mpirun does not belong to the MPI library "
+            "that mpi4py loads, or srun needs another --mpi (srun --mpi=list; MPICH: pmi2, Open MPI: pmix)"
         )
     return World(comm.rank, comm.size, comm)
 
 
 @dataclass(frozen=True)
 class _Stop:
-    """The order to end, with the exit code."""
+    """Message to a rank: end with this exit code."""
 
     code: int
 
 
 class _Heartbeat:
-    """Touches this rank's file every few seconds, and tells which other ranks have fallen silent."""
+    """Writes this rank's heartbeat file every few seconds, and watches those of other ranks."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder
-        self._mine = folder / f"rank-{rank}"
-        self._seen: dict[int, tuple[float, float]] = {}
+        self._own_file = folder / f"rank-{rank}"
+        self._seen: dict[int, tuple[float, float]] = {}  # by rank: modification time, and when it was first seen
         folder.mkdir(parents=True, exist_ok=True)
         self._beat()
         threading.Thread(target=self._run, daemon=True).start()
 
     def _beat(self) -> None:
-        with contextlib.suppress(OSError):  # the folder is gone: the build is over
-            self._mine.write_text(str(time.time_ns()))
+        with contextlib.suppress(OSError):  # the folder was deleted: the build is over
+            self._own_file.write_text(str(time.time_ns()))
 
     def _run(self) -> None:
         while self._folder.exists():
@@ -103,7 +103,7 @@ class _Heartbeat:
             time.sleep(_BEAT_SECONDS)
 
     def silent(self, rank: int) -> bool:
-        """Whether the file of `rank` has not changed for a minute, by this machine's clock."""
+        """Whether the heartbeat file of `rank` has not changed for a minute by this machine's clock."""
         try:
             stamp = (self._folder / f"rank-{rank}").stat().st_mtime
         except OSError:
@@ -117,10 +117,10 @@ class _Heartbeat:
 
 
 def agree(world: World, check: Callable[[], object]) -> None:
-    """Let rank 0 check something before the work begins; where it fails, all ranks end with its exit code.
+    """Let rank 0 run `check` before the work begins. If it fails, all ranks end with its exit code.
 
     Raises:
-        MegazhError: on rank 0, what `check` raised.
+        MegazhError: on rank 0, the error of `check`.
     """
     if world.rank > 0:
         code = world.comm.bcast(None)
@@ -136,11 +136,11 @@ def agree(world: World, check: Callable[[], object]) -> None:
 
 
 class MpiPool:
-    """All ranks of the world; rank 0 works in a thread of its own while it hands out tasks.
+    """All MPI ranks as workers; rank 0 works in a second thread while it hands out tasks.
 
     Args:
-        world: the ranks; this one is rank 0.
-        folder: of the build, on a file system that all ranks share.
+        world: the ranks; this process is rank 0.
+        folder: folder of the build, on a file system that all ranks share.
     """
 
     def __init__(self, world: World, folder: Path) -> None:
@@ -162,36 +162,38 @@ class MpiPool:
                 self._results.put(error)
 
     def run(self, setup: Setup, tasks: Iterator[Task]) -> Iterator[Result]:
-        out = dict.fromkeys(range(self.workers), 0)
+        in_flight = dict.fromkeys(range(self.workers), 0)
         try:
-            yield from self._run(setup, tasks, out)
+            yield from self._run(setup, tasks, in_flight)
         except WorkerError:
             raise
-        except BaseException:  # given up: what is under way must not pass for an answer to what comes next
-            for _ in self._run(setup, iter(()), out):
+        except BaseException:
+            # Drain the tasks in flight: the next run would take their results for its own.
+            for _ in self._run(setup, iter(()), in_flight):
                 pass
             raise
 
-    def _run(self, setup: Setup, tasks: Iterator[Task], out: dict[int, int]) -> Iterator[Result]:
+    def _run(self, setup: Setup, tasks: Iterator[Task], in_flight: dict[int, int]) -> Iterator[Result]:
         more = True
-        while more or any(out.values()):
-            while more and min(out.values()) < _AHEAD:
-                rank = min(out, key=out.__getitem__)
+        while more or any(in_flight.values()):
+            while more and min(in_flight.values()) < _AHEAD:
+                rank = min(in_flight, key=in_flight.__getitem__)
                 task = next(tasks, None)
                 if task is None:
                     more = False
                     break
-                out[rank] += 1
+                in_flight[rank] += 1
                 if rank == 0:
                     self._own.put((setup, task))
                 else:
                     self._send((setup, task), rank)
             for rank, answer in self._answers():
-                out[rank] -= 1
+                in_flight[rank] -= 1
                 if isinstance(answer, BaseException):
                     raise answer
                 yield answer
-            silent = next((rank for rank in range(1, self.workers) if out[rank] and self._heartbeat.silent(rank)), None)
+            busy = (rank for rank in range(1, self.workers) if in_flight[rank])
+            silent = next((rank for rank in busy if self._heartbeat.silent(rank)), None)
             if silent is not None:
                 raise WorkerError(f"rank {silent} has been silent for {_SILENT_SECONDS:.0f} s; it seems to be dead")
             time.sleep(_POLL_SECONDS)
@@ -208,13 +210,13 @@ class MpiPool:
         self._sends.append(self._world.comm.isend(message, rank))
 
     def close(self, code: int = 0) -> None:
-        """Send the other ranks home; they end with `code`."""
+        """Tell the other ranks to end with exit code `code`."""
         for rank in range(1, self.workers):
             self._send(_Stop(code), rank)
         deadline = time.monotonic() + 2 * _SILENT_SECONDS
         while self._sends and time.monotonic() < deadline:
             self._sends = [request for request in self._sends if not request.Test()]
-            for _ in self._answers():  # whoever still works must be able to send, to come to its next message
+            for _ in self._answers():  # receive: a rank reads its next message only after its result was taken
                 pass
             time.sleep(_POLL_SECONDS)
         if self._sends:
@@ -222,7 +224,7 @@ class MpiPool:
 
 
 def serve(world: World, folder: Path) -> NoReturn:
-    """What every rank but 0 does: tasks, until it is sent home."""
+    """Do tasks on a rank other than 0, until rank 0 tells it to end."""
     worker = Worker()
     heartbeat = _Heartbeat(folder / "ranks", world.rank)
     comm = world.comm

@@ -1,7 +1,7 @@
-"""The order of samples: pure functions of names and numbers, with no state and no total in them.
+"""The order of samples: pure functions of names and numbers, without state and without the length of the run.
 
-Two parts: `Blend` says from which corpus sample n comes and how many came from it before; `permuted` puts the
-samples of an epoch in a random order, one number at a time, without a table.
+`Blend` decides which corpus sample n comes from, and how many samples came from that corpus before. `permuted` puts
+the samples of an epoch into a random order, one number at a time, without a table.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class _Node:
-    """A node of the blend's tree: a corpus (leaf), or two sub-trees and their weights."""
+    """A node of the blend's tree: a leaf (one corpus), or two subtrees."""
 
     weight: int
     corpus: int = -1
@@ -28,41 +28,46 @@ class _Node:
 
 
 class Blend:
-    """Interleaves corpora by weight so that after any n samples each is within two samples of its share.
+    """Interleaves corpora by weight: after any n samples, each corpus is within two samples of its share.
 
     The corpora are the leaves of a Huffman tree over the weights. Of the first m samples that reach a node,
-    round(m a / (a + b)) go left, where a and b are the weights of its sides: so where sample n goes follows from
-    n alone. The bound: rounding adds at most 1/2 at each node, and what came from above is scaled by the share r
-    of the side. In a Huffman tree r <= 2/3 for every inner node, so the error there stays below 1/2 + 2/3 3/2 =
-    3/2, and below 2 at a leaf. Arithmetic is in exact integers.
+    round(m a / (a + b)) go to its left subtree, where a and b are the weights of the two subtrees. So the corpus of
+    sample n follows from n alone.
+
+    Why two samples: rounding adds an error of at most 1/2 at each node, and the error from the node above is scaled
+    by the share r of the subtree. In a Huffman tree r <= 2/3 for every inner node, so the error there stays below
+    1/2 + 2/3 * 3/2 = 3/2, and below 2 at a leaf. All arithmetic is in exact integers.
 
     Args:
-        weights: one positive weight a corpus; only their ratios matter.
+        weights: one positive weight per corpus; only their ratios matter.
+
+    Raises:
+        ValueError: there is no weight, or one that is not positive.
     """
 
     def __init__(self, weights: Sequence[Fraction | int]) -> None:
         exact = [Fraction(weight) for weight in weights]
         if not exact or min(exact) <= 0:
-            raise ValueError("a blend needs at least one weight, and positive ones")
+            raise ValueError("a blend needs at least one weight, and all weights must be positive")
         scale = lcm(*(weight.denominator for weight in exact))
         self.weights = [int(weight * scale) for weight in exact]
         heap = [(weight, corpus, _Node(weight, corpus)) for corpus, weight in enumerate(self.weights)]
         heapq.heapify(heap)
-        made = len(heap)
+        order = len(heap)  # breaks ties between equal weights
         while len(heap) > 1:
             small, large = heapq.heappop(heap)[2], heapq.heappop(heap)[2]
             node = _Node(small.weight + large.weight, sides=(large, small))
-            heapq.heappush(heap, (node.weight, made, node))
-            made += 1
+            heapq.heappush(heap, (node.weight, order, node))
+            order += 1
         self._root = heap[0][2]
         self._paths = dict(_paths(self._root, ()))
 
     def share(self, corpus: int) -> Fraction:
-        """The share of `corpus`, exactly."""
+        """Exact share of `corpus` in the samples."""
         return Fraction(self.weights[corpus], self._root.weight)
 
     def locate(self, number: int) -> tuple[int, int]:
-        """(corpus, how many samples of that corpus come before) for sample `number`, from 0."""
+        """(corpus, number of earlier samples from that corpus) of sample `number`, counted from 0."""
         node = self._root
         while node.sides is not None:
             large, small = node.sides
@@ -74,7 +79,7 @@ class Blend:
         return node.corpus, number
 
     def count(self, corpus: int, samples: int) -> int:
-        """How many of the first `samples` samples come from `corpus`."""
+        """Number of samples from `corpus` among the first `samples` samples."""
         for node, to_left in self._paths[corpus]:
             left = _goes_left(samples, node)
             samples = left if to_left else samples - left
@@ -82,11 +87,13 @@ class Blend:
 
 
 def _goes_left(samples: int, node: _Node) -> int:
+    """Number of the first `samples` samples at `node` that go to its left subtree."""
     assert node.sides is not None
     return (2 * samples * node.sides[0].weight + node.weight) // (2 * node.weight)
 
 
 def _paths(node: _Node, above: tuple[tuple[_Node, bool], ...]) -> list[tuple[int, tuple[tuple[_Node, bool], ...]]]:
+    """For each corpus below `node`: the nodes from the root to it, each with whether the way goes left."""
     if node.sides is None:
         return [(node.corpus, above)]
     left, right = node.sides
@@ -94,14 +101,14 @@ def _paths(node: _Node, above: tuple[tuple[_Node, bool], ...]) -> list[tuple[int
 
 
 def stream_key(*parts: object) -> np.uint64:
-    """A 64-bit key for one random order, from everything that tells it apart from the others."""
+    """64-bit key of one random order, hashed from `parts`, which tell it apart from all other orders."""
     text = "\x1f".join(str(part) for part in parts)
     return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
 
 
 @njit(cache=True)
 def mix64(value: np.uint64) -> np.uint64:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): every input bit moves every output bit."""
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): every input bit affects every output bit."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
@@ -109,10 +116,10 @@ def mix64(value: np.uint64) -> np.uint64:
 
 @njit(cache=True)
 def permuted(number: int, size: int, key: np.uint64) -> int:
-    """Where `number` (below `size`) goes in the random permutation of 0 to size - 1 that `key` names.
+    """Image of `number` (below `size`) under the random permutation of 0 to size - 1 that `key` selects.
 
-    A Feistel network over the next even number of bits; a result that is too large is put through again
-    (cycle walking), at most a few times on average.
+    A Feistel network over the next even number of bits. A result of `size` or more is put through it again (cycle
+    walking), a few times on average.
     """
     half = np.uint64(1)
     while (np.uint64(1) << (half + half)) < np.uint64(size):
@@ -131,7 +138,7 @@ def permuted(number: int, size: int, key: np.uint64) -> int:
 
 @njit(cache=True)
 def permutation(size: int, key: np.uint64) -> npt.NDArray[np.int64]:
-    """(size,) int64: `permuted` of every number."""
+    """(size,) int64: `permuted` of each number from 0 to size - 1."""
     out = np.empty(size, np.int64)
     for number in range(size):
         out[number] = permuted(number, size, key)
@@ -142,7 +149,7 @@ def permutation(size: int, key: np.uint64) -> npt.NDArray[np.int64]:
 def select_side(
     hashes: npt.NDArray[np.uint64], salt: np.uint64, limit: np.uint64, validation: bool
 ) -> npt.NDArray[np.int64]:
-    """Numbers of the documents on one side of the split: on the validation side, mix64(hash ^ salt) < limit."""
+    """(n,) numbers of the documents on one side of the split; the validation side has mix64(hash ^ salt) < limit."""
     out = np.empty(len(hashes), np.int64)
     found = 0
     for document in range(len(hashes)):

@@ -1,43 +1,35 @@
-"""Packing: which pieces of which documents make up each sample of `seq_len` tokens.
+"""Packing: choose the pieces of documents that make up each sample of `seq_len` tokens.
 
-Two ways, both linear in documents. `concat` lets documents run on into the next sample. `best_fit` never cuts a
-document that fits: Best-Fit Decreasing over documents (and the remainders of longer ones) as in "Fewer
-Truncations Improve Language Modeling" (arXiv 2404.10830), with the bins in lists by free room, so that finding
-the fullest bin that still fits takes a few machine words.
+There are two methods, both linear in the number of documents. `concat` lets a document continue in the next sample.
+`best_fit` never cuts a document that fits: it is Best-Fit Decreasing over documents (and the remainders of longer
+ones) as in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830). Open bins are kept in one list per free
+room, with a bit set of the rooms in use, so that the fullest bin that still fits is found in a few machine words.
 
-A sample has at most `max_docs` segments. Padding is a segment, so a sample with free room has at most
-`max_docs - 1` pieces; the packer closes a sample before it would have more.
+A sample has at most `max_docs` segments. Padding counts as a segment: a sample that is not full has at most
+`max_docs - 1` pieces and is closed before it would get more.
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from megazh.index.choices import Packing
+
 Int64s = npt.NDArray[np.int64]
-
-
-class Packing(StrEnum):
-    """How documents are packed into samples."""
-
-    CONCAT = "concat"
-    """Documents run on into the next sample; every sample is full."""
-    BEST_FIT = "best_fit"
-    """A document that fits is never cut; longer ones in whole samples and a remainder."""
 
 
 @dataclass(frozen=True)
 class SampleTable:
-    """Which pieces make up which sample; all arrays int64.
+    """The pieces of documents in each sample; all arrays are int64.
 
     Attributes:
-        document: (pieces,) number of the document that a piece is of.
-        offset: (pieces,) where in that document the piece begins, in tokens.
-        length: (pieces,) tokens of the piece.
-        first_piece: (samples + 1,) number of the first piece of each sample; the last is the number of pieces.
-        valid_labels: (samples,) labels that are not -100.
+        document: (pieces,) number of the document that the piece belongs to.
+        offset: (pieces,) offset of the piece in its document, in tokens.
+        length: (pieces,) number of tokens of the piece.
+        first_piece: (samples + 1,) number of the first piece of each sample, and the number of pieces.
+        valid_labels: (samples,) number of labels that are not -100.
     """
 
     document: Int64s
@@ -52,7 +44,7 @@ class SampleTable:
 
 
 def default_max_docs(seq_len: int) -> int:
-    """Segments a sample when nothing else is said: room for documents of eight tokens, and at least 16."""
+    """Default limit of segments per sample: room for documents of eight tokens, and at least 16."""
     return max(16, seq_len // 8)
 
 
@@ -62,11 +54,14 @@ def pack(
     """Pack documents into samples.
 
     Args:
-        documents: (documents,) numbers, in the order in which they are to be taken.
-        lengths: (documents,) tokens of each, in the same order.
-        seq_len: tokens a sample, at least 2.
-        max_docs: segments a sample, at least 2.
-        keep_tail: `concat` only: keep the last sample where it is not full (padded), rather than drop it.
+        documents: (documents,) numbers of the documents, in the order of packing.
+        lengths: (documents,) number of tokens of each, in the same order.
+        seq_len: tokens per sample, at least 2.
+        max_docs: largest number of segments per sample, at least 2.
+        keep_tail: with `concat`, pad a last sample that is not full instead of dropping it.
+
+    Raises:
+        ValueError: `seq_len` or `max_docs` is below 2.
     """
     if seq_len < 2 or max_docs < 2:
         raise ValueError(f"seq_len and max_docs must be at least 2, found {seq_len} and {max_docs}")
@@ -127,7 +122,7 @@ def _best_fit(lengths: Int64s, seq_len: int, max_docs: int) -> tuple[Int64s, Int
         counts[lengths[document] % seq_len] += 1
     counts[0] = 0
     chunks = counts.sum()
-    begin = np.empty(seq_len + 1, np.int64)  # where each length begins when longest come first
+    begin = np.empty(seq_len + 1, np.int64)  # first place of each length, longest first
     position = 0
     for size in range(seq_len, -1, -1):
         begin[size] = position
@@ -141,8 +136,8 @@ def _best_fit(lengths: Int64s, seq_len: int, max_docs: int) -> tuple[Int64s, Int
 
     bin_of = np.empty(chunks, np.int64)
     held = np.empty(chunks, np.int64)  # pieces in each bin; there are no more bins than chunks
-    below = np.empty(chunks, np.int64)  # the next bin in the list of the same room
-    top = np.full(seq_len + 1, -1, np.int64)  # the list of open bins by room
+    below = np.empty(chunks, np.int64)  # next bin in the list of the same room
+    top = np.full(seq_len + 1, -1, np.int64)  # head of the list of open bins, by room
     words = seq_len // 64 + 1
     open_rooms = np.zeros(words, np.uint64)  # bit r: some open bin has room r
     bins = 0
@@ -194,7 +189,7 @@ def _best_fit(lengths: Int64s, seq_len: int, max_docs: int) -> tuple[Int64s, Int
 
 @njit(cache=True)
 def _next_bit(words: npt.NDArray[np.uint64], start: int) -> int:
-    """The lowest set bit at or above `start`, or -1."""
+    """Number of the lowest set bit that is not below `start`, or -1."""
     number = start >> 6
     word = words[number] & (np.uint64(0xFFFFFFFFFFFFFFFF) << np.uint64(start & 63))
     while word == 0:
@@ -220,7 +215,7 @@ def _next_bit(words: npt.NDArray[np.uint64], start: int) -> int:
 
 @njit(cache=True)
 def _valid_labels(at: Int64s, offset: Int64s, length: Int64s, first: Int64s, lengths: Int64s) -> Int64s:
-    """Every token has a label but the last of a document."""
+    """(samples,) number of labels: every token has one, except the last of a document."""
     valid = np.zeros(len(first) - 1, np.int64)
     for sample in range(len(valid)):
         for piece in range(first[sample], first[sample + 1]):

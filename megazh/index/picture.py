@@ -1,4 +1,4 @@
-"""A picture of a packed sample: its segments, positions and labels, and the attention mask that follows."""
+"""A picture of a packed sample: its segments, position ids, labels and attention mask."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ _LARGEST_MASK = 2048
 def draw_sample(mixture: Mixture, number: int, output: Path) -> None:
     """Draw training sample `number` to `output` (.png, .svg or .pdf).
 
-    Top: which segment each token belongs to, its position id, and where labels are ignored. Below: which token
-    (row) attends to which (column): those before it in its own segment, and itself.
+    Top: the segment of each token, its position id, and where labels are ignored. Below: the attention mask. A token
+    (row) attends to itself and to the earlier tokens (columns) of its segment.
 
     Raises:
-        UsageError: the suffix of `output` is none that can be drawn.
+        UsageError: matplotlib cannot draw the format that the suffix of `output` names.
     """
     import matplotlib
 
@@ -27,8 +27,8 @@ def draw_sample(mixture: Mixture, number: int, output: Path) -> None:
 
     sample = mixture.sample(number)
     seq_len = mixture.shape.seq_len
-    bounds = np.unique(sample.cu_seqlens)
-    segment = np.searchsorted(bounds, np.arange(seq_len), "right") - 1
+    boundaries = np.unique(sample.cu_seqlens)
+    segment = np.searchsorted(boundaries, np.arange(seq_len), "right") - 1
     corpus, epoch, row = mixture.locate(number)
     table = mixture.table(corpus)
     filled = int(table.length[table.first_piece[row] : table.first_piece[row + 1]].sum())
@@ -63,14 +63,14 @@ def draw_sample(mixture: Mixture, number: int, output: Path) -> None:
         axis.set_yticks([])
     pieces = int(table.first_piece[row + 1] - table.first_piece[row])
     padding = f", {seq_len - filled} padding (grey)" if filled < seq_len else ""
-    what = f"{pieces} piece{'s' if pieces > 1 else ''} of documents{padding}"
-    figure.suptitle(f"sample {number} ({mixture.shape.packing.value}, epoch {epoch}): {what}", fontsize=10)
+    contents = f"{pieces} piece{'s' if pieces > 1 else ''} of documents{padding}"
+    figure.suptitle(f"sample {number} ({mixture.shape.packing.value}, epoch {epoch}): {contents}", fontsize=10)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(output, dpi=110, metadata={"Software": None} if output.suffix == ".png" else None)
     except ValueError:
         raise UsageError(
-            f"--output {output}: cannot draw {output.suffix or 'without a suffix'}; use .png or .svg"
+            f"--output {output}: cannot draw {output.suffix or 'a file without suffix'}; use .png or .svg"
         ) from None
     finally:
         pyplot.close(figure)

@@ -1,7 +1,7 @@
-"""One piece of a build: read its documents, encode them, and leave the result as one file that can be trusted.
+"""One piece of a build: read its documents, encode them, and write the result to a piece file.
 
 A piece file holds tokens, int32 lengths, uint64 content hashes, a JSON footer, the footer's size (uint64) and a
-magic number. It appears by rename; what a power cut left of it is found out by its checksum.
+magic number. It appears by rename. It is not flushed to disk: its checksum shows damage after a power failure.
 """
 
 import itertools
@@ -25,14 +25,14 @@ from megazh.tokenizer.encoders import PROBES, Encoder, EncoderSource, Ids, Offse
 
 _MAGIC = b"MZPIECE1"
 _TAIL = struct.Struct("<Q8s")
-_SAMPLE_ONE_IN = 1000
-_SAMPLE_CHARACTERS = 4096
-_FIRST_CHARACTERS = 1000
+_SAMPLE_ONE_IN = 1000  # one document in so many is checked against the reference encoder
+_SAMPLE_CHARACTERS = 4096  # longest document that is checked
+_FIRST_CHARACTERS = 1000  # longest document that is checked as the first of a piece
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs besides the piece; the same for the whole build."""
+    """What a worker needs besides the task; the same for the whole build."""
 
     options: ReadOptions
     encoders: EncoderSource
@@ -40,23 +40,23 @@ class Setup:
     vocab_size: int
     dtype: str
     folder: Path
-    """Where piece files go."""
+    """Folder of the piece files."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is to do: a piece, or (without one) to try the fast encoder on odd strings."""
+    """Work for a worker: encode a piece or, without one, try the fast encoder on unusual strings (`PROBES`)."""
 
     piece: Piece | None
     sources: Sequence[Source]
     """The files of the piece."""
     fast: bool
-    """Use the fast encoder, not the reference."""
+    """Whether to use the fast encoder instead of the reference encoder."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A document and the ids that the fast encoder gave it, to be checked against the reference."""
+    """A document and its ids from the fast encoder, to be checked against the reference encoder."""
 
     text: str
     ids: list[int]
@@ -64,19 +64,22 @@ class Sample:
 
 @dataclass
 class Result:
-    """What became of a task."""
+    """Result of a task; the tokens of a piece are in its file."""
 
     key: str
+    """Key of the piece."""
     weight: int = 0
+    """Size of the piece in bytes, for progress."""
     tokens: int = 0
     encoder: str = ""
+    """Name of the encoder."""
     samples: list[Sample] = field(default_factory=list)
     failure: str | None = None
-    """Why the fast encoder cannot be used."""
+    """Reason why the fast encoder cannot be used."""
 
 
 class Worker:
-    """Does tasks, one at a time; loads its encoders when it needs them, and keeps them."""
+    """Does tasks, one at a time. Loads each encoder when it is first needed, and keeps it."""
 
     def __init__(self) -> None:
         self._encoders: dict[tuple[EncoderSource, bool], Encoder | None] = {}
@@ -90,7 +93,7 @@ class Worker:
         if task.piece is None:
             return self._try_fast(setup)
         encoder = self._encoder(setup, task.fast)
-        assert encoder is not None, "a fast encoder is used only after it was tried"
+        assert encoder is not None, "the fast encoder is used only after it was tried"
         try:
             return encode_piece(setup, task.piece, task.sources, encoder, samples=task.fast)
         except EncoderFailedError as error:
@@ -112,14 +115,22 @@ class Worker:
             ids = encode_each(encoder, PROBES)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a missing package, a tokenizer it cannot read, a panic in native code
+        except BaseException as error:  # a missing package, a tokenizer that it cannot read, a panic in native code
             return Result("trial", failure=_first_line(error))
         samples = [Sample(text, found) for text, found in zip(PROBES, ids, strict=True)]
         return Result("trial", encoder=encoder.name, samples=samples)
 
 
 def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder: Encoder, samples: bool) -> Result:
-    """Encode the documents of `piece`, each followed by the end-of-document id, into its piece file."""
+    """Encode the documents of `piece` into its piece file, with the end-of-document id after each.
+
+    Args:
+        samples: whether to return some documents with their ids, to be checked.
+
+    Raises:
+        DataError: a source is damaged.
+        EncoderFailedError: the encoder failed.
+    """
     dtype = np.dtype(setup.dtype)
     result = Result(piece.key, weight=piece.weight, encoder=encoder.name)
     lengths: list[npt.NDArray[np.int32]] = []
@@ -136,7 +147,7 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
             empty += batch.empty
             for texts in _calls(batch.texts):
                 ids, offsets = _encode(encoder, texts, setup.vocab_size)
-                raw = [text.encode() for text in texts]  # cheap now: the encoder had the str cache its UTF-8
+                raw = [text.encode() for text in texts]  # cheap: the encoder made each str cache its UTF-8
                 new_hashes = [xxhash.xxh3_64_intdigest(text) for text in raw]
                 text_bytes += sum(map(len, raw))
                 del raw
@@ -169,7 +180,7 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
 
 
 class EncoderFailedError(DataError):
-    """An encoder raised, or gave an id that the tokenizer does not have."""
+    """An encoder raised, or returned an id that is not in the vocabulary."""
 
 
 def _encode(encoder: Encoder, texts: list[str], vocab_size: int) -> tuple[Ids, Offsets]:
@@ -177,10 +188,10 @@ def _encode(encoder: Encoder, texts: list[str], vocab_size: int) -> tuple[Ids, O
         ids, offsets = encoder.encode_batch(texts)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # native code may panic, which is no Exception
+    except BaseException as error:  # a panic in native code is not an Exception
         raise EncoderFailedError(f"{encoder.name} failed ({_first_line(error)}) on {texts[0][:40]!r}") from None
     if len(ids) and int(ids.max()) >= vocab_size:
-        raise EncoderFailedError(f"{encoder.name} gave id {int(ids.max())}, the tokenizer has {vocab_size}")
+        raise EncoderFailedError(f"{encoder.name} gave id {int(ids.max())}, but the vocabulary has {vocab_size} ids")
     return ids, offsets
 
 
@@ -189,7 +200,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _calls(texts: list[str]) -> Iterator[list[str]]:
-    """Documents for one encoder call each: many short ones together, a very long one alone."""
+    """Lists of documents, one per encoder call: many short documents together, a very long one alone."""
     start = size = 0
     for at, text in enumerate(texts):
         size += len(text)
@@ -201,7 +212,7 @@ def _calls(texts: list[str]) -> Iterator[list[str]]:
 
 
 def _with_ends(ids: npt.NDArray, offsets: npt.NDArray, setup: Setup, dtype: np.dtype) -> npt.NDArray:
-    """All ids with the end-of-document id after each document, in the dtype of the index."""
+    """(tokens,) ids with the end-of-document id after each document, in the dtype of the index."""
     documents = len(offsets) - 1
     tokens = np.empty(len(ids) + documents, dtype)
     ends = offsets[1:] + np.arange(documents)
@@ -215,7 +226,7 @@ def _with_ends(ids: npt.NDArray, offsets: npt.NDArray, setup: Setup, dtype: np.d
 def _samples(
     texts: list[str], hashes: list[int], ids: npt.NDArray, offsets: npt.NDArray, first: bool
 ) -> Iterator[Sample]:
-    """About one document in a thousand, by its hash, and where `first` says so the first short one."""
+    """About one document in a thousand, chosen by its hash. With `first`, also the first short document."""
     chosen = set(np.flatnonzero(np.array(hashes, np.uint64) % np.uint64(_SAMPLE_ONE_IN) == 0).tolist())
     if first:
         short = (at for at, text in enumerate(texts) if len(text) <= _FIRST_CHARACTERS)
@@ -226,13 +237,13 @@ def _samples(
 
 
 def piece_path(folder: Path, key: str, encoder: str) -> Path:
-    """Where the file of a piece lies that `encoder` made."""
+    """Path of the file of piece `key` made by `encoder`."""
     return folder / f"{key}.{encoder}.piece"
 
 
 @dataclass(frozen=True)
 class FinishedPiece:
-    """What a piece file holds; the arrays are views of it."""
+    """Contents of a piece file; the arrays are views of it."""
 
     tokens: npt.NDArray
     lengths: npt.NDArray[np.int32]
@@ -241,10 +252,10 @@ class FinishedPiece:
 
 
 def read_piece_file(path: Path, dtype: np.dtype, check: bool) -> FinishedPiece | None:
-    """Read a piece file; None where there is none, or where it is not whole.
+    """Read a piece file; returns None if it is missing or incomplete.
 
     Args:
-        check: compare the checksum, too: for a file that an earlier run left.
+        check: also compare the checksum; needed for the file of an interrupted build.
     """
     try:
         data = np.memmap(path, np.uint8, "r")

@@ -1,4 +1,4 @@
-"""What decides the bytes of an index, and how two of these differ."""
+"""The plan of a build: everything that decides the bytes of an index. Also how two plans differ."""
 
 import os
 import threading
@@ -17,13 +17,13 @@ from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.tokenizer import dtype_for
 
 PLAN = "plan.json"
-"""Its name in the folder of a build."""
+"""File name of the plan in the folder of a build."""
 CUT_VERSION = 1
-"""Changes when the input is cut otherwise: pieces of another version cannot be taken over."""
+"""Version of the cutting of the input; pieces of another version cannot be reused."""
 
 
 class Plan(Config):
-    """Everything that decides the bytes of an index; an unfinished build keeps it, to be resumed by the same only."""
+    """Everything that decides the bytes of an index. Only a build with an equal plan can resume an unfinished one."""
 
     cut_version: int = CUT_VERSION
     format_version: int = FORMAT_VERSION
@@ -34,7 +34,7 @@ class Plan(Config):
 
 
 def make_plan(tokenizer: Tokenizer, sources: Sequence[Source], format: Format | None, read: ReadOptions) -> Plan:
-    """The plan of a build; hashes the sources, several at once, unless it is known that they have not changed."""
+    """The plan of a build. Hashes the sources in parallel, except those unchanged since they were last hashed."""
     hashes = _hash(sources)
     return Plan(
         tokenizer=TokenizerInfo(
@@ -76,13 +76,13 @@ def _hash(sources: Sequence[Source]) -> list[str]:
 
         try:
             return list(threads.map(lambda source: known_sha256(source.path, on_bytes), sources))
-        except BaseException:  # Ctrl-C: do not wait for the threads to come to the end of their files
+        except BaseException:  # Ctrl-C: do not wait until the threads have read their files
             stop.set()
             raise
 
 
 def difference(old: Plan | Metadata, new: Plan) -> str:
-    """In words, how the build that is there differs from the one asked for; empty where it does not."""
+    """Text that says how an existing build `old` differs from the requested build `new`; empty if it does not."""
     if old.format_version != new.format_version:
         return "another format version"
     changed = _changed_keys(old.tokenizer, new.tokenizer)
@@ -110,7 +110,11 @@ Signature = tuple[int, int, int]
 
 
 def signature(source: Source) -> Signature:
-    """Inode, size and modification time: other ones after reading mean that the file changed meanwhile."""
+    """Inode, size and modification time in ns; if they differ after reading, the file was changed meanwhile.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     try:
         status: Any = source.path.stat()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Who does the tasks of a build: this process, some worker processes, or MPI ranks (`megazh.index.mpi`)."""
+"""Pools that do the tasks of a build: this process, or worker processes. For MPI ranks see `megazh.index.mpi`."""
 
 import contextlib
 import multiprocessing
@@ -14,16 +14,17 @@ from typing import Protocol
 from megazh.errors import WorkerError
 from megazh.index.piece import Result, Setup, Task, Worker
 
-_AHEAD = 2  # tasks that lie ready for each worker, so that none waits for the next
+_AHEAD = 2  # tasks in flight per worker, so that none waits for its next one
 
 
 class Pool(Protocol):
-    """Does tasks; results come in any order."""
+    """Does the tasks of a build; results come in any order."""
 
     workers: int
+    """Number of workers."""
 
     def run(self, setup: Setup, tasks: Iterator[Task]) -> Iterator[Result]:
-        """Do all tasks; they are taken from the iterator only as there is room for them.
+        """Do all tasks. A task is taken from the iterator only when a worker has room for it.
 
         Raises:
             WorkerError: a worker died.
@@ -31,12 +32,12 @@ class Pool(Protocol):
         ...
 
     def close(self, code: int = 0) -> None:
-        """Let the workers go; ranks end with this exit code."""
+        """End the workers; MPI ranks exit with `code`."""
         ...
 
 
 class InlinePool:
-    """This process alone."""
+    """Does all tasks in this process."""
 
     workers = 1
 
@@ -52,12 +53,12 @@ class InlinePool:
 
 
 class ProcessPool:
-    """Worker processes on this machine; they end when this process does, however it ends."""
+    """Worker processes on this machine. They end when this process ends, even if it is killed."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
         context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(workers, context, initializer=_begin)
+        self._executor = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
 
     def run(self, setup: Setup, tasks: Iterator[Task]) -> Iterator[Result]:
         pending: set[Future[Result]] = set()
@@ -85,30 +86,31 @@ class ProcessPool:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Hold SIGINT back; a process that is started here never gets one.
+    """Block SIGINT; raise KeyboardInterrupt at the end if one arrived. A process started here never receives SIGINT.
 
-    The mask is what it inherits. It holds for this thread only: the handler is for a signal that another thread takes.
+    It inherits the signal mask. The mask covers only this thread, so the handler catches a SIGINT that the kernel
+    delivers to another thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
-    if came:
+    if received:
         raise KeyboardInterrupt
 
 
 _worker: Worker | None = None
 
 
-def _begin() -> None:
-    """In a new worker process: end when the parent ends (Ctrl-C is held back, and left to the parent)."""
+def _end_with_parent() -> None:
+    """Start a thread in a new worker process that ends it when the parent ends; Ctrl-C reaches only the parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,4 +1,4 @@
-"""Read an index through memory maps, after checking that its files are whole and belong together."""
+"""Read an index through memory maps, after a check that its files are complete and belong together."""
 
 from pathlib import Path
 
@@ -10,25 +10,25 @@ from megazh.files import check_sha256
 from megazh.index.format import Header, read_header
 from megazh.index.metadata import Metadata, read_metadata
 
-_STEP = 1 << 22
+_STEP = 1 << 22  # sequences per step of the check
 
 
 class IndexedDataset:
     """The documents of `PREFIX.bin` and `PREFIX.idx`, checked on opening.
 
-    Header, sizes, pointers, boundaries and dtype are always checked. Where `PREFIX.json` lies beside them, the
-    SHA-256 of each file must be the one noted there; a file that was hashed once is remembered (`megazh.files`).
+    Header, sizes, pointers, boundaries and dtype are always checked. If there is a `PREFIX.json`, the SHA-256 of each
+    file must be the recorded one. A file is hashed only once, until it changes (see `megazh.files`).
 
     Attributes:
-        prefix: the path that the file names share.
-        dtype: of the tokens.
-        metadata: what `PREFIX.json` says; None for an index that Megatron-LM wrote.
+        prefix: path of the index without suffix.
+        dtype: dtype of the tokens.
+        metadata: contents of `PREFIX.json`; None for an index that Megatron-LM wrote.
         tokens: (tokens,) all tokens, memory-mapped, read-only.
-        starts: (documents + 1,) int64, where each document begins in `tokens`; the last is its size.
+        starts: (documents + 1,) int64, offset of each document in `tokens`, and the number of tokens.
 
     Raises:
         UsageError: there is no such index.
-        DataError: a file is truncated, damaged, foreign or of another build; the message says which and how.
+        DataError: a file is truncated, damaged, foreign or from another build; the message names file and fault.
     """
 
     def __init__(self, prefix: Path | str) -> None:
@@ -51,7 +51,7 @@ class IndexedDataset:
         self._pointers = self._map(self._idx, np.dtype("<i8"), header.pointers_at, header.sequences)
         self._boundaries = self._map(self._idx, np.dtype("<i8"), header.boundaries_at, header.boundaries)
         self.sequence_modes: npt.NDArray[np.int8] | None = None
-        """(sequences,) int8 in a multimodal index, else None."""
+        """(sequences,) int8 mode of each sequence in a multimodal index, otherwise None."""
         if idx_size > header.end:
             self.sequence_modes = self._map(self._idx, np.dtype("i1"), header.end, header.sequences)
         total = self._check_sequences(header, bin_size)
@@ -65,7 +65,7 @@ class IndexedDataset:
         return len(self._boundaries) - 1
 
     def __getitem__(self, document: int) -> npt.NDArray[np.integer]:
-        """(tokens,) the tokens of a document; a view of the file."""
+        """(tokens,) tokens of a document, a view of the file. Raises IndexError if there is no such document."""
         if not -len(self) <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
         document %= len(self)
@@ -73,16 +73,16 @@ class IndexedDataset:
 
     @property
     def sequence_lengths(self) -> npt.NDArray[np.int32]:
-        """(sequences,) int32, tokens of each sequence."""
+        """(sequences,) int32, number of tokens of each sequence."""
         return self._lengths
 
     @property
     def document_indices(self) -> npt.NDArray[np.int64]:
-        """(documents + 1,) int64, the first sequence of each document, and their number."""
+        """(documents + 1,) int64, first sequence of each document, and the number of sequences."""
         return self._boundaries
 
     def document_hashes(self) -> npt.NDArray[np.uint64]:
-        """(documents,) uint64 content hashes from `PREFIX.docs`. Raises DataError where it is missing or wrong."""
+        """(documents,) uint64 content hashes from `PREFIX.docs`. Raises DataError if the file is missing or wrong."""
         path = Path(f"{self.prefix}.docs")
         try:
             size = path.stat().st_size
@@ -102,16 +102,16 @@ class IndexedDataset:
         return np.asarray(np.memmap(path, dtype, "r", offset, (count,)))
 
     def _check_sizes(self, metadata: Metadata, bin_size: int, idx_size: int) -> None:
-        for path, size, noted in (
+        for path, size, recorded in (
             (self._idx, idx_size, metadata.files.idx),
             (self._bin, bin_size, metadata.files.bin),
         ):
-            if size != noted.bytes:
-                raise DataError(f"{path}: expected {noted.bytes} bytes by {self.prefix}.json, found {size}")
-            check_sha256(path, noted.sha256)
+            if size != recorded.bytes:
+                raise DataError(f"{path}: expected {recorded.bytes} bytes from {self.prefix}.json, found {size}")
+            check_sha256(path, recorded.sha256)
 
     def _check_sequences(self, header: Header, bin_size: int) -> int:
-        """Lengths are not negative, pointers follow from them, boundaries ascend; returns the number of tokens."""
+        """Check lengths (not negative), pointers (sums of lengths), boundaries (ascending); returns the token count."""
         total = 0
         for at in range(0, header.sequences, _STEP):
             lengths = self._lengths[at : at + _STEP]
@@ -127,8 +127,8 @@ class IndexedDataset:
             if len(wrong):
                 first = int(wrong[0])
                 raise DataError(
-                    f"{self._idx}: pointer of sequence {at + first}: expected {expected[first]} by the lengths before "
-                    f"it, found {self._pointers[at + first]}"
+                    f"{self._idx}: pointer of sequence {at + first}: expected {expected[first]} from the lengths "
+                    f"before it, found {self._pointers[at + first]}"
                 )
             total += int(ends[-1])
         boundaries = self._boundaries
@@ -140,7 +140,7 @@ class IndexedDataset:
         if bin_size != total * self.dtype.itemsize:
             raise DataError(
                 f"{self._bin}: expected {total * self.dtype.itemsize} bytes for the {total} tokens ({self.dtype}) of "
-                f"{self._idx.name}, found {bin_size}: truncated, or of another index"
+                f"{self._idx.name}, found {bin_size}: truncated, or from another index"
             )
         return total
 
@@ -152,10 +152,10 @@ class IndexedDataset:
         return starts
 
     def _check_against(self, metadata: Metadata) -> None:
-        for what, noted, found in (
+        for name, recorded, found in (
             ("documents", metadata.documents, len(self)),
             ("tokens", metadata.tokens, len(self.tokens)),
             ("dtype", metadata.dtype, self.dtype.name),
         ):
-            if noted != found:
-                raise DataError(f"{self.prefix}.json: {what}: expected {found} by the index, found {noted}")
+            if recorded != found:
+                raise DataError(f"{self.prefix}.json: {name}: expected {found} from the index, found {recorded}")

@@ -11,15 +11,15 @@ from megazh.index.mixture import Corpus, Mixture
 from megazh.index.packing import Packing
 
 _WARN_EPOCHS = 4
-"""Beyond about four epochs, repeated text teaches clearly less (Muennighoff et al. 2023, arXiv 2305.16264)."""
+"""Limit on epochs: after about four, repeated text teaches clearly less (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 def describe_mixture(mixture: Mixture, tokens: int | None) -> Iterator[str]:
-    """Lines about a mixture: tokens, share, epochs, and what begins anew when, for a run of `tokens` tokens.
+    """Lines about a mixture for a run of `tokens` tokens: tokens, shares, epochs, start of each second epoch.
 
     Args:
-        tokens: length of the run; without it the sum that the manifest gives, or one epoch of the corpus that
-            lasts longest.
+        tokens: length of the run. None takes the sum of the manifest's amounts or, with weights, one epoch of the
+            corpus that lasts longest.
     """
     seq_len = mixture.shape.seq_len
     planned = tokens or mixture.planned_tokens
@@ -28,13 +28,13 @@ def describe_mixture(mixture: Mixture, tokens: int | None) -> Iterator[str]:
         why = "one epoch of every corpus"
     else:
         samples = -(-planned // seq_len)
-        why = "as asked" if tokens else "the manifest's amounts"
+        why = "from --tokens" if tokens else "the manifest's amounts"
     if mixture.end is not None and samples > mixture.end:
         samples, why = mixture.end, "until a corpus is exhausted"
     yield f"manifest     {mixture.path}, seed {mixture.seed}"
     yield f"tokenizer    {mixture.corpora[0].metadata.tokenizer.fingerprint}"
     shape = mixture.shape
-    yield f"samples      of {seq_len:,} tokens, {shape.packing.value}, at most {shape.max_docs} segments"
+    yield f"samples      {seq_len:,} tokens each, {shape.packing.value}, at most {shape.max_docs} segments"
     yield f"run          {samples * seq_len:,} tokens in {samples:,} samples ({why})"
     yield ""
     yield f"{'corpus':<20} {'share':>8} {'tokens':>16} {'drawn':>16} {'epochs':>8}  {'second epoch after':>18}"
@@ -52,7 +52,7 @@ def describe_mixture(mixture: Mixture, tokens: int | None) -> Iterator[str]:
         epochs = mixture.drawn(number, samples) / mixture.epoch_samples(number)
         if epochs > _WARN_EPOCHS:
             yield (
-                f"warning: corpus '{corpus.entry.name}' is repeated {epochs:.1f} times; beyond {_WARN_EPOCHS} epochs "
+                f"warning: corpus '{corpus.entry.name}' is repeated {epochs:.1f} times; after {_WARN_EPOCHS} epochs, "
                 "repeated text teaches little"
             )
 
@@ -67,7 +67,7 @@ def _sides(mixture: Mixture) -> Iterator[str]:
     if mixture.manifest.validation and mixture.manifest.validation.fraction:
         for corpus in mixture.corpora:
             if not len(corpus.validation):
-                yield f"warning: corpus '{corpus.entry.name}' has no document on the validation side"
+                yield f"warning: corpus '{corpus.entry.name}' has no validation documents"
 
 
 def _side(corpus: Corpus, training: bool) -> str:
@@ -78,11 +78,11 @@ def _side(corpus: Corpus, training: bool) -> str:
 def describe_packing(
     path: Path, seq_len: int, packings: list[Packing], max_docs: int | None = None, seed: int | None = None
 ) -> Iterator[str]:
-    """Lines about how the training side of each corpus packs: tokens in, out, padded, dropped, documents cut."""
+    """Lines about the packing of each corpus's training side: tokens in, out, dropped, padding, and documents cut."""
     heads = ("tokens in", "tokens out", "dropped", "padding", "padded", "samples", "documents", "cut", "fit, but cut")
     for packing in packings:
         mixture = Mixture(path, seq_len, packing, max_docs, seed)
-        yield f"{packing.value}, {seq_len:,} tokens a sample, at most {mixture.shape.max_docs} segments"
+        yield f"{packing.value}, {seq_len:,} tokens per sample, at most {mixture.shape.max_docs} segments"
         yield f"{'corpus':<20} " + " ".join(f"{head:>13}" for head in heads)
         for number, corpus in enumerate(mixture.corpora):
             table = mixture.table(number)
@@ -112,7 +112,7 @@ def _lengths(corpus: Corpus, documents: np.ndarray) -> np.ndarray:
 
 
 def describe_sample(mixture: Mixture, number: int, text: bool = False) -> Iterator[str]:
-    """Lines about training sample `number`: its pieces, where they come from and, with `text`, what they say.
+    """Lines about training sample `number`: its pieces, their documents and, with `text`, their text.
 
     Raises:
         UsageError: there is no such sample.

@@ -1,4 +1,4 @@
-"""Samples of one corpus: its documents packed, the packing kept in the cache, tokens and labels gathered."""
+"""Samples of one corpus: pack its documents, keep the sample table in the cache, gather tokens and labels."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ from megazh.index.packing import Packing, SampleTable, pack
 from megazh.index.reader import IndexedDataset
 
 IGNORED = -100
-"""The label of a token that has no successor to learn: a document's last one, and padding."""
+"""Label of tokens without a successor to predict: the last token of a document, and padding."""
 _CACHE_VERSION = 1
 Int32s = npt.NDArray[np.int32]
 
@@ -30,10 +30,10 @@ class Sample(NamedTuple):
 
     Attributes:
         tokens: (seq,) int32.
-        labels: (seq,) int32, the token that follows in the same document, else -100. The one shift is made
-            here: a loss compares logits[i] with labels[i].
-        position_ids: (seq,) int32, from 0 in each piece of a document and in the padding.
-        cu_seqlens: (max_docs + 1,) int32, where segments begin and end, filled up with seq.
+        labels: (seq,) int32, the next token of the same document, or -100 if there is none. They are already
+            shifted: a loss compares logits[i] with labels[i].
+        position_ids: (seq,) int32, counted from 0 in each piece of a document and in the padding.
+        cu_seqlens: (max_docs + 1,) int32, cumulative segment boundaries, starting with 0 and filled up with seq.
     """
 
     tokens: Int32s
@@ -44,23 +44,25 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleShape:
-    """What a sample looks like, the same for all corpora of a mixture."""
+    """Shape of a sample, the same for all corpora of a mixture."""
 
     seq_len: int
+    """Tokens per sample."""
     packing: Packing
     max_docs: int
+    """Largest number of segments per sample, padding included."""
     running_positions: bool = False
-    """Position ids go on where a document goes on in the next sample, instead of starting at 0 in each piece."""
+    """Whether position ids continue with a document that continues in the next sample, not from 0 in each piece."""
 
 
 class CorpusSamples:
-    """The packed samples of some documents of one index, in the order in which they were packed.
+    """The packed samples of some documents of one index, in the order of packing.
 
     Args:
-        index: the documents' index.
-        shape: of the samples.
-        padding_id: the token id that stands in padding.
-        table: which pieces make up which sample.
+        index: index of the documents.
+        shape: shape of the samples.
+        padding_id: token id of padding.
+        table: the pieces of each sample.
     """
 
     def __init__(self, index: IndexedDataset, shape: SampleShape, padding_id: int, table: SampleTable) -> None:
@@ -73,13 +75,13 @@ class CorpusSamples:
     def gather(
         self, rows: npt.NDArray[np.int64], places: npt.NDArray[np.int64], ids: Int32s, cu_seqlens: Int32s
     ) -> None:
-        """Write samples number `rows` to `places` of a batch.
+        """Copy the samples `rows` to the rows `places` of a batch.
 
         Args:
             rows: (n,) numbers of packed samples.
-            places: (n,) where each goes in the batch.
-            ids: (3, batch, seq) int32, to be filled with tokens, labels and position ids.
-            cu_seqlens: (batch, max_docs + 1) int32, to be filled.
+            places: (n,) row of the batch for each sample.
+            ids: (3, batch, seq) int32 output: tokens, labels and position ids.
+            cu_seqlens: (batch, max_docs + 1) int32 output.
         """
         table = self.table
         _gather(
@@ -143,10 +145,14 @@ def _gather(
 def pack_documents(
     index: IndexedDataset, documents: npt.NDArray[np.int64], shape: SampleShape, seed: object, keep_tail: bool
 ) -> SampleTable:
-    """Pack `documents` of `index`, shuffled by `seed`; from the cache where the same was packed before.
+    """Pack `documents` of `index`, shuffled by `seed`, or load the table from the cache if it was packed before.
 
-    The cache may be deleted at any time. Processes that start together wait for the one that packs, by a lock
-    that the kernel drops if it dies; without a writable cache each packs for itself.
+    The cache may be deleted at any time. Of several processes that start together, one packs while the others wait
+    for its lock, which the kernel releases if that process dies. Without a writable cache each process packs itself.
+
+    Args:
+        documents: (documents,) numbers of the documents to pack.
+        keep_tail: see `packing.pack`.
     """
     key = _cache_key(index, documents, shape, seed, keep_tail)
     folder = cache_dir() / "samples" / key
@@ -175,20 +181,20 @@ def _pack(
 def _cache_key(
     index: IndexedDataset, documents: npt.NDArray[np.int64], shape: SampleShape, seed: object, keep_tail: bool
 ) -> str:
-    """Everything that the table follows from: the lengths and the choice of documents, the shape, the seed."""
+    """Hash of everything that determines the table: document lengths and numbers, shape, seed."""
     digest = hashlib.sha256()
     digest.update(np.ascontiguousarray(documents).data)
     if index.metadata is not None:
         digest.update(index.metadata.files.idx.sha256.encode())
     else:
         digest.update(index.starts.data)
-    parts = [_CACHE_VERSION, shape.seq_len, shape.packing.value, shape.max_docs, str(seed), keep_tail]
-    digest.update(json.dumps(parts).encode())
+    settings = [_CACHE_VERSION, shape.seq_len, shape.packing.value, shape.max_docs, str(seed), keep_tail]
+    digest.update(json.dumps(settings).encode())
     return digest.hexdigest()
 
 
 def _save(folder: Path, table: SampleTable) -> None:
-    """Put the table into the cache by rename; other processes see all of it or nothing."""
+    """Put the table into the cache by rename, so that other processes see all of it or nothing."""
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         for field in fields(SampleTable):
@@ -196,7 +202,7 @@ def _save(folder: Path, table: SampleTable) -> None:
                 np.save(file, getattr(table, field.name), allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, if any
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged entry, if any
         os.rename(temporary, folder)
         fsync_directory(folder.parent)
     except BaseException:
@@ -205,18 +211,18 @@ def _save(folder: Path, table: SampleTable) -> None:
 
 
 def _load(folder: Path) -> SampleTable | None:
-    """The table from the cache, memory-mapped; None where it is missing or not whole."""
+    """The table from the cache, memory-mapped; None if it is missing or incomplete."""
     arrays = {}
     with contextlib.suppress(OSError, ValueError, EOFError):
         for field in fields(SampleTable):
             arrays[field.name] = np.asarray(np.load(folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False))
         table = SampleTable(**arrays)
         pieces, samples = len(table.document), len(table.valid_labels)
-        whole = (
+        complete = (
             all(array.dtype == np.int64 and array.ndim == 1 for array in arrays.values())
             and len(table.offset) == len(table.length) == pieces
             and len(table.first_piece) == samples + 1
             and int(table.first_piece[-1]) == pieces
         )
-        return table if whole else None
+        return table if complete else None
     return None

@@ -1,4 +1,4 @@
-"""Write an index as a stream: memory does not grow with the corpus, and it appears whole or not at all."""
+"""Write an index as a stream: memory use does not grow with the corpus, and the index appears whole or not at all."""
 
 import hashlib
 import os
@@ -14,11 +14,11 @@ from megazh.files import fsync_directory, remember_sha256
 from megazh.index.format import CODES, Header
 from megazh.index.metadata import FileInfo, Files, length_histogram
 
-_STEP = 1 << 20
+_STEP = 1 << 20  # documents per step when the .idx file is written
 
 
 class _HashedFile:
-    """A file that is hashed as it is written."""
+    """A file whose SHA-256 is computed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,25 +34,25 @@ class _HashedFile:
             view = view[self._file.write(view) :]
 
     def close(self) -> FileInfo:
-        """Flush to disk, and close."""
+        """Flush to disk and close; returns size and hash."""
         os.fsync(self._file.fileno())
         self._file.close()
         return FileInfo(bytes=self.size, sha256=self._digest.hexdigest())
 
     def abandon(self) -> None:
-        """Close only."""
+        """Close without flushing to disk."""
         self._file.close()
 
 
 class IndexWriter:
-    """Collects documents into `folder`, and moves the finished files to a prefix.
+    """Collects documents in `folder` and moves the finished files to a prefix.
 
-    Use: `append` any number of times, `finish` once, then `commit` once. Until `commit`, nothing outside
-    `folder` changes. `folder` must be on the file system of the prefix.
+    Call `append` any number of times, `finish` once, then `commit` once. Until `commit`, nothing outside
+    `folder` changes. `folder` must be on the same file system as the prefix.
 
     Args:
-        folder: where the files grow; made if need be.
-        dtype: of the tokens, one that MMIDIDX knows.
+        folder: working folder of the unfinished files; created if missing.
+        dtype: dtype of the tokens, one that MMIDIDX has a code for.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype | type[np.generic]) -> None:
@@ -69,7 +69,7 @@ class IndexWriter:
         self.documents = 0
         self.tokens = 0
         self.histogram: dict[int, int] = {}
-        """Documents by power of two of their length; see `metadata.length_histogram`."""
+        """Number of documents by length, as in `metadata.length_histogram`."""
 
     def append(
         self,
@@ -80,14 +80,20 @@ class IndexWriter:
         """Add documents.
 
         Args:
-            tokens: (tokens,) of all of them, in the writer's dtype.
-            lengths: (documents,) tokens of each.
-            hashes: (documents,) uint64 content hash of each.
+            tokens: (tokens,) the documents' tokens, one document after the other, in the writer's dtype.
+            lengths: (documents,) number of tokens of each document.
+            hashes: (documents,) uint64 content hash of each document.
+
+        Raises:
+            DataError: the dtype is another one, or the array lengths do not fit together.
         """
         if tokens.dtype != self.dtype:
             raise DataError(f"expected tokens of dtype {self.dtype}, found {tokens.dtype}")
         if int(lengths.sum()) != len(tokens) or len(lengths) != len(hashes):
-            raise DataError(f"{len(lengths)} lengths of {int(lengths.sum())} tokens, {len(hashes)} hashes: do not fit")
+            raise DataError(
+                f"{len(lengths)} lengths with a sum of {int(lengths.sum())}, {len(hashes)} hashes and {len(tokens)} "
+                "tokens do not fit together"
+            )
         self._bin.write(np.ascontiguousarray(tokens, self.dtype.newbyteorder("<")).data)
         self._lengths.write(np.ascontiguousarray(lengths, "<i4").data)
         self._docs.write(np.ascontiguousarray(hashes, "<u8").data)
@@ -100,12 +106,12 @@ class IndexWriter:
         """Complete the files and flush them to disk; returns their sizes and hashes.
 
         Raises:
-            DataError: not one document was added.
+            DataError: no document was added.
         """
         if not self.documents:
             self.abandon()
             raise DataError("no document to index: the input is empty, or all of it was rejected")
-        self._lengths.abandon()  # only read back below
+        self._lengths.abandon()  # a scratch file, read back below
         idx = _HashedFile(self._folder / "index.idx")
         idx.write(Header(self.dtype, self.documents, self.documents + 1).pack())
         lengths = np.memmap(self._lengths.path, "<i4", "r")
@@ -123,16 +129,16 @@ class IndexWriter:
         return Files(bin=self._bin.close(), idx=idx.close(), docs=self._docs.close())
 
     def commit(self, prefix: Path, files: Files, beside: dict[str, Path], absent: Sequence[str] = ()) -> None:
-        """Move the finished files to `prefix`; the rename of the `.idx` makes them an index.
+        """Move the finished files to `prefix`. They become an index with the last rename, that of the `.idx`.
 
-        An older index at `prefix` loses its `.idx` first: whoever opens the prefix meanwhile finds no index,
-        never a mixture of two.
+        The `.idx` of an older index at `prefix` is deleted first: another process that opens the prefix in between
+        finds no index, never files of two.
 
         Args:
-            prefix: where to.
-            files: what `finish` returned.
-            beside: finished files that belong to the index, by the suffix that they get; flushed here.
-            absent: suffixes of files that an older index may have, and this one has not.
+            prefix: path of the index without suffix.
+            files: result of `finish`.
+            beside: further finished files of the index, by the suffix that they get; flushed to disk here.
+            absent: suffixes of files to delete: an older index may have them, this one does not.
         """
         for path in beside.values():
             with open(path, "rb") as file:
@@ -154,6 +160,6 @@ class IndexWriter:
             remember_sha256(Path(f"{prefix}{suffix}"), info.sha256)
 
     def abandon(self) -> None:
-        """Close the files; what was written stays in the folder and counts as nothing."""
+        """Close the files. Their contents stay in the folder and are not used."""
         for file in (self._bin, self._docs, self._lengths):
             file.abandon()

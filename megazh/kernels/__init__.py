@@ -1,5 +1,5 @@
 """Triton kernels of the training step on CUDA: norm, rotation, SwiGLU, attention, cross entropy, embedding.
 
-Each module of this package needs Triton; `megazh.model.fused` says where they serve, and imports them only there.
-All of them are deterministic: no atomics, sums in a fixed order.
+Most modules need Triton: `megazh.model.fused` and `megazh.model.loss` import them only inside
+the functions that use them. All kernels are deterministic: no atomics, sums in a fixed order.
 """

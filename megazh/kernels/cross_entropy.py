@@ -1,4 +1,4 @@
-"""Cross entropy of rows of logits and, over the logits, its gradient: two passes, the second mostly from the cache."""
+"""Cross entropy of rows of logits, and its gradient written over them: two passes, the second mostly from cache."""
 
 import torch
 import triton
@@ -12,18 +12,18 @@ def _cross_entropy(logits, labels, losses, scale, z_loss, vocab, GRADIENT: tl.co
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     base = logits + row * vocab
-    place = tl.arange(0, BLOCK)
+    offset = tl.arange(0, BLOCK)
     if label < 0:
         tl.store(losses + row, 0.0)
         if GRADIENT:
             for begin in range(0, vocab, BLOCK):
-                at = begin + place
+                at = begin + offset
                 tl.store(base + at, tl.zeros([BLOCK], dtype=logits.dtype.element_ty), mask=at < vocab)
     else:
         largest = -float("inf")
         total = 0.0
         for begin in range(0, vocab, BLOCK):
-            at = begin + place
+            at = begin + offset
             x = tl.load(base + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
             new = tl.maximum(largest, tl.max(x, 0))
             total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
@@ -34,7 +34,7 @@ def _cross_entropy(logits, labels, losses, scale, z_loss, vocab, GRADIENT: tl.co
             # d loss / d logits = softmax * (1 + 2 z_loss lse) - one_hot
             factor = tl.load(scale)
             for begin in range(0, vocab, BLOCK):
-                at = begin + place
+                at = begin + offset
                 x = tl.load(base + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
                 gradient = tl.exp(x - lse) * (1.0 + 2.0 * z_loss * lse)
                 gradient = tl.where(at == label, gradient - 1.0, gradient) * factor
@@ -44,16 +44,16 @@ def _cross_entropy(logits, labels, losses, scale, z_loss, vocab, GRADIENT: tl.co
 def cross_entropy_(
     logits: torch.Tensor, labels: torch.Tensor, z_loss: float, scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """The loss of each row, in fp32; with a scale, `logits` are overwritten by that scale times their gradient.
+    """Cross entropy of each row; with a scale, `logits` are overwritten by that scale times their gradient.
 
     Args:
         logits: (rows, vocab), contiguous.
-        labels: (rows,) integers; a negative one counts nothing.
-        z_loss: see `megazh.model.loss`.
-        scale: one fp32 number on the same device.
+        labels: (rows,) integers; rows with a negative label are ignored.
+        z_loss: weight of the z-loss; see `summed_cross_entropy` in `megazh.model.loss`.
+        scale: a scalar in fp32 on the same device; None leaves `logits` as they are.
 
     Returns:
-        (rows,) fp32, 0 where the label counts nothing.
+        (rows,) fp32; 0 for rows that are ignored.
     """
     rows, vocab = logits.shape
     losses = torch.empty(rows, device=logits.device, dtype=torch.float32)

@@ -1,23 +1,24 @@
-"""Root mean square norm, with the sum of two tensors in front of it, in one pass over memory each way."""
+"""RMS norm, optionally of the sum of two tensors, in one pass over memory forward and one backward."""
 
 import torch
 import triton
 import triton.language as tl
 
-from megazh.kernels.launch import programs, warps_for
-from megazh.kernels.sums import sum_rows
+from megazh.kernels.reduce import programs, sum_rows, warps_for
 
 
 @triton.jit
-def _norm_forward(residual, delta, weight, total, normed, rstd, eps, width, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_forward(
+    residual, delta, weight, total, normed, rstd, eps, width, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     at = row * width + column
     x = tl.load(residual + at, mask=inside, other=0.0)
-    if ADDS:
+    if HAS_DELTA:
         added = x.to(tl.float32) + tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
-        x = added.to(x.dtype)  # what is normed is what is stored
+        x = added.to(x.dtype)  # the norm reads the rounded sum, as stored
         tl.store(total + at, x, mask=inside)
     x = x.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
@@ -28,7 +29,7 @@ def _norm_forward(residual, delta, weight, total, normed, rstd, eps, width, ADDS
 
 @triton.jit
 def _norm_backward(
-    grad_normed, x, rstd, weight, grad_total, grad_x, partial, rows, width, ADDS: tl.constexpr, BLOCK: tl.constexpr
+    grad_normed, x, rstd, weight, grad_total, grad_x, partial, rows, width, HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr
 ):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -42,10 +43,10 @@ def _norm_backward(
         gradient = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
         grad_gain += gradient * unit
         gradient *= gain
-        # d x = rstd (g - unit mean(g unit)), g the gradient times the weight
+        # dx = rstd * (g - unit * mean(g * unit)), where g is the gradient times the weight.
         inner = tl.sum(gradient * unit, 0) / width
         result = (gradient - unit * inner) * tl.load(rstd + row)
-        if ADDS:
+        if HAS_TOTAL:
             result += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask=inside)
     tl.store(partial + program * width + column, grad_gain, mask=inside)
@@ -54,15 +55,16 @@ def _norm_backward(
 def add_norm(
     residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The norm (arXiv 1910.07467) of `residual + delta`, computed in fp32.
+    """RMS norm (arXiv 1910.07467) of `residual + delta`, computed in fp32.
 
     Args:
-        residual, delta: (tokens, width), contiguous; without `delta` nothing is added.
+        residual, delta: (tokens, width), contiguous; None as `delta` adds nothing.
         weight: (width,).
+        eps: constant added to the mean square.
 
     Returns:
-        The sum (`residual` itself where nothing is added) and the normed states, (tokens, width) each in the dtype of
-        `residual`; and (tokens,) fp32, one over the root mean square.
+        The sum (`residual` itself without `delta`) and the normed states, (tokens, width) each in the dtype of
+        `residual`; and the reciprocal root mean square of each row, (tokens,) fp32.
     """
     rows, width = residual.shape
     total = residual if delta is None else torch.empty_like(residual)
@@ -85,12 +87,14 @@ def norm_backward(
     """Gradients of `add_norm`.
 
     Args:
-        grad_normed: of the normed states, (tokens, width).
-        x, rstd: the sum, and the third result of `add_norm`.
-        grad_total: of the sum, where it is used elsewhere, too.
+        grad_normed: gradient of the normed states, (tokens, width).
+        x, rstd: first and third result of `add_norm`.
+        weight: (width,).
+        grad_total: gradient of the sum from its other uses, (tokens, width); None if it has none.
 
     Returns:
-        Of the sum (and so of each of its two parts), (tokens, width); and of the weight, (width,) fp32.
+        Gradient of the sum, which is also that of `residual` and of `delta`, (tokens, width); and gradient of the
+        weight, (width,) fp32.
     """
     rows, width = x.shape
     grad_x = torch.empty_like(x)

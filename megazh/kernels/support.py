@@ -1,4 +1,4 @@
-"""Whether this machine can run the kernels of this package; imports none of them."""
+"""Check whether this machine can run the kernels of this package; imports none of them."""
 
 import functools
 import importlib.util
@@ -12,21 +12,21 @@ import torch
 
 @functools.cache
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton's kernels cannot run here; None: they can.
+    """The reason why Triton kernels cannot run on this device; None if they can.
 
     Args:
-        device: they want CUDA, compute capability 8.0 or later.
-        dtype: bf16 or fp16.
+        device: device of the tensors; kernels need CUDA with compute capability 8.0 or later.
+        dtype: dtype of the tensors; kernels need bf16 or fp16.
     """
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; the CUDA builds of torch bring it"
+        return "Triton is not installed; install a CUDA build of torch, which includes it"
     if device.type != "cuda":
         return "there is no GPU"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"they compute in bf16 and fp16, not in {str(dtype).removeprefix('torch.')}"
+        return f"kernels compute in bf16 and fp16, not in {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the card's compute capability is below 8.0"
-    # Triton compiles a launcher in C for each kernel.
+        return "the GPU's compute capability is below 8.0"
+    # Triton compiles a C launcher for each kernel.
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "there is no C compiler; install gcc (Debian, Ubuntu: apt-get install gcc)"
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"

@@ -1,4 +1,4 @@
-"""silu(gate) * up and its gradient, gate and up side by side as one product has put them."""
+"""silu(gate) * up and its gradient, where one projection has computed gate and up side by side."""
 
 import torch
 import triton
@@ -27,15 +27,22 @@ def _swiglu_backward(gate_up, grad_product, grad, width, BLOCK: tl.constexpr):
     gate = tl.load(gate_up + at_gate, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + at_gate + width, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(grad_product + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    silu = gate * share
-    grad_gate = gradient * up * (share + silu * (1 - share))
+    gate_sigmoid = tl.sigmoid(gate)
+    silu = gate * gate_sigmoid
+    grad_gate = gradient * up * (gate_sigmoid + silu * (1 - gate_sigmoid))
     tl.store(grad + at_gate, grad_gate.to(grad.dtype.element_ty), mask=inside)
     tl.store(grad + at_gate + width, (gradient * silu).to(grad.dtype.element_ty), mask=inside)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """(tokens, 2 * width), gates first, to (tokens, width) (arXiv 2002.05202); computed in fp32."""
+    """SwiGLU (arXiv 2002.05202) of each row, computed in fp32.
+
+    Args:
+        gate_up: (tokens, 2 * width), contiguous: gate, then up.
+
+    Returns:
+        silu(gate) * up, (tokens, width) in the dtype of `gate_up`.
+    """
     tokens, width = len(gate_up), gate_up.shape[1] // 2
     product = torch.empty(tokens, width, device=gate_up.device, dtype=gate_up.dtype)
     _swiglu_forward[(tokens, triton.cdiv(width, _BLOCK))](gate_up, product, width, _BLOCK, num_warps=4)
@@ -43,7 +50,15 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_backward_(gate_up: torch.Tensor, grad_product: torch.Tensor) -> torch.Tensor:
-    """The gradient of `gate_up`, written over it: (tokens, 2 * width) from (tokens, width)."""
+    """Backward pass of `swiglu`.
+
+    Args:
+        gate_up: input of `swiglu`, (tokens, 2 * width), overwritten.
+        grad_product: gradient of the output of `swiglu`, (tokens, width).
+
+    Returns:
+        `gate_up`, which now holds its gradient.
+    """
     tokens, width = grad_product.shape
     _swiglu_backward[(tokens, triton.cdiv(width, _BLOCK))](gate_up, grad_product, gate_up, width, _BLOCK, num_warps=4)
     return gate_up

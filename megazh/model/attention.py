@@ -1,128 +1,91 @@
-"""Attention within documents: where a micro-batch's documents begin and end, made once and used by every block.
+"""Attention within documents: prepared once per micro-batch from its document boundaries, then used by every block.
 
-Fused blocks (`megazh.model.fused`) get it as two numbers a token. Others call it: `varlen` on CUDA in bf16 and fp16, a
-block mask with SDPA elsewhere, and, for generation, a cache of keys and values. None lets a token see another document
-or the future.
+Fused blocks (`megazh.model.fused`) read the boundaries as two numbers per token (`Packed`). Other blocks call an
+`Attend`: `varlen` on CUDA in bf16 and fp16, SDPA with a boolean mask elsewhere, and a cache of keys and values for
+generation. No token ever attends to another document or to the future.
 """
 
 import inspect
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from megazh.errors import UsageError
-from megazh.kernels.support import why_not
-from megazh.model.config import Mlp, ModelConfig, Norm
+from megazh.model.backend import Backend
+from megazh.model.config import ModelConfig
 from megazh.model.rope import Rotary
 
 
-class Backend(StrEnum):
-    """How blocks and their packed attention are computed."""
-
-    FUSED = "fused"
-    """Triton's kernels, blocks written out both ways (`megazh.model.fused`); CUDA from sm80 on, bf16 and fp16."""
-    VARLEN = "varlen"
-    """`torch.nn.attention.varlen`: flash attention over segments; CUDA from sm80 on, bf16 and fp16."""
-    MASKED = "masked"
-    """`scaled_dot_product_attention` with a boolean mask of (batch, 1, seq, seq)."""
-
-
 class Attend(Protocol):
-    """What a block needs to know of its micro-batch."""
+    """Attention of one micro-batch, as torch blocks call it."""
 
     cos: torch.Tensor
-    """(batch, seq, 1, rotary_dim / 2) fp32."""
+    """Cosines of the rotation angles: (batch, seq, 1, rotary_dim / 2) fp32."""
     sin: torch.Tensor
+    """Sines of the same angles, in the same shape and dtype."""
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention of block `layer`: (batch, seq, heads, head_dim) from rotated queries and keys, and values."""
+        """Compute the attention of block `layer`.
+
+        Args:
+            layer: number of the block, from 0.
+            query: (batch, seq, heads, head_dim), rotated.
+            key: (batch, seq, kv_heads, head_dim), rotated.
+            value: (batch, seq, kv_heads, head_dim).
+
+        Returns:
+            (batch, seq, heads, head_dim).
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What fused blocks need to know of a micro-batch, whose rows lie end to end."""
+    """Rotation and document boundaries of one micro-batch for fused blocks, with all rows concatenated."""
 
     cos: torch.Tensor
-    """(tokens, rotary_dim / 2) fp32."""
+    """Cosines of the rotation angles: (tokens, rotary_dim / 2) fp32."""
     sin: torch.Tensor
+    """Sines of the same angles, in the same shape and dtype."""
     starts: torch.Tensor
-    """(tokens,) int32: where the document of each token begins."""
+    """Index of the first token of each token's document: (tokens,) int32."""
     ends: torch.Tensor
-    """(tokens,) int32: behind its last token."""
-
-
-_MOST_HEAD_DIM = 128
-
-
-def unfit_for_kernels(config: ModelConfig) -> str | None:
-    """Why blocks of this model do not run fused on any card; None: they do."""
-    unfit = {
-        "layernorm has no kernel": config.norm is not Norm.RMSNORM,
-        "only swiglu has a kernel": config.mlp is not Mlp.SWIGLU,
-        "parallel_residual has no kernel": config.parallel_residual,
-        "dropout has no kernel": bool(config.residual_dropout or config.attention_dropout),
-        f"heads of more than {_MOST_HEAD_DIM} dimensions have no kernel": config.head_size > _MOST_HEAD_DIM,
-    }
-    return next((reason for reason, applies in unfit.items() if applies), None)
-
-
-def why_not_fused(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why blocks of this model do not run fused here; None: they do."""
-    return unfit_for_kernels(config) or why_not(device, dtype)
-
-
-def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: bool = True) -> Backend:
-    """The backend for this device and dtype.
-
-    Args:
-        kernels: whether Triton's may serve.
-
-    Raises:
-        UsageError: the model wants attention dropout, and the backend has none.
-    """
-    if kernels and device.type == "cuda" and why_not_fused(config, device, dtype) is None:
-        return Backend.FUSED
-    half = dtype in (torch.bfloat16, torch.float16)
-    if device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0):
-        if config.attention_dropout:
-            raise UsageError(
-                f"attention_dropout {config.attention_dropout}: flash attention on CUDA in {dtype} has no dropout; "
-                "set model.attention_dropout=0 (residual_dropout works), or precision=fp32"
-            )
-        return Backend.VARLEN
-    return Backend.MASKED
+    """Index one past the last token of each token's document: (tokens,) int32."""
 
 
 class VarlenAttention:
-    """Flash attention over the segments of all rows, laid end to end."""
+    """Flash attention over the segments of all rows, concatenated."""
 
     def __init__(self, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, seq_len: int) -> None:
-        """`cu_seqlens`: (batch, max_docs + 1) int32, where segments begin and end, filled up with `seq_len`."""
+        """Prepare the attention of one micro-batch.
+
+        Args:
+            cos, sin: see `Attend`.
+            cu_seqlens: (batch, max_docs + 1) int32, boundaries of the segments of each row, padded with `seq_len`.
+            seq_len: tokens per row.
+        """
         self.cos, self.sin = cos, sin
-        rows = torch.arange(len(cu_seqlens), device=cu_seqlens.device, dtype=torch.int32)[:, None] * seq_len
+        row_starts = torch.arange(len(cu_seqlens), device=cu_seqlens.device, dtype=torch.int32)[:, None] * seq_len
         total = torch.full((1,), len(cu_seqlens) * seq_len, device=cu_seqlens.device, dtype=torch.int32)
-        # Without the empty segments behind the last one: the kernel's time grows with their number, to four times as
-        # much on an H200. To leave them out is to wait for the GPU once a micro-batch, which costs far less.
-        self._cu_seqlens = torch.cat(((cu_seqlens[:, :-1] + rows)[cu_seqlens[:, :-1] < seq_len], total))
+        # Drop the empty segments of the padding: the kernel's time grows with their number, up to four times on an
+        # H200. Dropping them makes the CPU wait for the GPU once per micro-batch, which costs far less.
+        self._cu_seqlens = torch.cat(((cu_seqlens[:, :-1] + row_starts)[cu_seqlens[:, :-1] < seq_len], total))
         self._longest = seq_len
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """See `Attend`."""
-        from torch.nn.attention import varlen  # its kernels are for CUDA alone
+        from torch.nn.attention import varlen  # its kernels exist for CUDA only
 
         varlen_attn: Any = varlen.varlen_attn  # its signature differs between versions of torch
         batch, seq, heads, head_dim = query.shape
         grouped = key.shape[2] != heads
         options: dict[str, bool] = {}
         if grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options = {"enable_gqa": True}  # torch 2.11 cannot
+            options = {"enable_gqa": True}  # not in torch 2.11
         elif grouped:
             key, value = (states.repeat_interleave(heads // key.shape[2], 2) for states in (key, value))
-        padding = -head_dim % 8  # the kernel takes multiples of 8 only; zeros change no product
+        padding = -head_dim % 8  # the kernel takes multiples of 8 only; zeros do not change the products
         flat = [F.pad(states, (0, padding)) if padding else states for states in (query, key, value)]
         attended = varlen_attn(
             *(states.reshape(batch * seq, states.shape[2], head_dim + padding) for states in flat),
@@ -138,18 +101,25 @@ class VarlenAttention:
 
 
 class MaskedAttention:
-    """SDPA with a mask that is true where a token may look: back, within its own document."""
+    """SDPA with a boolean mask, true where a token may attend: its own document up to and including itself."""
 
     def __init__(
         self, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, seq_len: int, dropout: float = 0.0
     ) -> None:
-        """`cu_seqlens` as for `VarlenAttention`; `dropout` on attention weights, 0 outside of training."""
+        """Prepare the attention of one micro-batch.
+
+        Args:
+            cos, sin: see `Attend`.
+            cu_seqlens: see `VarlenAttention`.
+            seq_len: tokens per row.
+            dropout: probability on attention weights; pass 0 outside of training.
+        """
         self.cos, self.sin, self._dropout = cos, sin, dropout
-        places = torch.arange(seq_len, device=cu_seqlens.device, dtype=torch.int32)
-        inner = cu_seqlens[:, 1:].contiguous()
-        documents = torch.searchsorted(inner, places.expand(len(inner), -1).contiguous(), right=True)
+        index = torch.arange(seq_len, device=cu_seqlens.device, dtype=torch.int32)
+        segment_ends = cu_seqlens[:, 1:].contiguous()
+        documents = torch.searchsorted(segment_ends, index.expand(len(segment_ends), -1).contiguous(), right=True)
         same = documents[:, :, None] == documents[:, None, :]
-        self._mask = (same & (places[:, None] >= places[None, :]))[:, None]
+        self._mask = (same & (index[:, None] >= index[None, :]))[:, None]
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """See `Attend`."""
@@ -159,7 +129,7 @@ class MaskedAttention:
 def attend_with_mask(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, dropout: float = 0.0
 ) -> torch.Tensor:
-    """SDPA over (batch, seq, heads, head_dim), grouped heads allowed, with a boolean mask that broadcasts."""
+    """SDPA over (batch, seq, heads, head_dim); key and value may have fewer heads, and the boolean mask broadcasts."""
     attended = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -172,7 +142,7 @@ def attend_with_mask(
 
 
 class Documents:
-    """Makes the attention of a micro-batch from its packing; one for a model or a stage."""
+    """Factory of attention objects: one per model or pipeline stage, called once per micro-batch."""
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         self._config, self._backend = config, backend
@@ -180,12 +150,15 @@ class Documents:
 
     @torch.no_grad()
     def __call__(self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, training: bool) -> Attend | Packed:
-        """The attention of one micro-batch.
+        """Prepare the attention of one micro-batch.
 
         Args:
             position_ids: (batch, seq) integers.
-            cu_seqlens: (batch, max_docs + 1) int32, filled up with seq.
+            cu_seqlens: (batch, max_docs + 1) int32, boundaries of the segments of each row, padded with seq.
             training: whether dropout applies.
+
+        Returns:
+            A `Packed` if the backend is fused, else an `Attend`.
         """
         cos, sin = self._rotary(position_ids)
         seq_len = position_ids.shape[1]
@@ -198,11 +171,12 @@ class Documents:
 
 
 def _pack(cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor) -> Packed:
-    """From cosines and sines, (batch, seq, 1, rotary_dim / 2), and boundaries, (batch, max_docs + 1) int32."""
+    """Concatenate the rows of cos and sin, (batch, seq, 1, rotary_dim / 2), and locate each token's document."""
     batch, seq = cos.shape[:2]
-    places = torch.arange(seq, device=cu_seqlens.device, dtype=torch.int32).expand(batch, -1).contiguous()
-    inner = cu_seqlens[:, 1:].contiguous()
-    segment = torch.searchsorted(inner, places, right=True)
-    rows = torch.arange(batch, device=cu_seqlens.device, dtype=torch.int32)[:, None] * seq
-    starts, ends = cu_seqlens.gather(1, segment) + rows, inner.gather(1, segment) + rows
+    index = torch.arange(seq, device=cu_seqlens.device, dtype=torch.int32).expand(batch, -1).contiguous()
+    segment_ends = cu_seqlens[:, 1:].contiguous()
+    segment = torch.searchsorted(segment_ends, index, right=True)
+    row_starts = torch.arange(batch, device=cu_seqlens.device, dtype=torch.int32)[:, None] * seq
+    starts = cu_seqlens.gather(1, segment) + row_starts
+    ends = segment_ends.gather(1, segment) + row_starts
     return Packed(cos.flatten(0, 2), sin.flatten(0, 2), starts.flatten(), ends.flatten())

@@ -1,4 +1,4 @@
-"""The shape of a model: what a recipe says under `model:`."""
+"""Shape of a model: the keys under `model:` in a recipe."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -9,16 +9,16 @@ from megazh.config import Config, choice
 
 
 class Norm(StrEnum):
-    """How hidden states are normalised."""
+    """Norms of the hidden state."""
 
     RMSNORM = "rmsnorm"
-    """Root mean square, a weight, no bias (arXiv 1910.07467)."""
+    """Root mean square norm with a weight and no bias (arXiv 1910.07467)."""
     LAYERNORM = "layernorm"
-    """Mean and variance, a weight and a bias (arXiv 1607.06450)."""
+    """Norm by mean and variance with a weight and a bias (arXiv 1607.06450)."""
 
 
 class Mlp(StrEnum):
-    """What stands behind the attention in a block."""
+    """Forms of the MLP in a block."""
 
     SWIGLU = "swiglu"
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
@@ -27,12 +27,12 @@ class Mlp(StrEnum):
 
 
 class RopeScalingKind(StrEnum):
-    """How rotary positions are stretched beyond the length a model was trained at."""
+    """Methods that extend rotary positions beyond the length a model was trained at."""
 
     LINEAR = "linear"
-    """Positions divided by the factor (arXiv 2306.15595)."""
+    """All positions divided by the factor (arXiv 2306.15595)."""
     YARN = "yarn"
-    """Slow frequencies divided, fast ones kept, attention sharpened (arXiv 2309.00071)."""
+    """Low frequencies divided by the factor, high ones kept, attention logits scaled up (arXiv 2309.00071)."""
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -41,18 +41,20 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RopeScaling(Config):
-    """`rope_scaling:`; names as in Hugging Face configs."""
+    """Keys under `rope_scaling:`, named as in Hugging Face configs."""
 
     type: Annotated[RopeScalingKind, choice(RopeScalingKind)]
+    """Method of scaling: linear or yarn."""
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    """Ratio of the new context length to the original one, at least 1."""
     original_max_position_embeddings: Count | None = None
-    """The length the model was trained at; yarn needs it."""
+    """Context length in tokens that the model was trained at. Required by yarn, not used by linear."""
     beta_fast: Positive = 32.0
-    """Yarn: frequencies that turn more often than this over the original length are kept."""
+    """Number of turns over the original length above which yarn keeps a frequency as it is."""
     beta_slow: Positive = 1.0
-    """Yarn: frequencies that turn less often than this are divided by the factor."""
+    """Number of turns over the original length below which yarn divides a frequency by the factor."""
     attention_factor: Positive | None = None
-    """Yarn: what queries and keys are multiplied with; default 0.1 ln(factor) + 1."""
+    """Multiplier that yarn applies to the rotated dimensions of queries and keys. Default: 0.1 ln(factor) + 1."""
 
     @model_validator(mode="after")
     def _complete(self) -> "RopeScaling":
@@ -62,53 +64,66 @@ class RopeScaling(Config):
 
 
 class ModelConfig(Config):
-    """A decoder-only transformer with pre-normalisation."""
+    """Shape of a decoder-only transformer with a norm before attention and before the MLP."""
 
     vocab_size: Count
-    """Rows of the embedding: at least the tokenizer's ids; the rest is padding and never drawn."""
+    """Rows of the embedding matrix, at least the number of ids in the tokenizer. Rows beyond that are padding and are
+    never sampled."""
     hidden_size: Count
+    """Width of the hidden state, which runs through all blocks."""
     num_hidden_layers: Count
+    """Number of transformer blocks."""
     num_attention_heads: Count
+    """Number of attention (query) heads per block."""
     num_key_value_heads: Count | None = None
-    """Fewer than the heads: grouped-query attention (arXiv 2305.13245). Default: as many."""
+    """Number of key and value heads per block; fewer than num_attention_heads is grouped-query attention
+    (arXiv 2305.13245). Default: num_attention_heads."""
     head_dim: Count | None = None
-    """Default: hidden_size / num_attention_heads."""
+    """Dimensions of each attention head. Default: hidden_size / num_attention_heads."""
     intermediate_size: Count
-    """Width of the MLP, of each of its two branches for swiglu."""
+    """Width of the MLP's inner layer; for swiglu, width of the gate and of the up projection each."""
     norm: Annotated[Norm, choice(Norm)] = Norm.RMSNORM
+    """Norm before attention, before the MLP and before the head."""
     norm_eps: Positive = 1e-6
+    """Constant that each norm adds to the mean square (rmsnorm) or variance (layernorm) before the square root."""
     mlp: Annotated[Mlp, choice(Mlp)] = Mlp.SWIGLU
+    """MLP of each block."""
     qkv_bias: bool = False
-    """A bias on queries, keys and values (Qwen)."""
+    """Bias on the query, key and value projections, as in Qwen."""
     rope_theta: Positive = 10000.0
+    """Base of the rotary frequencies: of d rotated dimensions, pair i turns by rope_theta^(-2i/d) per position."""
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of each head that is rotated."""
+    """Share of each head's dimensions that is rotated."""
     rope_scaling: RopeScaling | None = None
+    """Scaling of rotary positions beyond the length the model was trained at. Default: none."""
     parallel_residual: bool = False
-    """Attention and MLP read the same hidden state (GPT-NeoX), instead of one after the other."""
+    """Parallel residual branches: attention and MLP read the same hidden state (GPT-NeoX) instead of in sequence."""
     tie_word_embeddings: bool = True
-    """One matrix for embedding and head."""
+    """Weight tying: one matrix serves as token embedding and as output head."""
     embedding_scale: Positive = 1.0
-    """What embeddings are multiplied with."""
+    """Multiplier of the token embeddings."""
     residual_dropout: Share = 0.0
-    """On what attention and MLP add to the hidden state, and on the embedding."""
+    """Dropout probability on the embedding and on what attention and MLP add to the hidden state."""
     attention_dropout: Share = 0.0
-    """On attention weights; only where attention runs with a mask (CPU, or fp32)."""
+    """Dropout probability on attention weights. Only attention with a mask has it: on a CPU, in fp32, or on GPUs below
+    compute capability 8.0."""
     initializer_range: Positive = 0.02
-    """Standard deviation of initial weights."""
+    """Standard deviation of the normal distribution from which initial weights are drawn."""
     scale_residual_init: bool = False
-    """Divide it by sqrt(2 * layers) for the two projections that add to the hidden state (GPT-2)."""
+    """Smaller initial weights for the two projections that add to the hidden state, as in GPT-2: initializer_range
+    divided by sqrt(2 * num_hidden_layers)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide by num_attention_heads {self.num_attention_heads}; "
-                "give head_dim"
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
+                "change one of them or set head_dim"
             )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} does not divide by num_key_value_heads {self.kv_heads}"
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
+                f"{self.kv_heads}; change one of them"
             )
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(
@@ -119,20 +134,20 @@ class ModelConfig(Config):
 
     @property
     def head_size(self) -> int:
-        """Dimensions of a head."""
+        """Dimensions of each attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of key and value heads."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of a head that are rotated."""
+        """Number of dimensions of each head that are rotated."""
         return int(self.head_size * self.partial_rotary_factor)
 
     @property
     def attention_width(self) -> int:
-        """Width of all heads together; differs from hidden_size where head_dim is given."""
+        """Width of all query heads together; can differ from hidden_size where head_dim is given."""
         return self.num_attention_heads * self.head_size

@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, by kind of layer, from its shape alone."""
+"""Counts that follow from the shape of a model: parameters, FLOPs, logits held at a time. Does not import torch."""
 
 from dataclasses import dataclass
 
@@ -7,26 +7,27 @@ from megazh.model.config import Mlp, ModelConfig, Norm
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters by kind of layer."""
+    """Numbers of parameters by layer: embedding, block, last norm, head."""
 
     embedding: int
+    """Parameters of the embedding."""
     block: int
-    """Of one block."""
+    """Parameters of one block."""
     blocks: int
-    """How many blocks."""
+    """Number of blocks."""
     norm: int
-    """The last one, before the head."""
+    """Parameters of the last norm, before the head."""
     head: int
-    """0 where it is the embedding's matrix."""
+    """Parameters of the head; 0 where it is tied to the embedding."""
 
     @property
     def total(self) -> int:
-        """All parameters, a tied matrix counted once."""
+        """Parameters of the whole model; a tied matrix counts once."""
         return self.embedding + self.blocks * self.block + self.norm + self.head
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
-    """The parameters of a model of this shape."""
+    """Count the parameters of a model of this shape."""
     norm = config.hidden_size * (2 if config.norm is Norm.LAYERNORM else 1)
     qkv_width = config.attention_width + 2 * config.kv_heads * config.head_size
     bias = qkv_width if config.qkv_bias else 0
@@ -41,7 +42,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
 
 
 def block_matrix(config: ModelConfig) -> int:
-    """Parameters of a block that take part in matrix products."""
+    """Parameters of the weight matrices of one block, without norms and biases."""
     qkv_width = config.attention_width + 2 * config.kv_heads * config.head_size
     branches = 3 if config.mlp is Mlp.SWIGLU else 2
     attention = config.hidden_size * (qkv_width + config.attention_width)
@@ -50,29 +51,51 @@ def block_matrix(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations a token, forward and backward, by kind of layer.
+    """Floating-point operations per token of a training step, forward and backward, by layer.
 
     A matrix of n parameters takes 2n forward and 4n backward. Causal attention over T tokens takes
-    2 * 2 * width * T / 2 forward and twice that backward: 6 * width * T. Norms, rotations and the look-up in the
-    embedding count as nothing; neither does anything that is computed a second time.
+    2 * 2 * width * T / 2 forward and twice that backward: 6 * width * T. Norms, rotation, the embedding look-up and
+    recomputed activations count as zero.
     """
 
     embedding: float
+    """Operations of the embedding."""
     block: float
+    """Operations of one block."""
     head: float
+    """Operations of the head."""
     blocks: int
+    """Number of blocks."""
 
     @property
     def total(self) -> float:
-        """Of the whole model."""
+        """Operations of the whole model per token."""
         return self.embedding + self.blocks * self.block + self.head
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:
-    """Operations of a training step a token of a sequence of `seq_len`, causal; the count behind MFU."""
+    """Training operations per token of a causal sequence of `seq_len` tokens; MFU is computed from them."""
     return Flops(
         embedding=0.0,
         block=6.0 * block_matrix(config) + 6.0 * config.attention_width * seq_len,
         head=6.0 * config.vocab_size * config.hidden_size,
         blocks=config.num_hidden_layers,
     )
+
+
+_CHUNK_LOGITS = 1 << 27
+"""Logits held at a time without kernels: 512 MiB in fp32."""
+_FUSED_CHUNK_LOGITS = 1 << 30
+"""Logits held at a time with Triton kernels: 2 GiB in bf16, since matrix products are faster with many rows."""
+
+
+def chunk_tokens(vocab_size: int, fused: bool = False) -> int:
+    """Tokens whose logits `megazh.model.loss` holds at a time.
+
+    Args:
+        vocab_size: rows of the head's matrix.
+        fused: whether Triton kernels compute the loss.
+    """
+    if fused:
+        return max(256, _FUSED_CHUNK_LOGITS // vocab_size // 256 * 256)
+    return max(64, _CHUNK_LOGITS // vocab_size // 64 * 64)

@@ -1,4 +1,4 @@
-"""The whole decoder in one process: what a pipeline's stages together must equal, and what generates text."""
+"""The whole decoder in one process: used to generate text, and the reference that pipeline stages must reproduce."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megazh.model.attention import Attend, Backend, Documents, Packed, choose_backend
+from megazh.model.attention import Attend, Documents, Packed
+from megazh.model.backend import Backend, choose_backend
 from megazh.model.config import ModelConfig
 from megazh.model.fused import run_fused
 from megazh.model.layers import Embedding, Head, layer_count, make_layer
@@ -14,17 +15,17 @@ from megazh.model.loss import summed_cross_entropy
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm and head.
-
-    Args:
-        config: the shape.
-        seed: of the initial weights.
-        activation_checkpointing: compute each block a second time in the backward pass instead of keeping its
-            activations.
-    """
+    """Embedding, blocks, last norm and head."""
 
     def __init__(self, config: ModelConfig, seed: int | None = 0, activation_checkpointing: bool = False) -> None:
-        """`seed` None leaves the weights as they come, for weights that are loaded."""
+        """Build the decoder.
+
+        Args:
+            config: shape of the model.
+            seed: seed of the initial weights; None leaves the weights on the meta device, to be loaded later.
+            activation_checkpointing: in training, keep only the input of each block and recompute its activations in
+                the backward pass.
+        """
         super().__init__()
         self.config = config
         self._checkpointing = activation_checkpointing
@@ -37,19 +38,19 @@ class Decoder(nn.Module):
         self._documents: tuple[Backend, Documents] | None = None
 
     def attention(self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> Attend | Packed:
-        """The attention of a packed micro-batch; see `Documents`."""
+        """Prepare the attention of a packed micro-batch; arguments and result as in `Documents`."""
         backend = choose_backend(self.config, position_ids.device, self.embedding.weight.dtype)
         if self._documents is None or self._documents[0] is not backend:
             self._documents = (backend, Documents(self.config, backend))
         return self._documents[1](position_ids, cu_seqlens, self.training)
 
     def forward(self, tokens: torch.Tensor, attend: Attend | Packed) -> torch.Tensor:
-        """(batch, seq) ids to (batch, seq, hidden) normed states, which the head turns into logits."""
+        """Compute the hidden states after the last norm, (batch, seq, hidden), of token ids (batch, seq)."""
         checkpointing = self._checkpointing and self.training
         return run_layers(self.embedding, self.blocks, self.norm, tokens, attend, checkpointing)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., hidden) normed states to (..., vocab) logits in fp32."""
+        """Compute fp32 logits (..., vocab) from hidden states (..., hidden) after the last norm."""
         return nn.functional.linear(hidden, self.head.weight).float()
 
     def loss(
@@ -60,7 +61,16 @@ class Decoder(nn.Module):
         cu_seqlens: torch.Tensor,
         z_loss: float = 0.0,
     ) -> torch.Tensor:
-        """Cross entropy summed over the labels that count: a scalar in fp32. Arguments as in `Sample`."""
+        """Cross entropy summed over all labels that are not negative.
+
+        Args:
+            tokens, labels, position_ids: (batch, seq) integers.
+            cu_seqlens: (batch, max_docs + 1) int32, boundaries of the segments of each row, padded with seq.
+            z_loss: see `summed_cross_entropy`.
+
+        Returns:
+            A scalar in fp32.
+        """
         attend = self.attention(position_ids, cu_seqlens)
         return summed_cross_entropy(
             self(tokens, attend), self.head.weight, labels, z_loss, fused=isinstance(attend, Packed)
@@ -75,10 +85,18 @@ def run_layers(
     attend: Attend | Packed,
     checkpointing: bool,
 ) -> torch.Tensor:
-    """Some layers of the decoder in a row: (batch, seq) ids or (batch, seq, hidden) to (batch, seq, hidden).
+    """Run consecutive layers of the decoder.
 
     Args:
-        checkpointing: blocks are computed a second time in the backward pass, instead of keeping their activations.
+        embedding: the embedding, if the layers start with it.
+        blocks: any number of blocks.
+        norm: the last norm, if the layers end with it.
+        states: (batch, seq) token ids with an embedding, else (batch, seq, hidden) hidden states.
+        attend: attention of the micro-batch, made by `Documents`; a `Packed` selects fused blocks.
+        checkpointing: keep only the input of each block and recompute its activations in the backward pass.
+
+    Returns:
+        (batch, seq, hidden).
     """
     if isinstance(attend, Packed):
         return run_fused(embedding, blocks, norm, states, attend, checkpointing)

@@ -1,8 +1,8 @@
-"""Embedding, blocks and last norm with Triton's kernels, forward and backward written out.
+"""Embedding, blocks and last norm with Triton kernels, forward and backward written out.
 
-A block hands on two tensors whose sum is its output, so that the next norm adds them where it reads them. Its backward
-pass computes gradients of inputs in the order in which they are needed, and sums those of weights where they belong
-(see `main_grad`).
+A block returns two tensors whose sum is its output, so that the next norm kernel adds them as it reads them. The
+backward pass computes input gradients in the order in which they are needed. It adds weight gradients to `main_grad`
+where a weight has one (see `megazh.model.main_grad`).
 """
 
 from collections.abc import Iterable
@@ -25,13 +25,15 @@ def run_fused(
     packed: Packed,
     recompute: bool,
 ) -> torch.Tensor:
-    """Some layers of the decoder in a row.
+    """Run consecutive layers of the decoder.
 
     Args:
-        embedding: takes (batch, seq) ids; without it, `states` are hidden states.
-        norm: the last one, behind the blocks.
-        states: (batch, seq) ids, or (batch, seq, hidden).
-        recompute: keep only the input of each block, and compute it again in the backward pass.
+        embedding: the embedding, if the layers start with it.
+        blocks: any number of blocks.
+        norm: the last norm, if the layers end with it.
+        states: (batch, seq) token ids with an embedding, else (batch, seq, hidden) hidden states.
+        packed: rotation and document boundaries of the micro-batch.
+        recompute: keep only the input of each block and recompute its activations in the backward pass.
 
     Returns:
         (batch, seq, hidden).
@@ -44,7 +46,7 @@ def run_fused(
         assert isinstance(block, Block)
         residual, delta = _Block.apply(residual, delta, block, packed, recompute, *_for_autograd(*_weights(block)))
     if norm is not None:
-        out = _Norm.apply(residual, delta, norm, *_for_autograd(_gain(norm)[0]))
+        out = _Norm.apply(residual, delta, norm, *_for_autograd(_weight_and_eps(norm)[0]))
     else:
         out = residual if delta is None else residual + delta
     return out.view(batch, seq, -1)
@@ -59,65 +61,73 @@ def _weights(block: Block) -> tuple[torch.Tensor | None, ...]:
 
 
 def _for_autograd(*weights: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """What autograd must know of: nothing where gradients are summed in `main_grad`.
+    """The weights to pass to autograd: none of them where gradients are added to `main_grad`.
 
-    It would wait for the stream that it first saw a weight on, and a CUDA graph cannot be recorded so.
+    Autograd waits for the stream on which it first saw a weight, and a CUDA graph cannot be recorded with that wait in
+    it.
     """
     return () if any(weight is not None and main_grad(weight) is not None for weight in weights) else weights
 
 
-def _gain(norm: nn.Module) -> tuple[torch.Tensor, float]:
-    """Weight and epsilon."""
+def _weight_and_eps(norm: nn.Module) -> tuple[torch.Tensor, float]:
+    """Weight and epsilon of an RMS norm."""
     assert isinstance(norm, nn.RMSNorm)
     assert norm.eps is not None
     return norm.weight, norm.eps
 
 
 @dataclass
-class _Kept:
-    """What the backward pass of a block wants from its forward pass, (tokens, ...) each."""
+class _Saved:
+    """Tensors that the backward pass of a block needs from its forward pass, (tokens, ...) except `lse`."""
 
     x: torch.Tensor
+    """Input of the block."""
     x_rstd: torch.Tensor
+    """Reciprocal root mean square of each row of `x`; likewise `middle_rstd`."""
     x_normed: torch.Tensor
+    """Normed input of the attention; likewise `middle_normed` of the MLP."""
     qkv: torch.Tensor
-    """Queries and keys rotated."""
+    """Rotated queries and keys, and values."""
     attended: torch.Tensor
+    """Output of the attention, before its output projection."""
     lse: torch.Tensor
+    """Base-2 log-sum-exp of the attention scores, (heads, tokens)."""
     middle: torch.Tensor
-    """Between attention and MLP."""
+    """Hidden state between attention and MLP."""
     middle_rstd: torch.Tensor
     middle_normed: torch.Tensor
     gate_up: torch.Tensor
+    """Gate and up projection of the MLP, side by side."""
     product: torch.Tensor
+    """Input of the down projection: silu(gate) * up."""
 
 
 def _forward(
     residual: torch.Tensor, delta: torch.Tensor | None, block: Block, packed: Packed
-) -> tuple[_Kept, torch.Tensor]:
-    """All of a block; returns what to keep, and what the MLP adds to `middle`."""
+) -> tuple[_Saved, torch.Tensor]:
+    """Run a block; returns the tensors for its backward pass, and the MLP's output, not yet added to `middle`."""
     from megazh.kernels.attention import document_attention
     from megazh.kernels.norm import add_norm
     from megazh.kernels.rotary import rotate_
     from megazh.kernels.swiglu import swiglu
 
     attention, mlp = block.attention, block.mlp
-    x, x_normed, x_rstd = add_norm(residual, delta, *_gain(block.attention_norm))
+    x, x_normed, x_rstd = add_norm(residual, delta, *_weight_and_eps(block.attention_norm))
     qkv = nn.functional.linear(x_normed, attention.qkv_proj.weight, attention.qkv_proj.bias)
     rotate_(qkv, packed.cos, packed.sin, attention.heads + attention.kv_heads, attention.head_dim)
     attended, lse = document_attention(qkv, packed.starts, attention.heads, attention.kv_heads)
     projected = attended @ attention.o_proj.weight.T
-    middle, middle_normed, middle_rstd = add_norm(x, projected, *_gain(block.mlp_norm))
+    middle, middle_normed, middle_rstd = add_norm(x, projected, *_weight_and_eps(block.mlp_norm))
     gate_up = middle_normed @ mlp.up_proj.weight.T
     product = swiglu(gate_up)
-    kept = _Kept(
+    kept = _Saved(
         x, x_rstd, x_normed, qkv, attended, lse, middle, middle_rstd, middle_normed, gate_up, product
     )  # fmt: skip
     return kept, product @ mlp.down_proj.weight.T
 
 
 class _Block(torch.autograd.Function):
-    """(residual, delta) to (middle, what the MLP adds)."""
+    """One block: (residual, delta) to (middle, output of the MLP); the sum of each pair is a hidden state."""
 
     @staticmethod
     def forward(
@@ -129,11 +139,11 @@ class _Block(torch.autograd.Function):
         recompute: bool,
         *weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        kept, added = _forward(residual, delta, block, packed)
+        kept, mlp_out = _forward(residual, delta, block, packed)
         ctx.block, ctx.packed, ctx.recompute = block, packed, recompute
-        ctx.adds, ctx.done, ctx.weights_known = delta is not None, False, len(weights)
+        ctx.has_delta, ctx.ran_backward, ctx.weight_count = delta is not None, False, len(weights)
         ctx.save_for_backward(*([kept.x] if recompute else vars(kept).values()))
-        return kept.middle, added
+        return kept.middle, mlp_out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
@@ -141,18 +151,21 @@ class _Block(torch.autograd.Function):
         from megazh.kernels.norm import norm_backward
         from megazh.kernels.swiglu import swiglu_backward_
 
-        if ctx.done:
-            raise RuntimeError("a fused block's backward pass writes over what it kept, and cannot run twice")
-        ctx.done = True
-        grad_middle, grad_added = (gradient.contiguous() for gradient in gradients)
+        if ctx.ran_backward:
+            raise RuntimeError(
+                "the backward pass of a fused block overwrites its saved activations and cannot run twice; "
+                "run the forward pass again"
+            )
+        ctx.ran_backward = True
+        grad_middle, grad_mlp_out = (gradient.contiguous() for gradient in gradients)
         block, packed = ctx.block, ctx.packed
         attention, mlp = block.attention, block.mlp
         saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
-        kept = _forward(saved[0], None, block, packed)[0] if ctx.recompute else _Kept(*saved)
+        kept = _forward(saved[0], None, block, packed)[0] if ctx.recompute else _Saved(*saved)
         attention_gain, mlp_gain = block.attention_norm.weight, block.mlp_norm.weight
 
-        grad_product = grad_added @ mlp.down_proj.weight
-        grad_down = product_gradient(mlp.down_proj.weight, grad_added, kept.product)
+        grad_product = grad_mlp_out @ mlp.down_proj.weight
+        grad_down = product_gradient(mlp.down_proj.weight, grad_mlp_out, kept.product)
         grad_gate_up = swiglu_backward_(kept.gate_up, grad_product)
         grad_normed = grad_gate_up @ mlp.up_proj.weight
         grad_up = product_gradient(mlp.up_proj.weight, grad_gate_up, kept.middle_normed)
@@ -171,15 +184,14 @@ class _Block(torch.autograd.Function):
         grad_weight = product_gradient(attention.qkv_proj.weight, grad_qkv, kept.x_normed)
         grad_x, gain = norm_backward(grad_normed, kept.x, kept.x_rstd, attention_gain, grad_middle)
         grad_attention_norm = vector_gradient(attention_gain, gain)
-        gradients_of_weights = (
+        weight_gradients = (
             grad_attention_norm, grad_weight, grad_bias, grad_o, grad_mlp_norm, grad_up, grad_down,
         )  # fmt: skip
-        known = ctx.weights_known
-        return grad_x, grad_x if ctx.adds else None, None, None, None, *gradients_of_weights[:known]
+        return grad_x, grad_x if ctx.has_delta else None, None, None, None, *weight_gradients[: ctx.weight_count]
 
 
 class _Norm(torch.autograd.Function):
-    """The norm of the sum of two tensors."""
+    """The last norm, over the sum of two tensors."""
 
     @staticmethod
     def forward(
@@ -187,8 +199,8 @@ class _Norm(torch.autograd.Function):
     ) -> torch.Tensor:
         from megazh.kernels.norm import add_norm
 
-        total, normed, rstd = add_norm(residual, delta, *_gain(norm))
-        ctx.adds, ctx.weight, ctx.weights_known = delta is not None, _gain(norm)[0], len(weights)
+        total, normed, rstd = add_norm(residual, delta, *_weight_and_eps(norm))
+        ctx.has_delta, ctx.weight, ctx.weight_count = delta is not None, _weight_and_eps(norm)[0], len(weights)
         ctx.save_for_backward(total, rstd)
         return normed
 
@@ -199,12 +211,12 @@ class _Norm(torch.autograd.Function):
         total, rstd = ctx.saved_tensors
         grad_x, gain = norm_backward(gradients[0].contiguous(), total, rstd, ctx.weight, None)
         grad_weight = vector_gradient(ctx.weight, gain)
-        return grad_x, grad_x if ctx.adds else None, None, *(grad_weight,)[: ctx.weights_known]
+        return grad_x, grad_x if ctx.has_delta else None, None, *(grad_weight,)[: ctx.weight_count]
 
 
 def _embed(tokens: torch.Tensor, embedding: Embedding) -> torch.Tensor:
-    """Like `Embedding`, with a gradient that is summed in `main_grad`."""
-    # Where no weight is known to autograd, this is what makes the states want a gradient.
+    """Like `Embedding`, but with its gradient added to `main_grad`."""
+    # Autograd does not know the weight here, so that this empty tensor makes the hidden states require a gradient.
     anchor = torch.empty(0, device=tokens.device, requires_grad=True)
     hidden = _Embed.apply(tokens, anchor, embedding.weight.detach(), main_grad(embedding.weight))
     return hidden if embedding.scale == 1.0 else hidden * embedding.scale
@@ -224,5 +236,5 @@ class _Embed(torch.autograd.Function):
         from megazh.kernels.embedding import add_embedding_gradient_
 
         (tokens,) = ctx.saved_tensors
-        add_embedding_gradient_(ctx.sums, tokens.flatten(), gradients[0].flatten(0, 1).contiguous(), 1.0)
+        add_embedding_gradient_(ctx.sums, tokens.flatten(), gradients[0].flatten(0, 1).contiguous())
         return None, None, None, None

@@ -1,4 +1,4 @@
-"""Text from a model: one token after the other, with the keys and values of earlier ones kept."""
+"""Text generation token by token, with a cache of the keys and values of earlier tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,25 +13,33 @@ from megazh.model.rope import Rotary
 
 
 class KeyValueCache:
-    """Keys and values of one sequence, for some blocks of a model."""
+    """Keys and values of one sequence, for the blocks that use this cache."""
 
     def __init__(self, config: ModelConfig, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-        """`capacity`: the longest sequence, in tokens."""
+        """Make an empty cache.
+
+        Args:
+            config: shape of the model.
+            capacity: length of the longest sequence, in tokens.
+            device, dtype: device and dtype of the keys and values.
+        """
         self._shape = (1, capacity, config.kv_heads, config.head_size)
         self._device, self._dtype = device, dtype
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._rotary = Rotary(config)
         self.length = 0
-        """Tokens that are held."""
+        """Number of tokens in the cache."""
 
     def extend(self, count: int) -> "CachedAttention":
-        """The attention of the next `count` tokens, whose keys and values are added.
+        """Prepare the attention of the next `count` tokens, which adds their keys and values to the cache.
 
         Raises:
-            UsageError: more than the capacity.
+            UsageError: the tokens exceed the capacity.
         """
         if self.length + count > self._shape[1]:
-            raise UsageError(f"{self.length + count} tokens, and the cache holds {self._shape[1]}")
+            raise UsageError(
+                f"{self.length + count} tokens, but the cache holds only {self._shape[1]}; give it a larger capacity"
+            )
         positions = torch.arange(self.length, self.length + count, device=self._device)
         self.length += count
         cos, sin = self._rotary(positions[None])
@@ -40,7 +48,16 @@ class KeyValueCache:
     def write(
         self, layer: int, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add (1, n, kv_heads, head_dim) keys and values of block `layer`; returns all that it has."""
+        """Add keys and values of block `layer` to the cache.
+
+        Args:
+            layer: number of the block, from 0.
+            positions: (n,) integers, position of each new token.
+            key, value: (1, n, kv_heads, head_dim).
+
+        Returns:
+            All keys and values of the block, (1, length, kv_heads, head_dim) each.
+        """
         if layer not in self._layers:
             empty = torch.empty(2, *self._shape, device=self._device, dtype=self._dtype)
             self._layers[layer] = (empty[0], empty[1])
@@ -50,13 +67,13 @@ class KeyValueCache:
 
 
 class CachedAttention:
-    """Attention of new tokens to themselves and to all that the cache holds; see `attention.Attend`."""
+    """Causal attention of new tokens to the cached tokens and to each other; an `attention.Attend`."""
 
     def __init__(self, cache: KeyValueCache, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> None:
         self.cos, self.sin = cos, sin
         self._cache, self._positions = cache, positions
-        places = torch.arange(cache.length, device=positions.device)
-        self._mask = (places[None, :] <= positions[:, None])[None, None]
+        cached_positions = torch.arange(cache.length, device=positions.device)
+        self._mask = (cached_positions[None, :] <= positions[:, None])[None, None]
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """See `attention.Attend`."""
@@ -65,11 +82,11 @@ class CachedAttention:
 
 
 Forward = Callable[[list[int]], torch.Tensor]
-"""The next tokens of a sequence to the (vocab,) fp32 logits behind the last of them."""
+"""Function from the next tokens of a sequence to the logits that follow the last of them, (vocab,) fp32."""
 
 
 def cached_forward(model: Decoder, capacity: int) -> Forward:
-    """Feed one sequence to `model` piece by piece, with a cache for `capacity` tokens."""
+    """Make a `Forward` that feeds one sequence to `model` piece by piece, with a cache for `capacity` tokens."""
     weight = model.head.weight
     cache = KeyValueCache(model.config, capacity, weight.device, weight.dtype)
 
@@ -82,7 +99,7 @@ def cached_forward(model: Decoder, capacity: int) -> Forward:
 
 
 def uncached_forward(model: Decoder) -> Forward:
-    """Like `cached_forward`, but computes all tokens again each time; what the cache must equal."""
+    """Like `cached_forward`, but recomputes all tokens in each call; the reference for the cache."""
     weight = model.head.weight
     tokens: list[int] = []
 
@@ -98,16 +115,16 @@ def uncached_forward(model: Decoder) -> Forward:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is drawn."""
+    """Options for sampling the next token."""
 
     temperature: float = 0.8
-    """0 takes the most likely one (greedy)."""
+    """Divisor of the logits; 0 always takes the most likely token (greedy)."""
     top_k: int = 0
-    """Only the so many most likely ones; 0: all."""
+    """Number of most likely tokens to sample from; 0 samples from all."""
     top_p: float = 1.0
-    """Only the most likely ones that together have this probability."""
+    """Probability mass to sample from: the fewest most likely tokens that together reach it."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that are there already are divided by it, or multiplied where negative (arXiv 1909.05858)."""
+    """Penalty on earlier tokens: positive logits are divided by it, negative ones multiplied (arXiv 1909.05858)."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -127,26 +144,31 @@ def draw(
     tokenizer_size: int,
     generator: torch.Generator,
 ) -> int:
-    """The next token.
+    """Sample the next token.
 
     Args:
         logits: (vocab,) fp32.
-        seen: tokens that the repetition penalty concerns.
-        tokenizer_size: ids from here on are padding of the vocabulary, and never drawn.
-        generator: on the CPU.
+        options: see `SamplingOptions`.
+        seen: tokens to which the repetition penalty applies.
+        tokenizer_size: number of ids in the tokenizer; ids from this on are padding of the vocabulary, never sampled.
+        generator: a generator on the CPU.
+
+    Raises:
+        DataError: a logit is NaN.
     """
     logits = logits[:tokenizer_size].cpu().clone()
     if logits.isnan().any():
-        raise DataError("the model's logits are not numbers: it has diverged; take an earlier checkpoint")
+        raise DataError("the model's logits contain NaN: training has diverged; use an earlier checkpoint")
     if seen and options.repetition_penalty != 1.0:
-        there = torch.tensor(sorted(set(seen)))
-        found = logits[there]
-        logits[there] = torch.where(found > 0, found / options.repetition_penalty, found * options.repetition_penalty)
+        ids = torch.tensor(sorted(set(seen)))
+        old = logits[ids]
+        logits[ids] = torch.where(old > 0, old / options.repetition_penalty, old * options.repetition_penalty)
     if options.temperature == 0:
         return int(logits.argmax())
-    logits = (logits - logits.max()) / options.temperature  # the largest is 0: no temperature makes it infinite
+    # The largest logit becomes 0, so that a tiny temperature cannot make it infinite.
+    logits = (logits - logits.max()) / options.temperature
     if 0 < options.top_k < len(logits):
-        kept = logits.topk(options.top_k)  # by place: logits in bf16 are often equal
+        kept = logits.topk(options.top_k)  # by index, not by value: logits in bf16 are often equal
         logits = torch.full_like(logits, -torch.inf).scatter_(0, kept.indices, kept.values)
     if options.top_p < 1:
         sorted_logits, order = logits.sort(descending=True, stable=True)
@@ -165,13 +187,20 @@ def generate(
     end_id: int | None,
     seed: int,
 ) -> Iterator[int]:
-    """Tokens behind a prompt, as they are drawn, until `end_id` (not given out) or `count` of them.
+    """Yield the tokens that follow a prompt, as they are sampled, until `end_id` (not yielded) or `count` tokens.
 
     Args:
-        forward: takes the prompt first, then each token drawn; see `cached_forward`.
-        prompt: at least one id.
+        forward: called with the prompt, then with each sampled token; see `cached_forward`.
+        prompt: at least one token id.
+        count: largest number of tokens to generate.
+        options: see `SamplingOptions`.
         tokenizer_size: see `draw`.
-        end_id: ends the text; None: nothing does.
+        end_id: token id that ends the text; None for no such id.
+        seed: seed of the random numbers.
+
+    Raises:
+        UsageError: the prompt is empty.
+        DataError: a logit is NaN.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)

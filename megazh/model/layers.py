@@ -1,4 +1,4 @@
-"""The layers of the decoder, numbered through: embedding 0, blocks 1 to L, last norm L + 1, head L + 2."""
+"""The layers of the decoder by number: embedding 0, blocks 1 to L, last norm L + 1, head L + 2."""
 
 import hashlib
 import math
@@ -13,7 +13,7 @@ from megazh.model.rope import rotate
 
 
 class Embedding(nn.Module):
-    """Token ids to hidden states; where embedding and head are tied, its matrix is the head's as well."""
+    """Embedding of token ids; with tied weights, its matrix is also that of the head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Embedding(nn.Module):
         self.scale, self._dropout = config.embedding_scale, config.residual_dropout
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, seq) integer ids to (batch, seq, hidden)."""
+        """Embed integer token ids (batch, seq): (batch, seq, hidden)."""
         hidden = F.embedding(tokens, self.weight)
         if self.scale != 1.0:
             hidden = hidden * self.scale
@@ -29,7 +29,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The output matrix; the loss uses its weight directly (see `megazh.model.loss`)."""
+    """Output matrix. It has no forward pass, since the loss uses its weight directly (`megazh.model.loss`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class Head(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """A normalisation over the hidden dimension."""
+    """Make a norm over the hidden dimension."""
     if config.norm is Norm.LAYERNORM:
         return nn.LayerNorm(config.hidden_size, config.norm_eps)
     return nn.RMSNorm(config.hidden_size, config.norm_eps)
 
 
 class SelfAttention(nn.Module):
-    """Queries, keys and values by one product, rotation, attention within documents, projection."""
+    """Query-key-value projection in one product, rotation, attention within documents, output projection."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(config.attention_width, config.hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """(batch, seq, hidden) to (batch, seq, hidden)."""
+        """Attend within documents: (batch, seq, hidden) to (batch, seq, hidden)."""
         batch, seq, _ = hidden.shape
         heads = self.qkv_proj(hidden).view(batch, seq, self.heads + 2 * self.kv_heads, self.head_dim)
         query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU or GELU."""
+    """MLP with SwiGLU or GELU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, seq, hidden) to (batch, seq, hidden); for SwiGLU the first half of `up_proj` is the gate."""
+        """Apply the MLP: (batch, seq, hidden) to (batch, seq, hidden). For SwiGLU, `up_proj` gives gate, then up."""
         states = self.up_proj(hidden)
         if self._gated:
             gate, up = states.chunk(2, -1)
@@ -84,10 +84,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm, each added to the hidden state; `megazh.model.fused` is its fast twin."""
+    """Attention and MLP, each after a norm and added to the hidden state; `megazh.model.fused` is the fast version."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        """`layer`: the number of the block, from 0."""
+        """Build block number `layer`, counted from 0."""
         super().__init__()
         self._dropout, self._parallel = config.residual_dropout, config.parallel_residual
         self.attention_norm = make_norm(config)
@@ -96,23 +96,28 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """(batch, seq, hidden) to (batch, seq, hidden)."""
+        """Run the block: (batch, seq, hidden) to (batch, seq, hidden)."""
         attended = hidden + self._drop(self.attention(self.attention_norm(hidden), attend))
-        behind = hidden if self._parallel else attended
-        return attended + self._drop(self.mlp(self.mlp_norm(behind)))
+        mlp_input = hidden if self._parallel else attended
+        return attended + self._drop(self.mlp(self.mlp_norm(mlp_input)))
 
     def _drop(self, states: torch.Tensor) -> torch.Tensor:
         return F.dropout(states, self._dropout, self.training)
 
 
 def make_layer(config: ModelConfig, number: int, seed: int | None) -> nn.Module:
-    """Layer `number` of the model with its initial weights, in fp32; without a seed, without weights, too.
+    """Make layer `number` of the model with its initial weights, in fp32 on the CPU.
 
-    The weights are a function of seed, number and shape: the same in every layout of stages and ranks.
+    The weights depend on seed, number and shape only, and so are the same in every layout.
+
+    Args:
+        config: shape of the model.
+        number: number of the layer, from 0 to `layer_count(config) - 1`.
+        seed: seed of the initial weights; None leaves the layer on the meta device, without weights.
     """
     last = config.num_hidden_layers
     layer: nn.Module
-    # torch's own initial weights would be drawn, from the global generator, only to be overwritten.
+    # On the meta device, torch does not draw initial weights of its own from the global generator.
     with torch.device("meta"):
         if number == 0:
             layer = Embedding(config)
@@ -129,20 +134,20 @@ def make_layer(config: ModelConfig, number: int, seed: int | None) -> nn.Module:
 
 
 def layer_count(config: ModelConfig) -> int:
-    """How many layers `make_layer` knows."""
+    """Number of layers that `make_layer` can make, the head included."""
     return config.num_hidden_layers + 3
 
 
 @torch.no_grad()
 def initialize(layer: nn.Module, config: ModelConfig, number: int, seed: int) -> None:
-    """Normal weights with the configured standard deviation, biases zero, weights of norms one."""
+    """Set matrices to normal random weights (`initializer_range`), biases to zero and weights of norms to one."""
     digest = hashlib.sha256(f"megazh layer {number} of seed {seed}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     small = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
     for name, parameter in layer.named_parameters():
         if parameter.dim() == 2:
-            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = small if adds and config.scale_residual_init else config.initializer_range
+            feeds_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = small if feeds_residual and config.scale_residual_init else config.initializer_range
             parameter.normal_(0.0, std, generator=generator)
         elif name.endswith("bias"):
             parameter.zero_()

@@ -1,9 +1,9 @@
 """Head and cross entropy as one operation that never holds the logits of all tokens.
 
-The gradient is taken in the forward pass, chunk by chunk, since the logits are at hand there; only the gradients
-of hidden states and weight are kept. Softmax and all sums run in fp32. Logits are fp32, too; but with Triton's kernels
-they are sums in fp32 that are rounded to the model's dtype once, as everything is that a product gives there: by at
-most one part in 256, which no gradient in that dtype can tell, and the loss hardly (docs/training.md has the numbers).
+The forward pass computes the gradient as well, chunk by chunk, while it holds the logits; only the gradients of hidden
+states and weight are kept. Softmax and all sums run in fp32. Logits are fp32 without Triton kernels. With them, logits
+are accumulated in fp32 and rounded once to the model's dtype, like every other matrix product there: in bf16 by at most
+one part in 256, which does not show in a bf16 gradient and hardly in the loss (numbers in docs/training.md).
 """
 
 import functools
@@ -12,35 +12,25 @@ from typing import Any
 
 import torch
 
+from megazh.model.counts import chunk_tokens
 from megazh.model.main_grad import add_product_, main_grad, product_gradient
 
 AddProduct = Callable[[torch.Tensor, torch.Tensor], object]
-"""Adds `left.T @ right` to the gradient of the head's matrix."""
-
-_CHUNK_LOGITS = 1 << 27
-"""Logits held at a time: 512 MiB in fp32."""
-_FUSED_CHUNK_LOGITS = 1 << 30
-"""The same with Triton's kernels: 2 GiB in bf16, since the products gain by many rows."""
-
-
-def chunk_tokens(vocab_size: int, fused: bool = False) -> int:
-    """Tokens whose logits are held at a time."""
-    if fused:
-        return max(256, _FUSED_CHUNK_LOGITS // vocab_size // 256 * 256)
-    return max(64, _CHUNK_LOGITS // vocab_size // 64 * 64)
+"""Function that adds `left.T @ right` to the gradient of the head's matrix."""
 
 
 def summed_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, z_loss: float = 0.0, fused: bool = False
 ) -> torch.Tensor:
-    """Cross entropy of `hidden @ weight.T` with `labels`, summed over the labels that are not negative.
+    """Cross entropy of the logits `hidden @ weight.T`, summed over all labels that are not negative.
 
     Args:
         hidden: (..., hidden) in fp32, bf16 or fp16.
-        weight: (vocab, hidden), the same dtype.
-        labels: (...) integers; a negative one (-100) counts nothing.
-        z_loss: adds so much times the square of log sum exp of each counted token (PaLM, arXiv 2204.02311).
-        fused: with Triton's kernels.
+        weight: (vocab, hidden) in the same dtype.
+        labels: (...) integers; tokens with a negative label (-100) are ignored.
+        z_loss: weight of the z-loss: this times the squared log-sum-exp of the logits is added per token that is not
+            ignored (PaLM, arXiv 2204.02311).
+        fused: whether to use Triton kernels.
 
     Returns:
         A scalar in fp32.
@@ -59,14 +49,16 @@ def loss_and_gradient(
     scale: torch.Tensor,
     fused: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed cross entropy, and at once what a backward pass from `scale` times that sum would give.
+    """Cross entropy as in `summed_cross_entropy`, and the gradients of `scale` times that sum, in one pass.
 
     Args:
-        weight: a parameter with a `main_grad`; its gradient is added there, or `postponed` (see `main_grad`).
-        scale: one number in fp32, on the device of `hidden`.
+        hidden, labels, z_loss, fused: see `summed_cross_entropy`.
+        weight: a parameter with a `main_grad`; its gradient is added there, or deferred to `postponed`
+            (see `megazh.model.main_grad`).
+        scale: a scalar in fp32 on the device of `hidden`.
 
     Returns:
-        The sum, not scaled: a scalar in fp32; and the gradient of `hidden`, in its shape and dtype.
+        The sum, not scaled, a scalar in fp32; and the gradient of `hidden`, in the shape and dtype of `hidden`.
     """
     assert main_grad(weight) is not None
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
@@ -104,7 +96,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = gradients
-        # In fp16 the scale (that of the loss, over the number of tokens) must not make small gradients vanish.
+        # Scaled in fp32: in fp16 the scale (loss scale / number of tokens) would make small gradients underflow.
         scaled = grad_hidden.float().mul_(scale).to(grad_hidden.dtype)
         return scaled, grad_weight.mul_(scale).to(ctx.dtype), None, None, None, None
 
@@ -119,22 +111,22 @@ def _sum_chunks(
     grad_hidden: torch.Tensor | None,
     add: AddProduct | None,
 ) -> torch.Tensor:
-    """The sum of all losses. Writes `grad_hidden` and adds to the matrix's gradient, both of `scale` times the sum."""
-    # Where no gradient is taken there is little to gain by many rows, and a recorded step holds the memory for them.
-    most = chunk_tokens(len(weight), fused and grad_hidden is not None)
-    # Chunks of equal size, in whole tiles of the products, rather than a small one at the end.
-    size = -(-len(hidden) // -(-len(hidden) // most))
-    size = min(most, -(-size // 64) * 64)
-    # Only CUDA multiplies bf16 into fp32; elsewhere a bf16 product would round the logits.
+    """Sum the losses of all tokens; write `grad_hidden` and call `add` with the gradients of `scale` times that sum."""
+    # Without a gradient, large chunks save little time, and a CUDA graph would hold the memory for them.
+    largest_chunk = chunk_tokens(len(weight), fused and grad_hidden is not None)
+    # Chunks of equal size, in whole tiles of 64 tokens, rather than a small chunk at the end.
+    size = -(-len(hidden) // -(-len(hidden) // largest_chunk))
+    size = min(largest_chunk, -(-size // 64) * 64)
+    # Only CUDA has bf16 products with fp32 output; elsewhere a bf16 product would round the logits.
     wide = weight if weight.is_cuda else weight.float()
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    chunk_scale = scale if grad_hidden is not None else None
     for begin in range(0, len(hidden), size):
-        rows, wanted = hidden[begin : begin + size], labels[begin : begin + size]
-        factor = scale if grad_hidden is not None else None
+        rows, targets = hidden[begin : begin + size], labels[begin : begin + size]
         if fused:
-            summed, gradient = _fused_chunk(rows, weight, wanted, z_loss, factor)
+            summed, gradient = _fused_chunk(rows, weight, targets, z_loss, chunk_scale)
         else:
-            summed, gradient = _chunk(_product(rows, wide), wanted, z_loss, factor)
+            summed, gradient = _chunk(_logits(rows, wide), targets, z_loss, chunk_scale)
         total += summed
         if grad_hidden is None or add is None:
             continue
@@ -147,7 +139,7 @@ def _sum_chunks(
 def _fused_chunk(
     rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, z_loss: float, scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Like `_chunk`, from hidden states."""
+    """Like `_chunk`, but from hidden states and with a Triton kernel."""
     from megazh.kernels.cross_entropy import cross_entropy_
 
     logits = rows @ weight.T
@@ -157,26 +149,26 @@ def _fused_chunk(
 def _chunk(
     logits: torch.Tensor, labels: torch.Tensor, z_loss: float, scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of losses, and, with a scale, the gradient of the logits (overwritten) of that scale times the sum."""
-    wanted = labels.long()[:, None]
-    counted = wanted >= 0
-    wanted = wanted.clamp_min(0)
+    """Sum of losses; with a scale also the gradient of scale times that sum, written over the logits."""
+    targets = labels.long()[:, None]
+    counted = targets >= 0
+    targets = targets.clamp_min(0)
     largest = logits.amax(1, keepdim=True)
     log_sum = logits.sub_(largest).exp().sum(1, keepdim=True).log_()
-    at_label = logits.gather(1, wanted)
+    at_label = logits.gather(1, targets)
     z = log_sum + largest
     summed = torch.where(counted, log_sum - at_label + z_loss * z.square(), 0.0).sum()
     if scale is None:
         return summed, logits
-    # d loss / d logits = softmax * (1 + 2 z_loss z) - one_hot, nothing where the label does not count
+    # d loss / d logits = softmax * (1 + 2 z_loss z) - one_hot; zero where the token is ignored
     gradient = logits.sub_(log_sum).exp_()
     gradient.mul_(torch.where(counted, 1 + 2 * z_loss * z, 0.0).mul_(scale))
-    gradient.scatter_add_(1, wanted, counted.float().mul_(-scale))
+    gradient.scatter_add_(1, targets, counted.float().mul_(-scale))
     return summed, gradient
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right.T in fp32, the sums too."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right.T, out_dtype=torch.float32)
-    return left.to(right.dtype) @ right.T
+def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """hidden @ weight.T in fp32, with fp32 accumulation."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.to(weight.dtype) @ weight.T

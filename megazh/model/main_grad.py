@@ -1,11 +1,12 @@
-"""Where the gradient of a weight is summed over micro-batches, and when.
+"""Accumulation of weight gradients over micro-batches in fp32, at once or deferred.
 
-A parameter that has an attribute `main_grad` (fp32, its own shape) gets its gradient there, added by the matrix product
-that computes it; no gradient in the model's dtype exists then, and nothing is rounded before the sum. The engine gives
-its parameters that attribute. Without it, autograd is handed the gradient as usual.
+If a parameter has an attribute `main_grad` (fp32, in the parameter's shape), the matrix product that computes the
+gradient adds it there. No gradient in the model's dtype exists then, and nothing is rounded before the sum. The
+pipeline engine sets this attribute. Without it, the gradient is returned to autograd as usual.
 
-A parameter that has an attribute `postponed`, a list, does not get the product at once: it is noted there, with what it
-needs, for `add_postponed` to do later. So the gradients of inputs, which another stage waits for, come first.
+If a parameter also has an attribute `postponed`, a list, the product is not computed at once: its operands are appended
+to the list, and `add_postponed` computes it later. Input gradients, for which another pipeline stage waits, come first
+that way.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Product:
-    """The gradient `left.T @ right` of a matrix, to be added to `sums`."""
+    """A deferred weight gradient `left.T @ right`, to be added to `sums`."""
 
     sums: torch.Tensor
     left: torch.Tensor
@@ -23,16 +24,19 @@ class Product:
 
 
 def main_grad(weight: torch.Tensor) -> torch.Tensor | None:
-    """The fp32 sum of this parameter, of its shape, if it has one."""
+    """The fp32 gradient buffer of a parameter, in the parameter's shape; None if it has none."""
     return getattr(weight, "main_grad", None)
 
 
 def product_gradient(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
-    """The gradient `left.T @ right` of a matrix: added to its `main_grad`, else returned in its dtype.
+    """Add the gradient `left.T @ right` of a matrix to its `main_grad`, or defer that to `postponed`.
 
     Args:
         weight: (rows, columns).
-        left, right: (tokens, rows) and (tokens, columns); not to be written to afterwards.
+        left, right: (tokens, rows) and (tokens, columns); the caller must not overwrite them afterwards.
+
+    Returns:
+        The gradient in the weight's dtype if the weight has no `main_grad`, else None.
     """
     sums = main_grad(weight)
     if sums is None:
@@ -47,7 +51,7 @@ def product_gradient(weight: torch.Tensor, left: torch.Tensor, right: torch.Tens
 
 @torch.no_grad()
 def add_postponed(products: list[Product]) -> None:
-    """Do these products, in order, and let go of each when it is done."""
+    """Compute deferred products in order. Empties the list, and frees the operands of each product once it is done."""
     products.reverse()
     while products:
         product = products.pop()
@@ -55,7 +59,7 @@ def add_postponed(products: list[Product]) -> None:
 
 
 def add_product_(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left.T @ right` to `sums` (fp32); on CUDA within the product."""
+    """Add `left.T @ right` to `sums` (fp32); on CUDA the matrix product itself accumulates in fp32 into `sums`."""
     if left.is_cuda and left.dtype != torch.float32:
         torch.addmm(sums, left.T, right, out_dtype=torch.float32, out=sums)
     else:
@@ -63,7 +67,7 @@ def add_product_(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 
 def vector_gradient(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
-    """A gradient that is at hand in fp32: added to `main_grad`, else returned in the weight's dtype."""
+    """Add an fp32 gradient to the weight's `main_grad`; without one, return the gradient in the weight's dtype."""
     sums = main_grad(weight)
     if sums is None:
         return gradient.to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864), its scalings, in the half-split layout of Hugging Face models."""
+"""Rotary position embedding (arXiv 2104.09864) and its scalings. Dimensions i and i + half of a head form a pair."""
 
 import math
 
@@ -8,10 +8,10 @@ from megazh.model.config import ModelConfig, RopeScaling, RopeScalingKind
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """What positions are multiplied with to get angles, and what cosines and sines are multiplied with.
+    """Rotation angles per position, and the multiplier of cosines and sines.
 
     Returns:
-        (rotary_dim / 2,) fp32 on the CPU, and a factor that is 1 except for yarn.
+        Angles in radians, (rotary_dim / 2,) fp32 on the CPU, and the multiplier, which is 1 except for yarn.
     """
     dim = config.rotary_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
@@ -30,13 +30,14 @@ def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
 def _kept_share(scaling: RopeScaling, dim: int, theta: float) -> torch.Tensor:
     """Yarn's ramp: 1 where a frequency is kept as it is, 0 where it is divided (arXiv 2309.00071, section 3.2).
 
-    As in the authors' code, and not as in the paper, it is linear in the index of a frequency, between whole numbers.
+    As in the authors' code, and unlike in the paper, the ramp is linear in the index of a frequency, and its ends are
+    rounded outwards to whole indices.
     """
     length = scaling.original_max_position_embeddings
     assert length is not None
 
     def index_of(turns: float) -> float:
-        """The (fractional) index of the frequency that turns so often over the original length."""
+        """Fractional index of the frequency that makes this number of turns over the original length."""
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(index_of(scaling.beta_fast)), 0)
@@ -46,16 +47,16 @@ def _kept_share(scaling: RopeScaling, dim: int, theta: float) -> torch.Tensor:
 
 
 class Rotary(torch.nn.Module):
-    """Makes the cosines and sines of positions; holds no parameters."""
+    """Computes cosines and sines of positions; has no parameters."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         frequencies, self._factor = inverse_frequencies(config)
-        # Not a buffer: the conversion of a model to bf16 would take it along.
+        # Not a buffer: converting the model to bf16 would convert it, too.
         self._frequencies = frequencies
 
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, each (batch, seq, 1, rotary_dim / 2) fp32, of (batch, seq) integer positions."""
+        """Compute cosines and sines, (batch, seq, 1, rotary_dim / 2) fp32 each, of integer positions (batch, seq)."""
         if self._frequencies.device != position_ids.device:
             self._frequencies = self._frequencies.to(position_ids.device)
         angles = position_ids[..., None, None].float() * self._frequencies
@@ -63,13 +64,16 @@ class Rotary(torch.nn.Module):
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first 2 * cos.shape[-1] dimensions of each head; computed in fp32, returned in the input's dtype.
+    """Rotate the first 2 * cos.shape[-1] dimensions of each head, computed in fp32.
 
     Args:
         states: (batch, seq, heads, head_dim).
         cos, sin: (batch, seq, 1, rotary_dim / 2) fp32.
+
+    Returns:
+        (batch, seq, heads, head_dim) in the dtype of `states`.
     """
     half = cos.shape[-1]
     first, second, rest = states[..., :half].float(), states[..., half : 2 * half].float(), states[..., 2 * half :]
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(states.dtype)
-    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(states.dtype)
+    return torch.cat((rotated, rest), -1) if rest.shape[-1] else rotated

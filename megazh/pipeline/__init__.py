@@ -1,1 +1,1 @@
-"""The decoder as a DeepSpeed pipeline: costs, stage bounds, module and engine."""
+"""The decoder as a DeepSpeed pipeline: costs, cut into stages, memory, schedule, module and engine."""

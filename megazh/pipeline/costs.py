@@ -1,45 +1,55 @@
-"""What each kind of layer costs a micro-batch: seconds where they were measured, floating-point operations before."""
+"""Cost of each part of the model per micro-batch: measured seconds, or floating-point operations before any are known.
+
+The parts of a model are what a stage may hold, in order: embedding, blocks, head (with the last norm and the loss).
+"""
 
 from typing import Literal
 
 from megazh.config import Config
-from megazh.model.config import ModelConfig
 from megazh.model.counts import flops_per_token
+from megazh.pipeline.work import Work
 
 
 class LayerCosts(Config):
-    """Forward and backward of one micro-batch, by kind of layer; `head` is the last norm, the head and the loss."""
+    """Forward plus backward pass of one micro-batch, by type of part."""
 
     unit: Literal["FLOPs", "seconds"]
     embedding: float
     block: float
+    """Cost of one block."""
     head: float
+    """Cost of the last norm, the head and the loss together."""
 
-    def units(self, blocks: int) -> list[float]:
-        """The cost of each thing that a stage may hold, in order: embedding, blocks, head."""
+    def parts(self, blocks: int) -> list[float]:
+        """(blocks + 2,) cost of each part, in order: embedding, blocks, head."""
         return [self.embedding, *[self.block] * blocks, self.head]
 
     def passes(self, begin: int, end: int, blocks: int, split: bool) -> tuple[float, float, float]:
-        """Forward, backward and weight pass of a stage that holds the units from `begin` up to `end`.
+        """Cost of the forward, backward and weight pass of a stage that holds parts `begin` up to `end`.
 
-        Taken as a third each, since each is one product of three for every matrix; the head's gradient of inputs is
-        taken in its forward pass. Without a split, gradients of weights belong to the backward pass.
+        Each pass counts as a third, since of the three products of every matrix each pass has one; the head's input
+        gradient is taken in its forward pass.
+
+        Args:
+            begin: first part of the stage.
+            end: the part behind its last.
+            blocks: blocks of the model.
+            split: whether weight gradients are a pass of their own; else they belong to the backward pass.
         """
-        units = self.units(blocks)
-        head = units[-1] if end == len(units) else 0.0
-        body = sum(units[begin:end]) - head
+        parts = self.parts(blocks)
+        head = parts[-1] if end == len(parts) else 0.0
+        body = sum(parts[begin:end]) - head
         forward, backward, weights = (body + 2 * head) / 3, body / 3, (body + head) / 3
         return (forward, backward, weights) if split else (forward, backward + weights, 0.0)
 
 
-def costs_by_flops(config: ModelConfig, seq_len: int, micro_batch_size: int, checkpointing: bool) -> LayerCosts:
-    """Costs by operations; with activation checkpointing a block's forward pass is run twice."""
-    flops = flops_per_token(config, seq_len)
-    tokens = seq_len * micro_batch_size
-    again = 4 / 3 if checkpointing else 1.0
+def costs_by_flops(work: Work) -> LayerCosts:
+    """Costs in floating-point operations; with activation checkpointing a block's forward pass counts twice."""
+    flops = flops_per_token(work.model, work.seq_len)
+    recomputed = 4 / 3 if work.activation_checkpointing else 1.0
     return LayerCosts(
         unit="FLOPs",
-        embedding=flops.embedding * tokens,
-        block=flops.block * again * tokens,
-        head=flops.head * tokens,
+        embedding=flops.embedding * work.tokens,
+        block=flops.block * recomputed * work.tokens,
+        head=flops.head * work.tokens,
     )

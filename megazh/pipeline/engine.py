@@ -11,68 +11,65 @@ import torch.distributed as dist
 
 from megazh.errors import WorkerError
 from megazh.pipeline.module import DecoderPipeline
-from megazh.pipeline.precision import Precision
-from megazh.pipeline.stage_engine import initialize
-
-_REDUCE_ELEMENTS = 50_000_000
-"""DeepSpeed's default of 5e8 is allocated anew in every step: 2 GB in fp32."""
+from megazh.pipeline.precision import Dtype
+from megazh.pipeline.stage_engine import StageEngine, initialize
+from megazh.pipeline.tuning import REDUCE_BUCKET_ELEMENTS
+from megazh.pipeline.work import Work
 
 
 def make_engine(
-    module: DecoderPipeline,
-    optimizer: torch.optim.Optimizer,
-    micro_batch_size: int,
-    micro_batches: int,
-    replicas: int,
-    precision: Precision,
-    grad_accum_dtype: Precision,
-    communication_dtype: Precision,
-    max_grad_norm: float,
-    zero_stage: int = 1,
-) -> Any:
-    """The engine of this rank. Every rank calls it with the same numbers.
+    module: DecoderPipeline, optimizer: torch.optim.Optimizer, work: Work, max_grad_norm: float, zero_stage: int = 1
+) -> StageEngine:
+    """Make the engine of this rank. Every rank calls it with the same numbers.
 
     Args:
         module: this rank's stage.
-        optimizer: over its parameters.
-        micro_batch_size: samples a micro-batch.
-        micro_batches: a step and replica.
-        replicas: data-parallel ones.
-        grad_accum_dtype: of the sum over micro-batches.
-        communication_dtype: of the sum over replicas.
-        max_grad_norm: the gradient is scaled down to this norm; 0 does not clip.
-        zero_stage: 1 shares the optimizer state out among the replicas.
-
-    Returns:
-        A `StageEngine`, a `deepspeed.runtime.pipe.engine.PipelineEngine`.
+        optimizer: an optimizer over the module's parameters.
+        work: the step's shapes and dtypes.
+        max_grad_norm: the norm that gradients are clipped to; 0 turns clipping off.
+        zero_stage: 1 shards the optimizer state over the replicas, 0 does not.
     """
+    precision = work.precision
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": micro_batch_size * micro_batches * replicas,
+        "train_micro_batch_size_per_gpu": work.micro_batch_size,
+        "gradient_accumulation_steps": work.micro_batches,
+        "train_batch_size": work.micro_batch_size * work.micro_batches * work.replicas,
         "steps_per_print": 1 << 60,
         "gradient_clipping": max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": zero_stage,
-            "reduce_bucket_size": _REDUCE_ELEMENTS,
-            "allgather_bucket_size": _REDUCE_ELEMENTS,
+            "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
+            "allgather_bucket_size": REDUCE_BUCKET_ELEMENTS,
         },
-        "data_types": {"grad_accum_dtype": grad_accum_dtype.value},
-        "communication_data_type": communication_dtype.value,
+        "data_types": {"grad_accum_dtype": precision.accumulation.value},
+        "communication_data_type": precision.communication.value,
         "pipeline": {"use_reentrant": False, "activation_checkpoint_interval": 0},
     }
-    if precision is Precision.BF16:
+    if precision.compute is Dtype.BF16:
         settings["bf16"] = {"enabled": True}
-    elif precision is Precision.FP16:
+    elif precision.compute is Dtype.FP16:
         settings["fp16"] = {"enabled": True, "initial_scale_power": 16}
     with quiet():
         return initialize(module, optimizer, settings)
 
 
+def use_no_compiled_operators() -> None:
+    """Keep DeepSpeed in this process from compiling; call it before `deepspeed.init_distributed`.
+
+    On the CPU DeepSpeed would build an all-reduce of its own at its first start: minutes with g++, an error without
+    it, and a lock that makes every later start hang where the first one was killed. Without it, gloo does the work.
+    On GPUs this spares the search for a CUDA toolkit, and its warnings.
+    """
+    import deepspeed.ops
+
+    # The table of operators that can be built. DeepSpeed fills it at its first use, and then takes it as it is.
+    deepspeed.ops.__compatible_ops__ = {}
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep DeepSpeed's chatter off the terminal: it prints, and logs at several levels."""
+    """Keep DeepSpeed's own output off the terminal: it prints, and logs at several levels."""
     from deepspeed.utils import logger
 
     before = logger.level
@@ -85,17 +82,17 @@ def quiet() -> Iterator[None]:
 
 
 def check_tied(module: DecoderPipeline) -> None:
-    """Compare the copies of the tied embedding on first and last stage; call it on all ranks.
+    """Compare the copies of the tied embedding on the first and last stage. All ranks call it.
 
     Raises:
-        WorkerError: they differ. Names both checksums.
+        WorkerError: the copies differ; names both checksums.
     """
     if module.num_stages == 1 or not module.config.tie_word_embeddings:
         return
     weight = module.tied_weight()
     mine = torch.zeros(2, dtype=torch.int64, device=next(module.parameters()).device)
     if weight is not None:
-        # Sums of the bits as whole numbers: the same on every card, whatever order it adds in.
+        # Sums of the bits as integers: the same on every card, whatever the order of addition.
         bits = weight.detach().view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
         sums_of_rows = bits.sum(1, dtype=torch.int64)
         rows = torch.arange(1, len(bits) + 1, device=bits.device)

@@ -1,4 +1,4 @@
-"""Text from a model that lies on several stages: hidden states go from stage to stage, logits back to all."""
+"""Generation with a model spread over stages: hidden states go from stage to stage, logits back to all ranks."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,14 @@ from megazh.pipeline.module import DecoderPipeline
 
 
 def pipeline_forward(module: DecoderPipeline, capacity: int) -> Forward:
-    """Like `cached_forward`, for a pipeline: all ranks call it with the same tokens and get the same logits."""
+    """Make a forward pass like `cached_forward` for a pipeline.
+
+    All ranks call the returned function with the same tokens and get the same logits, (vocab,) fp32.
+
+    Args:
+        module: this rank's stage.
+        capacity: the longest sequence in tokens, prompt included.
+    """
     parameter = next(module.parameters())
     device, dtype = parameter.device, parameter.dtype
     cache = KeyValueCache(module.config, capacity, device, dtype)

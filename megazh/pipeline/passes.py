@@ -1,55 +1,67 @@
-"""What a stage computes in a step, and in which order: one forward, one backward, and weights when nobody waits.
+"""The passes that a stage computes in a step, and their order: one forward, one backward, weight gradients in between.
 
-The backward pass of a micro-batch is two: gradients of inputs, which the stage before waits for, and gradients of
-weights, which nobody waits for before the step. Sent first, the former arrive earlier by what the latter take, and a
-stage that leaves one micro-batch's weights for later fills with them the wait at the end ("zero bubble", arXiv
-2401.10241). No stage keeps more micro-batches than the first one does anyway: see `kept_micro_batches`.
+The backward pass of a micro-batch is split in two: input gradients, which the stage before waits for, and weight
+gradients, which nobody needs before the optimizer step. Sending input gradients first lets them arrive earlier by the
+time of a weight pass; and a stage that defers one micro-batch's weight pass fills the wait at the end of the step with
+it ("zero bubble", arXiv 2401.10241). No stage keeps more micro-batches alive than the first one does: see
+`kept_micro_batches`.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 
-def weights_left(stage: int) -> int:
-    """For how many micro-batches a stage leaves the gradients of weights for later."""
+def weight_passes_deferred(stage: int) -> int:
+    """Micro-batches whose weight pass a stage defers."""
     return min(stage, 1)
 
 
 def kept_micro_batches(stage: int, stages: int, micro_batches: int) -> int:
-    """Micro-batches whose activations a stage keeps at most."""
-    return min(stages - stage + weights_left(stage), micro_batches)
+    """Largest number of micro-batches whose activations a stage holds at one time."""
+    return min(stages - stage + weight_passes_deferred(stage), micro_batches)
+
+
+class PassType(StrEnum):
+    """What a pass computes for one micro-batch."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    """Input gradients."""
+    WEIGHTS = "weights"
+    """Weight gradients."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One thing that a stage computes."""
+    """One pass of a stage."""
 
-    kind: str
-    """`forward`, `backward` (gradients of inputs) or `weights`."""
+    type: PassType
     micro_batch: int
 
 
 def passes(stage: int, stages: int, micro_batches: int) -> Iterator[Pass]:
-    """All that a stage computes in a step, in order."""
+    """All passes of a stage in one step, in order."""
     ahead = min(stages - stage - 1, micro_batches)
-    left = weights_left(stage)
+    deferred = weight_passes_deferred(stage)
     for number in range(ahead):
-        yield Pass("forward", number)
+        yield Pass(PassType.FORWARD, number)
     for number in range(micro_batches):
         if number + ahead < micro_batches:
-            yield Pass("forward", number + ahead)
-        yield Pass("backward", number)
-        if number >= left:
-            yield Pass("weights", number - left)
-    for number in range(max(0, micro_batches - left), micro_batches):
-        yield Pass("weights", number)
+            yield Pass(PassType.FORWARD, number + ahead)
+        yield Pass(PassType.BACKWARD, number)
+        if number >= deferred:
+            yield Pass(PassType.WEIGHTS, number - deferred)
+    for number in range(max(0, micro_batches - deferred), micro_batches):
+        yield Pass(PassType.WEIGHTS, number)
 
 
 def makespan(seconds: Sequence[tuple[float, float, float]], micro_batches: int) -> float:
-    """How long a step of this schedule takes, with transfers that take no time.
+    """Duration of a step of this schedule if transfers took no time.
 
     Args:
-        seconds: of forward, backward and weight passes of one micro-batch, by stage.
+        seconds: one triple per stage, the time of a forward, a backward and a weight pass of one micro-batch.
+        micro_batches: micro-batches per step.
     """
     stages = len(seconds)
     todo = [list(passes(stage, stages, micro_batches)) for stage in range(stages)]
@@ -59,11 +71,10 @@ def makespan(seconds: Sequence[tuple[float, float, float]], micro_batches: int) 
         for stage in range(stages):
             while todo[stage]:
                 each = todo[stage][0]
-                source = {"forward": stage - 1, "backward": stage + 1}.get(each.kind, -1)
+                source = {PassType.FORWARD: stage - 1, PassType.BACKWARD: stage + 1}.get(each.type, -1)
                 if 0 <= source < stages and (source, each) not in ended:
                     break
                 begun = max(clock[stage], ended.get((source, each), 0.0))
-                place = ("forward", "backward", "weights").index(each.kind)
-                clock[stage] = ended[stage, each] = begun + seconds[stage][place]
+                clock[stage] = ended[stage, each] = begun + seconds[stage][list(PassType).index(each.type)]
                 todo[stage].pop(0)
     return max(clock)

@@ -1,35 +1,57 @@
-"""Dtypes of a run, and what DeepSpeed gets wrong: refused by name. Does not import it."""
+"""The dtypes of a run, and combinations that DeepSpeed gets wrong: refused by name. Starts without torch."""
+
+from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from enum import StrEnum
-
-import torch
+from typing import TYPE_CHECKING
 
 from megazh.errors import UsageError
 
+if TYPE_CHECKING:
+    import torch
 
-class Precision(StrEnum):
-    """What weights, activations and gradients are held in."""
+
+class Dtype(StrEnum):
+    """A floating-point format."""
 
     FP32 = "fp32"
     BF16 = "bf16"
-    """With master weights, optimizer state and gradient sums in fp32."""
     FP16 = "fp16"
-    """With master weights and optimizer state in fp32, and a loss scale that adapts."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
+    def bytes(self) -> int:
+        """Bytes per number."""
+        return 4 if self is Dtype.FP32 else 2
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The same format as torch names it."""
+        import torch
+
+        return {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16}[self]
 
 
-def sums_in_place(precision: Precision, accumulated: Precision) -> bool:
-    """Whether `megazh.pipeline.stage_engine` adds gradients where they are summed; else all is DeepSpeed's own."""
-    return precision is Precision.BF16 and accumulated is Precision.FP32
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of a run. Master weights and optimizer state are fp32 whatever these say."""
+
+    compute: Dtype
+    """Dtype of weights, activations and their gradients; fp16 comes with a dynamic loss scale."""
+    accumulation: Dtype
+    """Dtype of gradient accumulation over micro-batches."""
+    communication: Dtype
+    """Dtype of the data-parallel gradient reduction."""
+
+    @property
+    def sums_in_place(self) -> bool:
+        """Whether `megazh.pipeline.stage_engine` adds gradients to their fp32 sums; else DeepSpeed's own paths run."""
+        return self.compute is Dtype.BF16 and self.accumulation is Dtype.FP32
 
 
 WRITTEN_AGAINST = "0.19.8"
-"""The release of DeepSpeed whose inner parts `megazh.pipeline.stage_engine` replaces; tests compare its source."""
+"""The DeepSpeed release whose internals `megazh.pipeline.stage_engine` replaces; tests compare its source."""
 
 _BROKEN_FROM, _BROKEN_TO = (0, 18, 3), (0, 19, 4)
 
@@ -48,15 +70,22 @@ def check_deepspeed_version(version: str) -> None:
         )
 
 
-def check_engine(stages: int, precision: Precision, grad_accum_dtype: Precision, zero_stage: int, tied: bool) -> None:
-    """Refuse what DeepSpeed does not do, or does wrongly without saying so.
+def check_engine(stages: int, precision: Precision, zero_stage: int, tied: bool) -> None:
+    """Refuse combinations that DeepSpeed does not support, or gets wrong without a word.
+
+    Args:
+        stages: pipeline stages.
+        precision: the dtypes of the run.
+        zero_stage: DeepSpeed's ZeRO stage.
+        tied: whether embedding and head share one matrix.
 
     Raises:
-        UsageError: names the combination, what is wrong with it, and what to take instead.
+        UsageError: names the combination, what is wrong with it, and what to use instead.
     """
+    compute, accumulation = precision.compute, precision.accumulation
     if zero_stage not in (0, 1):
         raise UsageError(
-            f"zero_stage={zero_stage}: a pipeline works with ZeRO-1 only (2 and 3 split gradients and weights that "
+            f"zero_stage={zero_stage}: a pipeline works with ZeRO-1 only (2 and 3 shard gradients and weights that "
             "the pipeline needs whole); set zero_stage=1"
         )
     if zero_stage == 0 and stages > 1:
@@ -64,12 +93,12 @@ def check_engine(stages: int, precision: Precision, grad_accum_dtype: Precision,
             f"zero_stage=0 with pipe_parallel_size={stages}: DeepSpeed then clips by the gradient norm of the first "
             "stage alone; set zero_stage=1"
         )
-    if grad_accum_dtype not in (Precision.FP32, precision):
+    if accumulation not in (Dtype.FP32, compute):
         raise UsageError(
-            f"grad_accum_dtype={grad_accum_dtype} with precision={precision}: take fp32, or {precision} like the model"
+            f"grad_accum_dtype={accumulation} with precision.dtype={compute}: use fp32, or {compute} like the model"
         )
-    if precision is Precision.FP16 and grad_accum_dtype is Precision.FP32 and tied and stages > 1:
+    if compute is Dtype.FP16 and accumulation is Dtype.FP32 and tied and stages > 1:
         raise UsageError(
-            "precision=fp16 with grad_accum_dtype=fp32 and tie_word_embeddings: DeepSpeed's ZeRO-1 then loses the "
-            "gradient of the tied embedding between stages; set precision=bf16, or grad_accum_dtype=fp16"
+            "precision.dtype=fp16 with grad_accum_dtype=fp32 and tie_word_embeddings: DeepSpeed's ZeRO-1 then loses "
+            "the gradient of the tied embedding between stages; set precision.dtype=bf16, or grad_accum_dtype=fp16"
         )

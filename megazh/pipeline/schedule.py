@@ -1,14 +1,14 @@
-"""The order of `passes` as instructions for DeepSpeed's engine."""
+"""The order of `megazh.pipeline.passes` as instructions for DeepSpeed's engine; a new schedule needs both files."""
 
 from collections.abc import Iterator
 
 from deepspeed.runtime.pipe import schedule
 
-from megazh.pipeline.passes import passes
+from megazh.pipeline.passes import PassType, passes
 
 
 class ExpectActivation(schedule.PipeInstruction):
-    """Begin to receive the hidden states of the next micro-batch, while this one's weights are worked on."""
+    """Start receiving the hidden states of the next micro-batch while this one's weight gradients are computed."""
 
 
 class ReceiveGradient(schedule.BufferOpInstruction):
@@ -16,28 +16,28 @@ class ReceiveGradient(schedule.BufferOpInstruction):
 
 
 class WeightPass(schedule.PipeInstruction):
-    """Gradients of weights of the first micro-batch that still lacks them."""
+    """Compute weight gradients of the oldest micro-batch that still lacks them."""
 
 
 class SplitSchedule(schedule.PipeSchedule):
-    """A training step of one stage."""
+    """A training step of one stage, with input and weight gradients in separate passes."""
 
     def steps(self) -> Iterator[list[schedule.PipeInstruction]]:
-        """One list a pass, and one for the step."""
+        """One list of instructions per pass, and one for the optimizer step."""
         first, last = self.stage_id == 0, self.stage_id == self.stages - 1
         for each in passes(self.stage_id, self.stages, self.micro_batches):
             buffer = each.micro_batch % self.num_pipe_buffers()
             found: list[schedule.PipeInstruction] = []
-            if each.kind == "forward":
+            if each.type is PassType.FORWARD:
                 found += [] if first else [schedule.RecvActivation(buffer)]
                 found += [schedule.LoadMicroBatch(buffer)] if first or last else []
                 found += [schedule.ForwardPass(buffer)]
                 found += [] if last else [schedule.SendActivation(buffer)]
-            elif each.kind == "backward":
+            elif each.type is PassType.BACKWARD:
                 found += [] if last else [ReceiveGradient(buffer)]
                 found += [schedule.BackwardPass(buffer)]
                 found += [] if first else [schedule.SendGrad(buffer)]
-                # The stage before has sent them, or is about to.
+                # The stage before has sent the next hidden states, or is about to.
                 follows = each.micro_batch + self.stages - self.stage_id < self.micro_batches
                 found += [ExpectActivation()] if follows and not first else []
             else:

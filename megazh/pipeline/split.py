@@ -1,4 +1,4 @@
-"""Where to cut a row of layers into stages: the best cut there is, found by exact search."""
+"""Where to cut the parts of a model (embedding, blocks, head) into stages: the best cut, found by exact search."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,26 +7,29 @@ from itertools import pairwise
 from megazh.errors import UsageError
 
 StageMemory = Callable[[int, int, int], float]
-"""Bytes that a stage needs: of (stage, its first unit, the unit behind its last)."""
+"""Bytes that a stage needs, from (stage, its first part, the part behind its last)."""
 
 
 def best_bounds(
     costs: Sequence[float], stages: int, memory: StageMemory | None = None, limit: float = math.inf
 ) -> list[int]:
-    """Bounds of the stages: stage s holds units bounds[s] up to bounds[s + 1], at least one.
+    """Find the stage bounds: stage s holds parts bounds[s] up to bounds[s + 1], at least one.
 
-    The slowest stage decides how fast a pipeline is, so its cost is made as small as possible; among all cuts with
-    that maximum, the one with the smallest sum of squares is taken (the most even), and among equals the one with
-    fewer units in later stages.
+    The slowest stage decides the speed of a pipeline, so its cost is minimized; among all cuts with that maximum the
+    one with the smallest sum of squares (the most even) is chosen, and among equals the one with fewer parts in later
+    stages.
 
     Args:
-        costs: of each unit, in order.
-        stages: how many.
-        memory: what a stage needs; without it, memory does not matter.
-        limit: the most a stage may need.
+        costs: (parts,) cost of each part, in order.
+        stages: number of stages.
+        memory: bytes that a stage needs; None leaves memory out.
+        limit: largest number of bytes that a stage may need.
+
+    Returns:
+        (stages + 1,) rising numbers from 0 to the number of parts.
 
     Raises:
-        UsageError: more stages than units, or no cut fits the memory; with the numbers.
+        UsageError: more stages than parts, or no cut fits the memory; with the numbers.
     """
     count = len(costs)
     if not 1 <= stages <= count:
@@ -51,7 +54,7 @@ def best_bounds(
             f"no cut into {stages} stages fits {limit / 2**30:.1f} GiB a GPU (the best balanced one needs "
             f"{needed / 2**30:.1f} GiB): take a smaller micro_batch_size, activation_checkpointing=true, or more stages"
         )
-    # A hair of room, so that sums of floats in another order do not exclude the cut just found.
+    # Slightly more than the minimum, so that float sums in another order do not exclude the cut just found.
     slowest = smallest[0] * (1 + 1e-12)
     even = _search(sums, stages, fits, lambda before, cost: before + cost * cost, slowest)
     assert even is not None
@@ -65,9 +68,9 @@ def _search(
     combine: Callable[[float, float], float],
     most: float,
 ) -> tuple[float, list[int]] | None:
-    """The cut with the smallest combined cost among those whose stages fit and cost at most `most` each.
+    """Find the cut with the smallest combined cost among those whose stages fit and cost at most `most` each.
 
-    Dynamic programming over (stage, where it ends): the best way to fill the first stages up to there.
+    Dynamic programming over (stage, its end): the best way to fill the stages up to there.
     """
     count = len(sums) - 1
     best: list[tuple[float, list[int]] | None] = [(0.0, [0])] + [None] * count

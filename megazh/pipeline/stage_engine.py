@@ -1,21 +1,21 @@
-"""DeepSpeed's pipeline engine for bf16 with sums in fp32, without what costs time or memory and changes no result.
+"""DeepSpeed's pipeline engine for bf16 with fp32 accumulation, without work that costs time and changes no result.
 
-Written against DeepSpeed 0.19.8; `tests/pipeline/test_stage_engine.py` fails where another one differs in what is
-replaced.
+Written against DeepSpeed 0.19.8; `tests/pipeline/test_stage_engine.py` fails where the source of what is replaced
+differs.
 
 | DeepSpeed | here |
 |---|---|
-| a gradient in bf16 for each weight, copied to fp32, added | the product that computes a gradient adds it to the sum |
-| inputs and what is received are copied, once or twice | used as they are |
-| loss, then its gradient, through hooks on the outputs | both at once; the head's gradient goes to its sum |
-| every replica gets the sum of all gradients, through copies | its share of the sum, in place |
-| gradient norm and clipping go over all weights, one by one | over a replica's share, in a few long pieces |
-| each stage waits for what it sends and receives | both go on while it computes (`transfer`) |
-| the stage before waits for gradients of weights, too | gradients of inputs first (`schedule`) |
-| batches are copied and sent to the GPU, waiting for it | sent from pinned memory, not waited for |
-| each kernel of a micro-batch is launched by itself | with one stage and fused blocks, all by one CUDA graph |
+| makes a bf16 gradient of each weight, copies it to fp32, adds it | the matrix product adds to the fp32 sum |
+| copies inputs and received tensors, once or twice | uses them as they are |
+| computes the loss, then its gradient through hooks | both at once; the head's gradient goes to its sum |
+| reduces all gradients to every replica, through copies | reduce-scatters each replica's shard, in place |
+| takes norm and clips over all weights, one by one | over a replica's shard, in a few long tensors |
+| makes each stage wait for what it sends and receives | sends and receives while it computes (`transfer`) |
+| makes the stage before wait for weight gradients | computes input gradients first (`schedule`) |
+| copies batches to the GPU and waits | copies from pinned memory without waiting |
+| launches each kernel of a micro-batch by itself | one CUDA graph, with one stage and fused blocks (`recorded`) |
 
-With fp32 or fp16 weights, and with sums that are not fp32, all is DeepSpeed's own.
+Everything else (fp32 or fp16 weights, sums that are not fp32) runs on DeepSpeed's own paths.
 """
 
 from collections import deque
@@ -30,43 +30,14 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megazh.model.main_grad import Product, add_postponed
-from megazh.pipeline.memory import BUCKET_ELEMENTS
+from megazh.pipeline.recorded import RecordedMicroBatch
 from megazh.pipeline.schedule import ExpectActivation, ReceiveGradient, SplitSchedule, WeightPass
-from megazh.pipeline.transfer import Tensors as _Tensors
-from megazh.pipeline.transfer import Transfers
-
-
-class _Recorded:
-    """A micro-batch of a single stage as a CUDA graph: forward, loss and backward by one launch.
-
-    To be made when such a micro-batch has run before, since what is compiled or set up at first use is not recorded.
-    """
-
-    def __init__(self, engine: "StageEngine", inputs: _Tensors, labels: _Tensors) -> None:
-        self._inputs, self._labels = inputs, labels
-        module = engine.module
-        # What ran before has left memory that the graph, which has its own, cannot use.
-        torch.cuda.empty_cache()
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads (the loader, which pins memory, and the watch over NCCL) may go on meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            hidden = module(inputs)[0]
-            self._loss, gradient = module.loss_and_gradient(hidden, labels, engine._share)
-            torch.autograd.backward(hidden, gradient)
-
-    def load(self, inputs: _Tensors, labels: _Tensors) -> None:
-        """Put the next micro-batch where the graph reads it."""
-        for own, new in zip((*self._inputs, *self._labels), (*inputs, *labels), strict=True):
-            own.copy_(new, non_blocking=True)
-
-    def replay(self) -> torch.Tensor:
-        """Run it; returns the loss."""
-        self._graph.replay()
-        return self._loss.clone()
+from megazh.pipeline.transfer import Tensors, Transfers
+from megazh.pipeline.tuning import REDUCE_BUCKET_ELEMENTS
 
 
 class _AllRanks:
-    """DeepSpeed's grid for the optimizer, whose norm is a sum over all ranks: each has a share of its own."""
+    """Grid proxy that makes BF16_Optimizer reduce the squared norm over all ranks, since each holds its own shard."""
 
     def __init__(self, grid: Any) -> None:
         self._grid = grid
@@ -75,11 +46,11 @@ class _AllRanks:
         return getattr(self._grid, name)
 
     def get_model_parallel_group(self) -> None:
-        """All ranks."""
+        """None, which torch.distributed takes for all ranks."""
 
 
 def _counted(optimizer: Any) -> list[torch.Tensor]:
-    """Of this rank's share of the gradients those that count in the norm: all but those of copies of a tied weight."""
+    """Slices of this rank's gradient shard that count in the norm: all but those of copies of a tied weight."""
     found = []
     groups = (
         optimizer.bf16_groups,
@@ -102,12 +73,12 @@ def _counted(optimizer: Any) -> list[torch.Tensor]:
 
 
 class StageEngine(PipelineEngine):
-    """See above. Train with `train_batch`, validate with `eval_batch`, as with its base."""
+    """The engine of one rank: `train_batch` trains a step and `eval_batch` validates, as in its base class."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.total_loss: torch.Tensor | None
-        self.pipe_recv_buf: _Tensors | None
+        self.pipe_recv_buf: Tensors | None
         self.first_output_send: bool
         self._lean = self.using_bf16_optimizer and self.optimizer.grad_acc_dtype is torch.float32
         if not self._lean:
@@ -115,30 +86,30 @@ class StageEngine(PipelineEngine):
         optimizer = self.optimizer
         self._counted = _counted(optimizer)
         optimizer.get_grads_for_norm, optimizer.mpu = self._gradients, _AllRanks(optimizer.mpu)
-        # What the backward pass under way has left for later, and what those before it have.
+        # Deferred weight-gradient products of the running backward pass; `_weights` queues those of earlier ones.
         self._postponed: list[Product] = []
         self._weights: deque[list[Product]] = deque()
-        # One stage: nothing but kernels, whose shapes never change, between a micro-batch and its gradients.
+        # With one stage only kernels, whose shapes never change, lie between a micro-batch and its gradients.
         self._records = self.num_stages == 1 and self.module.recordable and self.device.type == "cuda"
-        self._recorded: _Recorded | None = None
-        self._ran = False  # whether this process has done a step, and so all that first uses bring
+        self._recorded: RecordedMicroBatch | None = None
+        self._ran = False  # whether this process has trained a step, so that nothing is set up for the first time
         for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
             for parameter, flat in zip(parameters, sums, strict=True):
                 parameter.main_grad = flat.view_as(parameter)
                 parameter._hp_grad = flat  # where DeepSpeed looks for the gradient of a tied weight
         if self.num_stages > 1:
             self._transfers = Transfers(self.module.topology(), self.device)
-            if not self.module.checkpointing:  # what is computed again would have to be kept after all
+            if not self.module.checkpointing:  # recomputed activations would have to be kept after all
                 for parameter in self.module.parameters():
                     parameter.postponed = self._postponed
 
     def _gradients(self, for_clipping: bool = False) -> Any:
-        """For the optimizer's norm, and for its clipping: a few long tensors in place of one a weight."""
+        """Gradients for the optimizer's norm and clipping: a few long tensors instead of one per weight."""
         return self.optimizer.fp32_groups_gradient_flat_partition if for_clipping else (self._counted, {})
 
     @property
     def _share(self) -> float:
-        """Of the step's gradient, what is one micro-batch's: its mean is taken over micro-batches and replicas."""
+        """Share of the step's gradient that one micro-batch contributes (a mean over micro-batches and replicas)."""
         return 1 / (self.micro_batches * self.grid.data_parallel_size)
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
@@ -154,7 +125,7 @@ class StageEngine(PipelineEngine):
         if self.is_last_stage():
             self.pipe_buffers["labels"][buffer_id] = self._to_device(labels)
 
-    def _to_device(self, tensors: _Tensors) -> _Tensors:
+    def _to_device(self, tensors: Tensors) -> Tensors:
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
@@ -163,7 +134,9 @@ class StageEngine(PipelineEngine):
             return
         inputs = self.pipe_buffers["inputs"][buffer_id]
         if self.module.training and self._records and self._recorded is None and self._ran:
-            self._recorded = _Recorded(self, inputs, self.pipe_buffers["labels"][buffer_id])
+            self._recorded = RecordedMicroBatch(
+                self.module, inputs, self.pipe_buffers["labels"][buffer_id], self._share
+            )
         if self.module.training and self._recorded is not None:
             self._add_loss(self._recorded.replay())
             return
@@ -189,7 +162,7 @@ class StageEngine(PipelineEngine):
             super()._exec_backward_pass(buffer_id)
             return
         if self._recorded is not None:
-            return  # it did both
+            return  # the graph ran forward and backward
         hidden = self.pipe_buffers["outputs"][buffer_id][0]
         gradient = self.pipe_buffers["output_tensors"][buffer_id] if self.is_last_stage() else self.grad_layer[0]
         torch.autograd.backward(hidden, gradient)
@@ -210,9 +183,9 @@ class StageEngine(PipelineEngine):
             super()._exec_recv_activations(buffer_id)
             return
         assert self._transfers.from_previous is not None
-        if self.pipe_recv_buf is None:  # the first one tells the shapes
+        if self.pipe_recv_buf is None:  # the first message holds the shapes
             self.pipe_recv_buf = self._recv_tensor_meta(self.prev_stage)
-            self._grad_layer_buf.clear()  # it kept them for itself
+            self._grad_layer_buf.clear()  # filled by _recv_tensor_meta, not used here
         received = self._transfers.from_previous.receive(self.pipe_recv_buf)
         for tensor in received:
             tensor.requires_grad = tensor.is_floating_point()
@@ -277,11 +250,9 @@ class StageEngine(PipelineEngine):
             if dtype is flat.dtype:
                 dist.reduce_scatter_tensor(own, flat, group=group)
                 continue
-            shares = flat.view(replicas, len(own))
-            for part, target in zip(
-                shares.split(BUCKET_ELEMENTS // replicas, 1), own.split(BUCKET_ELEMENTS // replicas), strict=True
-            ):
-                sent = part.to(dtype).flatten()
+            shards, bucket = flat.view(replicas, len(own)), REDUCE_BUCKET_ELEMENTS // replicas
+            for columns, target in zip(shards.split(bucket, 1), own.split(bucket), strict=True):
+                sent = columns.to(dtype).flatten()
                 received = sent.new_empty(len(target))
                 dist.reduce_scatter_tensor(received, sent, group=group)
                 target.copy_(received)
@@ -301,7 +272,13 @@ class StageEngine(PipelineEngine):
 
 
 def initialize(module: Any, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> StageEngine:
-    """What `deepspeed.initialize` does for a pipeline, with this engine."""
+    """Make the engine of this rank as `deepspeed.initialize` does for a pipeline.
+
+    Args:
+        module: a `DecoderPipeline`.
+        optimizer: an optimizer over its parameters.
+        settings: a DeepSpeed configuration.
+    """
     grid = module.mpu()
     deepspeed.zero.partition_parameters.shutdown_init_context()
     engine = StageEngine(

@@ -1,8 +1,8 @@
-"""Hidden states to the next stage and gradients back, moved while the stages compute.
+"""Hidden states to the next stage and gradients back, sent and received while the stages compute.
 
-Each direction between two stages has a process group of its own, and so on GPUs a stream and an order of its own: a
-gradient never waits for hidden states. On GPUs a send and a receive that wait for each other keep some of the card's
-processors busy with waiting; so no receive is begun long before the other side is ready for it.
+Each direction between two stages has a process group of its own, and so on GPUs its own stream and order: a gradient
+never waits for hidden states. On GPUs a pending send or receive occupies some of the card's multiprocessors until the
+other side arrives, so no receive is started long before its sender is ready.
 """
 
 from collections import deque
@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 Tensors = tuple[torch.Tensor, ...]
-_SENDS = 2
-"""What was sent is kept until as many more have been; by then the receiver has long taken it."""
+_SENDS_KEPT = 2
+"""Sends whose tensors stay alive. Waiting for the one before them costs nothing: its receiver has long taken it."""
 
 
 class Channel:
-    """One direction between this rank and a neighbour."""
+    """One direction between this rank and the rank of a neighbouring stage."""
 
     def __init__(self, group: Any, peer: int) -> None:
         self._group, self._peer = group, peer
@@ -25,18 +25,18 @@ class Channel:
         self._coming: tuple[list[Any], Tensors] | None = None
 
     def send(self, tensors: Tensors) -> None:
-        """Begin to send; the tensors must not be written to before `finish`."""
+        """Start sending; the tensors must not be written to before `finish`."""
         tensors = tuple(tensor.detach() for tensor in tensors)
         self._sent.append(([dist.isend(tensor, self._peer, self._group) for tensor in tensors], tensors))
-        self._wait(_SENDS)
+        self._wait(_SENDS_KEPT)
 
     def expect(self, like: Tensors) -> None:
-        """Begin to receive; `like` has the shapes, dtypes and device of what will come, whatever its contents."""
+        """Start receiving tensors of the shapes, dtypes and device of `like`, whose contents do not matter."""
         tensors = tuple(torch.empty_like(tensor) for tensor in like)
         self._coming = ([dist.irecv(tensor, self._peer, self._group) for tensor in tensors], tensors)
 
     def receive(self, like: Tensors) -> Tensors:
-        """What the neighbour sends, in new tensors; begun here, unless `expect` has."""
+        """Return what the neighbour sends, in new tensors; starts receiving unless `expect` has."""
         if self._coming is None:
             self.expect(like)
         assert self._coming is not None
@@ -47,7 +47,7 @@ class Channel:
         return received
 
     def finish(self) -> None:
-        """Wait for all that was sent."""
+        """Wait until everything sent has arrived."""
         self._wait(0)
 
     def _wait(self, left: int) -> None:
@@ -60,7 +60,12 @@ class Transfers:
     """The channels of this rank's stage; all ranks make one at the same time."""
 
     def __init__(self, topology: Any, device: torch.device) -> None:
-        """`topology`: DeepSpeed's, with the axes pipe and data."""
+        """Connect this rank's stage with its neighbours.
+
+        Args:
+            topology: DeepSpeed's process topology, with the axes pipe and data.
+            device: the device of the tensors that travel.
+        """
         stages, replicas = topology.get_dim("pipe"), topology.get_dim("data")
         self.from_previous: Channel | None = None
         self.to_previous: Channel | None = None
@@ -69,7 +74,7 @@ class Transfers:
         for replica in range(replicas):
             for stage in range(stages - 1):
                 pair = [topology.get_rank(pipe=each, data=replica) for each in (stage, stage + 1)]
-                # Every rank makes every group, in the same order; so torch.distributed wants it.
+                # torch.distributed requires that every rank makes every group, in the same order.
                 forth, back = dist.new_group(pair), dist.new_group(pair)
                 if dist.get_rank() == pair[0]:
                     self.to_next, self.from_next = Channel(forth, pair[1]), Channel(back, pair[1])
@@ -79,7 +84,7 @@ class Transfers:
         self._connect(self.from_next, self.to_previous, device)
 
     def _connect(self, source: Channel | None, target: Channel | None, device: torch.device) -> None:
-        """NCCL connects at first use, and waits for the other side then: here, in an order in which none is missed."""
+        """Connect now, in an order that cannot deadlock: NCCL connects at first use and waits for the other side."""
         empty = (torch.zeros(1, device=device),)
         if source is not None:
             source.receive(empty)
@@ -88,7 +93,7 @@ class Transfers:
             target.finish()
 
     def finish(self) -> None:
-        """Wait for all that this rank has sent."""
+        """Wait until everything that this rank has sent has arrived."""
         for channel in (self.to_next, self.to_previous):
             if channel is not None:
                 channel.finish()

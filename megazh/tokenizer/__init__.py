@@ -1,4 +1,4 @@
-"""Tokenizers: one class in front of Hugging Face, Qwen and SentencePiece files, and the encoders behind it."""
+"""Tokenizers: one class for Hugging Face, Qwen and SentencePiece files, and the encoders that it uses."""
 
 from megazh.tokenizer.tokenizer import Tokenizer, load_tokenizer
 

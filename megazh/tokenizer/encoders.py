@@ -1,7 +1,7 @@
-"""Encoders: from documents to token ids, as ordinary text (a literal `<|endoftext|>` gives no control token).
+"""Encoders: from documents to token ids. All text is ordinary: a literal `<|endoftext|>` gives no control token.
 
-Each tokenizer has a reference encoder, whose ids are the truth, and may have a fast one. Whoever uses the fast
-one checks it against the reference (`differences`).
+Each tokenizer has a reference encoder, whose ids are right by definition, and may have a faster one. Callers of the
+fast encoder compare its ids with those of the reference (`megazh.index.build` does, on `PROBES` and on samples).
 """
 
 import functools
@@ -23,7 +23,6 @@ from megazh.tokenizer import qwen
 Ids = npt.NDArray[np.uint32]
 Offsets = npt.NDArray[np.int64]
 
-
 _LONG_S = "\u017f"
 
 
@@ -31,9 +30,10 @@ class Encoder(Protocol):
     """Turns documents into token ids."""
 
     name: str
+    """Name of the library, for messages and logs."""
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
-        """All ids (tokens,) uint32 and offsets (documents + 1,) int64: document i is ids[offsets[i]:offsets[i+1]]."""
+        """Ids `(tokens,)` uint32 and offsets `(documents + 1,)` int64: document i is ids[offsets[i]:offsets[i+1]]."""
         ...
 
 
@@ -45,14 +45,21 @@ def _flatten(documents: Sequence[Sequence[int]]) -> tuple[Ids, Offsets]:
 
 
 class FastokensEncoder:
-    """fastokens, the fastest encoder for a byte-level BPE `tokenizer.json`; one thread.
+    """fastokens, the fastest encoder for a byte-level BPE `tokenizer.json`; runs in one thread.
 
-    Version 0.3.5 does not take U+017F (a long s) for an s where a regex ignores case ("'s" in Qwen's): texts that
-    hold one go to the reference encoder.
+    Where a regex ignores case ("'s" in Qwen's), version 0.3.5 does not match U+017F (long s) as an s: texts that hold
+    one go to the reference encoder.
+
+    Args:
+        tokenizer_json: contents of the `tokenizer.json`.
+        reference: makes the reference encoder; called at most once, when the first such text comes.
+
+    Raises:
+        ImportError: fastokens is not installed.
     """
 
     def __init__(self, tokenizer_json: str, reference: Callable[[], Encoder]) -> None:
-        os.environ["FASTOKENS_BPE_THREADS"] = "1"  # read when the library first encodes; workers are processes
+        os.environ["FASTOKENS_BPE_THREADS"] = "1"  # read at the first encoding; megazh runs one process per core
         import fastokens
 
         self.name = "fastokens"
@@ -72,7 +79,7 @@ class FastokensEncoder:
 
 
 class HuggingFaceEncoder:
-    """`tokenizers`: the reference for a `tokenizer.json`."""
+    """Hugging Face `tokenizers`: the reference encoder of a `tokenizer.json`, whose contents are the argument."""
 
     def __init__(self, tokenizer_json: str) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -90,7 +97,7 @@ class HuggingFaceEncoder:
 
 
 class TiktokenEncoder:
-    """tiktoken's `encode_ordinary` of the NFC text: the reference for Qwen's ranks."""
+    """tiktoken's `encode_ordinary` on the NFC form of a text: the reference encoder of Qwen's rank file."""
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         import tiktoken
@@ -106,9 +113,9 @@ class TiktokenEncoder:
 
 
 class SentencePieceEncoder:
-    """SentencePiece's own library; `shift` is added to every id.
+    """SentencePiece's own library, the reference encoder of a `.model`; `shift` is added to every id.
 
-    gigatoken 0.10.0 reads these models faster, but turns a literal `</s>` in a text into the control token.
+    gigatoken 0.10.0 is faster on these models, but turns a literal `</s>` in a text into the control token.
     """
 
     def __init__(self, processor: Any, shift: int) -> None:
@@ -122,7 +129,7 @@ class SentencePieceEncoder:
 
 
 class Kind(StrEnum):
-    """What file a tokenizer comes from."""
+    """File format of a tokenizer."""
 
     HUGGING_FACE = "tokenizer.json"
     QWEN_RANKS = "qwen.tiktoken"
@@ -131,11 +138,12 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """What it takes to make a tokenizer's encoders, in this process or in a worker.
+    """Makes the encoders of a tokenizer; can be pickled and sent to workers, unlike encoders.
 
     Attributes:
-        kind: what file `path` is.
-        shift: added to every id of a SentencePiece model.
+        kind: file format of `path`.
+        path: the tokenizer file.
+        shift: number added to every id of a SentencePiece model.
     """
 
     kind: Kind
@@ -143,14 +151,14 @@ class EncoderSource:
     shift: int = 0
 
     def tokenizer_json(self) -> str:
-        """The text of the `tokenizer.json` that this is, or is turned into."""
+        """Contents of the `tokenizer.json` at `path`, or of the one that the rank file is converted to."""
         return qwen.tokenizer_json(self.path) if self.kind is Kind.QWEN_RANKS else self.path.read_text(encoding="utf-8")
 
     def reference(self) -> Encoder:
-        """The encoder whose ids are the truth.
+        """Make the reference encoder, whose ids are right by definition.
 
         Raises:
-            DataError: its library cannot read the tokenizer.
+            DataError: the file is damaged, or the library cannot read it.
         """
         if self.kind is Kind.QWEN_RANKS:
             return TiktokenEncoder(qwen.read_ranks(self.path))
@@ -158,15 +166,17 @@ class EncoderSource:
             try:
                 return HuggingFaceEncoder(self.tokenizer_json())
             except Exception as error:  # the library raises bare Exception
-                raise DataError(f"{self.path}: not a tokenizer.json that can be read: {error}") from None
+                raise DataError(f"{self.path}: cannot be read as a tokenizer.json: {error}") from None
         import sentencepiece
 
         return SentencePieceEncoder(sentencepiece.SentencePieceProcessor(model_file=str(self.path)), self.shift)
 
     def fast(self) -> Encoder | None:
-        """An encoder that ought to give the same ids faster; None where there is none for this kind.
+        """Make an encoder that should give the same ids faster; None if there is none for this file format.
 
-        Raises whatever the library raises when it is missing or cannot read the tokenizer.
+        Raises:
+            ImportError: fastokens is not installed.
+            Exception: whatever fastokens raises for a tokenizer that it cannot read; a panic is a BaseException.
         """
         if self.kind is Kind.SENTENCEPIECE:
             return None
@@ -188,10 +198,10 @@ PROBES = (
     "def f(x):\n\treturn {'a': [1, 2]}  # 注释\n",
     "哈" * 300 + "!" * 300 + " " * 300,
 )
-"""Odd strings on which a fast encoder is tried before it is used."""
+"""Unusual strings on which a fast encoder is compared with the reference before it is used."""
 
 
 def encode_each(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text."""
+    """Token ids of each text, one list per text."""
     ids, offsets = encoder.encode_batch(texts)
     return [ids[start:end].tolist() for start, end in itertools.pairwise(offsets)]

@@ -1,7 +1,7 @@
-"""Qwen's `qwen.tiktoken`: from ranks to an equal `tokenizer.json`, since ranks alone say neither NFC nor regex.
+"""Conversion of Qwen's rank file, `qwen.tiktoken`, to an equivalent `tokenizer.json`.
 
-Sources: the regex, NFC and the control tokens are those of Qwen's own tokenization code and of the
-`tokenizer.json` of Qwen1.5; a rank file has one line a token, base64 and rank (tiktoken's format).
+A rank file (tiktoken's format) has one line per token, `base64 rank`, but neither the regex nor the normalization nor
+the control tokens. These are taken from Qwen's own tokenization code and from the `tokenizer.json` of Qwen1.5.
 """
 
 import base64
@@ -24,14 +24,18 @@ CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 
 
 def byte_alphabet() -> dict[int, str]:
-    """The printable character that byte-level BPE writes for each byte (GPT-2's table, used by `tokenizer.json`)."""
+    """Printable character that byte-level BPE writes for each byte (GPT-2's table, used by `tokenizer.json`)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {**{byte: chr(byte) for byte in plain}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Ranks by token bytes. Raises DataError where the file is no complete, dense rank file."""
+    """Read the rank of each token, by the token's bytes.
+
+    Raises:
+        DataError: the file is not a rank file, its ranks are not 0, 1, 2, ..., or some byte has no token.
+    """
     ranks: dict[bytes, int] = {}
     try:
         lines = path.read_bytes().splitlines()
@@ -54,7 +58,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def split_token(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens that BPE merges into `token` last; None where no merge leads to it."""
+    """The two tokens that BPE merges into `token` in its last step; None if merges do not give `token`."""
     rank = ranks[token]
     none = len(ranks)
     splits = [
@@ -72,10 +76,10 @@ def split_token(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | 
 
 
 def fast_tokenizer(ranks: dict[bytes, int]) -> dict[str, Any]:
-    """The contents of a `tokenizer.json` that encodes as Qwen does: NFC, Qwen's regex, byte level, these ranks.
+    """Contents of a `tokenizer.json` that encodes as Qwen does: NFC, Qwen's regex, byte-level BPE with these ranks.
 
     Raises:
-        ValueError: a token cannot be made by merging two others, so that no list of merges is equal to the ranks.
+        ValueError: a token is not the merge of two others, so no list of merges is equivalent to the ranks.
     """
     alphabet = byte_alphabet()
 
@@ -88,7 +92,7 @@ def fast_tokenizer(ranks: dict[bytes, int]) -> dict[str, Any]:
             continue
         pair = split_token(token, ranks)
         if pair is None:
-            raise ValueError(f"no merge of two tokens makes token {ranks[token]} ({token!r})")
+            raise ValueError(f"token {ranks[token]} ({token!r}) is not the merge of two others, so BPE cannot make it")
         merges.append([written(pair[0]), written(pair[1])])
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
@@ -133,7 +137,11 @@ def fast_tokenizer(ranks: dict[bytes, int]) -> dict[str, Any]:
 
 
 def tokenizer_json(path: Path) -> str:
-    """The text of the `tokenizer.json` equal to the rank file `path`; made once (3 s for Qwen's), then cached."""
+    """Contents of the `tokenizer.json` equivalent to the rank file `path`; made once (3 s for Qwen's), then cached.
+
+    Raises:
+        DataError: the rank file is damaged, or BPE merges cannot make one of its tokens.
+    """
     made_from = hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes()).hexdigest()
     cached = cache_dir() / "tokenizers" / f"{made_from}.json"
     try:
@@ -148,7 +156,7 @@ def tokenizer_json(path: Path) -> str:
         with locked(cached.with_suffix(".lock")):
             write_atomic(cached, hashlib.sha256(text.encode()).hexdigest().encode() + b"\n" + text.encode())
     except OSError:
-        pass  # without a writable cache folder it is made again next time
+        pass  # without a writable cache folder, the next call converts again
     return text
 
 

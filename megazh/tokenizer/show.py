@@ -1,4 +1,4 @@
-"""What a tokenizer is, and what it makes of a text."""
+"""Description of a tokenizer, and of the tokens that it makes of a text."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,10 @@ from megazh.tokenizer.tokenizer import Tokenizer
 
 
 def show_tokenizer(tokenizer: Tokenizer, file: Path | None, text: str | None, pieces: int) -> Iterator[str]:
-    """Lines about `tokenizer` and, where there is a text, its first `pieces` pieces and its bytes a token.
+    """Lines that describe `tokenizer` and, given a text, its bytes per token and its first `pieces` tokens.
+
+    Args:
+        file: a UTF-8 text file, read in place of `text`.
 
     Raises:
         DataError: the file cannot be read as UTF-8 text.
@@ -30,7 +33,7 @@ def show_tokenizer(tokenizer: Tokenizer, file: Path | None, text: str | None, pi
     size = len(text.encode())
     yield f"text         {size:,} bytes, {len(text):,} characters, {len(ids):,} tokens"
     if ids:
-        yield f"a token      {size / len(ids):.3f} bytes, {len(text) / len(ids):.3f} characters"
+        yield f"per token    {size / len(ids):.3f} bytes, {len(text) / len(ids):.3f} characters"
         yield "pieces       " + " | ".join(f"{tokenizer.piece(token_id)}" for token_id in ids[:pieces])
         yield "ids          " + " ".join(map(str, ids[:pieces]))
         if len(ids) > pieces:

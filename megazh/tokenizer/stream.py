@@ -1,57 +1,66 @@
-"""Text of tokens as they come, never a part of a character."""
+"""Text of token ids that arrive one by one, in whole characters."""
 
 from megazh.tokenizer.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-_LONGEST = 3
-"""Replacements at the end that the next token may still turn into a character: it has at most four bytes."""
-_PATIENCE = 8
-"""So many tokens without the end of a character are no character; some decoders doubt a whole run of bytes."""
+_UNFINISHED = 3
+"""Number of U+FFFD at the end of a text that may still become a character, which has at most four bytes."""
+_GIVE_UP = 8
+"""Number of ids in a row that complete no character, after which their bytes are returned as U+FFFD.
+
+Some decoders turn a whole run of bytes into U+FFFD until it is valid UTF-8.
+"""
 _WINDOW = 32
-"""Ids that are decoded again for each new one, twice as many amid garbage: time must not grow with the square."""
+"""Number of ids that are decoded again for each new id; twice as many while these end in invalid bytes.
+
+Without a limit, the time for a text would grow with the square of its length.
+"""
 
 
 class TextStream:
-    """Turns ids into text piece by piece; what is put together equals the text of all ids at once.
+    """Turns ids into text piece by piece; the pieces joined equal the text of all ids decoded at once.
 
-    Text is held back while its end may be the first bytes of a character that the next token completes. A decoder
-    may treat the start of a text differently (SentencePiece drops a space), so ids in front are decoded along.
+    Text is held back while its end may be the first bytes of a character that the next token completes. Decoders may
+    treat the start of a text differently (SentencePiece drops a space), so each id is decoded with those before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: list[int] | None = None) -> None:
-        """`before`: ids in front of the text, which is not repeated; but a character that they only begin is told."""
+        """
+        Args:
+            before: ids before the text. Their own text is not returned, but a character that they only begin is.
+        """
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._told = 0  # characters of the window's text that are out
-        self._held = 0  # ids since the last one that ended a character
+        self._returned = 0  # characters of the text of `_ids` that were returned
+        self._held = 0  # ids since the last one that completed a character
         for token_id in before or ():
             self.put(token_id)
 
     def put(self, token_id: int) -> str:
-        """The text that is certain now, perhaps none."""
+        """Add an id; returns the new text that later ids cannot change, which may be empty."""
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
-        doubtful = min(len(text) - len(text.rstrip(_REPLACEMENT)), _LONGEST)
+        doubtful = min(len(text) - len(text.rstrip(_REPLACEMENT)), _UNFINISHED)
         self._held = self._held + 1 if doubtful else 0
-        certain = self._told if doubtful and self._held < _PATIENCE else len(text) - doubtful
-        new = text[self._told : certain]
-        self._told = max(self._told, certain)
+        certain = self._returned if doubtful and self._held < _GIVE_UP else len(text) - doubtful
+        new = text[self._returned : certain]
+        self._returned = max(self._returned, certain)
         if len(self._ids) > (2 * _WINDOW if doubtful else _WINDOW):
             self._shorten(text)
         return new
 
     def end(self) -> str:
-        """What was held back; bytes that make no character stand as U+FFFD."""
+        """The text held back so far; bytes that form no character are U+FFFD."""
         text = self._tokenizer.decode(self._ids)
-        new, self._told = text[self._told :], len(text)
+        new, self._returned = text[self._returned :], len(text)
         return new
 
     def _shorten(self, text: str) -> None:
-        """Drop ids in front, where the rest alone gives the end of `text`: not within a character."""
+        """Drop leading ids if the remaining ids alone decode to the end of `text`, that is, not within a character."""
         for cut in range(_WINDOW // 2, 0, -1):
             rest = self._tokenizer.decode(self._ids[cut:])
             gone = len(text) - len(rest)
-            # What lies within the last replacements may yet change, and says nothing about the cut.
-            if len(rest) > _LONGEST and text.endswith(rest):
-                self._ids, self._told = self._ids[cut:], self._told - gone
+            # The last characters may be U+FFFD that still change, so a match of these alone does not confirm the cut.
+            if len(rest) > _UNFINISHED and text.endswith(rest):
+                self._ids, self._returned = self._ids[cut:], self._returned - gone
                 return

@@ -1,4 +1,4 @@
-"""One class in front of every tokenizer: what it is, its fingerprint, its control tokens, encoders and decoding."""
+"""One class for every tokenizer file: fingerprint, vocabulary size, control tokens, encoders and decoding."""
 
 import hashlib
 import json
@@ -15,29 +15,29 @@ from megazh.tokenizer import qwen
 from megazh.tokenizer.encoders import Encoder, EncoderSource, Kind, encode_each
 
 FRONT_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
-"""Ids 0 to 3 in front of a SentencePiece model's pieces, where they are asked for."""
+"""Tokens that `--front-tokens` puts before the pieces of a SentencePiece model, as ids 0 to 3."""
 
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<eos>", "</s>", "[EOS]", "[SEP]")
 _PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
 
 _SPACE = "\u2581"
-"""How SentencePiece, and what descends from it, write a space."""
+"""Character that SentencePiece, and tokenizers derived from it, write for a space."""
 
 
 class Tokenizer:
-    """A tokenizer file and what is needed of it.
+    """A tokenizer, read from one file.
 
     Attributes:
-        path: the one file it is read from.
-        kind: what that file is.
-        vocab_size: number of ids, the largest id plus one.
-        eod: the token that ends a document, as the vocabulary writes it.
-        eod_id: its id.
-        pad_id: the id of padding, or None where the tokenizer has none.
-        fingerprint: SHA-256 over everything that decides which ids a text gets and what they mean; a rank file
-            and the `tokenizer.json` equal to it have the same.
-        encoders: makes the encoders.
-        front_tokens: whether `<pad> <bos> <eos> <unk>` stand in front of a SentencePiece model's pieces.
+        path: the file.
+        kind: file format of `path`.
+        vocab_size: largest id plus one.
+        eod: end-of-document token, as the vocabulary writes it.
+        eod_id: id of `eod`.
+        pad_id: id of the padding token, or None if there is none.
+        fingerprint: SHA-256 of everything that decides which ids a text gets and what they mean. A rank file and the
+            `tokenizer.json` equivalent to it have the same fingerprint.
+        encoders: makes the reference and the fast encoder.
+        front_tokens: whether `<pad> <bos> <eos> <unk>` come before the pieces of a SentencePiece model.
     """
 
     path: Path
@@ -51,15 +51,15 @@ class Tokenizer:
     front_tokens: bool = False
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, control tokens written out."""
+        """Text of `ids`; control tokens are written out."""
         raise NotImplementedError
 
     def piece(self, token_id: int) -> str:
-        """How the vocabulary writes one token, bytes that are no text as `\\xNN`."""
+        """Readable form of one token; bytes that are not UTF-8 are written as `\\xNN`."""
         raise NotImplementedError
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for in a text; none for control tokens and for ids that have no token."""
+        """Bytes that a token stands for in a text; b"" for control tokens and for ids without a token."""
         raise NotImplementedError
 
     @cached_property
@@ -67,12 +67,12 @@ class Tokenizer:
         return self.encoders.reference()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as ordinary text, no control tokens added; by the reference encoder."""
+        """Ids of `text` by the reference encoder: ordinary text, no control tokens added."""
         return encode_each(self._reference, [text])[0]
 
 
 class _JsonTokenizer(Tokenizer):
-    """A `tokenizer.json`, or Qwen's ranks turned into one."""
+    """A `tokenizer.json`, or Qwen's rank file converted to one; `text` is its contents."""
 
     def __init__(self, path: Path, kind: Kind, text: str, eod: str | None) -> None:
         self.path, self.kind = path, kind
@@ -98,7 +98,7 @@ class _JsonTokenizer(Tokenizer):
     def _end_token(self, eod: str | None, ids: dict[str, int], added: list[str]) -> str:
         if eod is not None:
             if eod not in ids:
-                raise UsageError(f"{self.path}: has no token {eod!r} to end documents with (--eod)")
+                raise UsageError(f"{self.path}: has no token {eod!r} (--eod)")
             return eod
         configured = _configured_end(self.path)
         for token in (_END_TOKENS[0], *([configured] if configured else []), *_END_TOKENS[1:]):
@@ -106,7 +106,7 @@ class _JsonTokenizer(Tokenizer):
                 return token
         known = ", ".join(added)
         raise UsageError(
-            f"{self.path}: which token ends a document? give --eod TOKEN; control tokens: {known or 'none'}"
+            f"{self.path}: no known end-of-document token; give --eod TOKEN; control tokens: {known or 'none'}"
         )
 
     @cached_property
@@ -116,7 +116,7 @@ class _JsonTokenizer(Tokenizer):
         try:
             return HuggingFaceTokenizer.from_str(self.encoders.tokenizer_json())
         except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{self.path}: not a tokenizer.json that can be read: {error}") from None
+            raise DataError(f"{self.path}: cannot be read as a tokenizer.json: {error}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._reference_tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=False)
@@ -176,12 +176,12 @@ class _SentencePieceTokenizer(Tokenizer):
                 return FRONT_TOKENS.index(eod)
             found = self._processor.piece_to_id(eod)
             if self._processor.id_to_piece(found) != eod:
-                raise UsageError(f"{self.path}: has no piece {eod!r} to end documents with (--eod)")
+                raise UsageError(f"{self.path}: has no piece {eod!r} (--eod)")
             return found + self._shift
         if self.front_tokens:
             return FRONT_TOKENS.index("<eos>")
         if self._processor.eos_id() < 0:
-            raise UsageError(f"{self.path}: has no end piece; give --eod PIECE, or --front-tokens")
+            raise UsageError(f"{self.path}: has no end-of-document piece; give --eod PIECE, or --front-tokens")
         return self._processor.eos_id()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -218,16 +218,17 @@ def load_tokenizer(path: Path | str, eod: str | None = None, front_tokens: bool 
 
     Args:
         path: the file, or the folder that holds it.
-        eod: the token that ends a document, where the file alone does not tell or tells another.
-        front_tokens: put `<pad> <bos> <eos> <unk>` (ids 0 to 3) in front of a SentencePiece model's pieces.
+        eod: end-of-document token; by default `<|endoftext|>`, the `eos_token` of tokenizer_config.json, or another
+            common one (for a SentencePiece model: its own end piece).
+        front_tokens: put `<pad> <bos> <eos> <unk>` (ids 0 to 3) before the pieces of a SentencePiece model.
 
     Raises:
-        UsageError: there is no such file, its kind is unknown, or it has no such end token.
+        UsageError: there is no such file, its format is unknown, or it has no end-of-document token (`eod`).
         DataError: the file is damaged.
     """
     path = Path(path)
     if path.is_dir():
-        names = ["tokenizer.json", *sorted(file.name for file in path.iterdir() if _is_other_kind(file))]
+        names = ["tokenizer.json", *sorted(file.name for file in path.iterdir() if _is_ranks_or_model(file))]
         found = next((path / name for name in names if (path / name).is_file()), None)
         if found is None:
             raise UsageError(f"{path}: holds no tokenizer.json, *.tiktoken or *.model")
@@ -246,15 +247,15 @@ def load_tokenizer(path: Path | str, eod: str | None = None, front_tokens: bool 
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read: {error}") from None
         return _JsonTokenizer(path, Kind.HUGGING_FACE, text, eod)
-    raise UsageError(f"{path}: unknown kind of tokenizer; expected tokenizer.json, *.tiktoken or *.model")
+    raise UsageError(f"{path}: unknown tokenizer format; expected tokenizer.json, *.tiktoken or *.model")
 
 
-def _is_other_kind(file: Path) -> bool:
+def _is_ranks_or_model(file: Path) -> bool:
     return file.suffix in (".tiktoken", ".model")
 
 
 def _configured_end(path: Path) -> str | None:
-    """`eos_token` of the tokenizer_config.json beside a tokenizer.json."""
+    """`eos_token` of the tokenizer_config.json beside a tokenizer.json, or None."""
     try:
         token = json.loads((path.parent / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
     except (OSError, ValueError, AttributeError):
@@ -264,7 +265,7 @@ def _configured_end(path: Path) -> str | None:
 
 
 def _json_fingerprint(settings: dict[str, Any], eod_id: int) -> str:
-    """The fingerprint of a tokenizer.json: what decides ids; not padding, truncation, or how text is decoded."""
+    """Fingerprint of a tokenizer.json: of what decides ids, so not of padding, truncation and decoder."""
 
     def given(values: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in values.items() if value is not None and value is not False and value != ""}
@@ -288,7 +289,7 @@ def _digest(parts: Any) -> str:
 
 
 def _without_offsets(value: Any) -> Any:
-    """`value` without `trim_offsets`, which moves offsets and never ids."""
+    """`value` without `trim_offsets`, which changes character offsets but no id."""
     if isinstance(value, dict):
         return {key: _without_offsets(inner) for key, inner in value.items() if key != "trim_offsets"}
     if isinstance(value, list):
@@ -302,5 +303,5 @@ def _shown(raw: bytes) -> str:
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
-    """Megatron-LM's rule (`DType.optimal_dtype`): uint16 below a vocabulary of 65,500, else int32."""
+    """Token dtype on disk by Megatron-LM's rule (`DType.optimal_dtype`): uint16 below 65,500 ids, else int32."""
     return np.dtype(np.uint16) if vocab_size < 65_500 else np.dtype(np.int32)

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on one's own text."""
+"""Training of a byte-level BPE tokenizer."""
 
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -16,12 +16,12 @@ PAD = "<|pad|>"
 
 
 class Digits(StrEnum):
-    """How a run of digits is split before merging."""
+    """How a run of digits is split before BPE merges."""
 
     SINGLE = "single"
-    """Each digit a token, as Qwen's regex does."""
+    """One token per digit, as in Qwen's regex."""
     TRIPLES = "triples"
-    """Up to three digits together, as cl100k does."""
+    """Up to three digits per token, as in cl100k."""
 
 
 def train_tokenizer(
@@ -32,28 +32,33 @@ def train_tokenizer(
     digits: Digits = Digits.SINGLE,
     max_bytes: int | None = None,
 ) -> int:
-    """Train a byte-level BPE with NFC and Qwen's regex and write it as `output`, a `tokenizer.json`.
+    """Train a byte-level BPE with NFC and Qwen's regex, and write it to `output`, a `tokenizer.json`.
 
-    `<|pad|>`, `<|endoftext|>`, `<|im_start|>` and `<|im_end|>` are ids 0 to 3, the 256 bytes follow.
+    `<|pad|>`, `<|endoftext|>`, `<|im_start|>` and `<|im_end|>` are ids 0 to 3; the 256 bytes follow.
 
     Args:
-        sources: the text to learn from.
-        vocab_size: ids in all, control tokens included.
-        max_bytes: stop reading after so many bytes of text.
+        sources: training text.
+        options: how documents in `sources` are found.
+        output: path of the `tokenizer.json`; replaced if it exists.
+        vocab_size: number of ids, control tokens included.
+        digits: how runs of digits are split.
+        max_bytes: stop reading after this many bytes of text; by default, all text is read.
 
     Returns:
-        The number of ids, less than `vocab_size` where the text has too few distinct words.
+        The number of ids: fewer than `vocab_size` if the text has too few different words.
 
     Raises:
-        UsageError: `vocab_size` is too small for the bytes and control tokens.
-        DataError: there is no text.
+        UsageError: `vocab_size` is too small for the 256 bytes and the control tokens.
+        DataError: the sources hold no text, or one is damaged.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     specials = [PAD, *CONTROL_TOKENS]
-    least = 256 + len(specials)
-    if vocab_size < least:
-        raise UsageError(f"--vocab-size {vocab_size}: 256 bytes and {len(specials)} control tokens need {least}")
+    minimum = 256 + len(specials)
+    if vocab_size < minimum:
+        raise UsageError(
+            f"--vocab-size {vocab_size}: 256 bytes and {len(specials)} control tokens need at least {minimum}"
+        )
     regex = QWEN_REGEX if digits is Digits.SINGLE else QWEN_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

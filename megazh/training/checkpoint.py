@@ -1,7 +1,7 @@
-"""Checkpoints: folders `step_NNNNNNNN` that appear by rename when all of it is on disk, each with a manifest.
+"""Checkpoints: folders `step_NNNNNNNN` that appear by rename once everything is on disk, each with a manifest.
 
-DeepSpeed lays out the files, one a layer and one a rank's share of the optimizer; they are written through to disk,
-hashed, and read back without ever unpickling anything but tensors and plain values.
+DeepSpeed lays out the files: one per layer, and one per rank for its optimizer shard. They are flushed to disk, hashed,
+and read back without unpickling anything but tensors and plain values.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from megazh.training.weights import load_tensors
 
 
 class _SafeCheckpointEngine(TorchCheckpointEngine):
-    """Writes files through to disk and hashes them; reads tensors and plain values only."""
+    """Flushes and hashes the files that it writes; reads tensors and plain values only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
 
 
 def _allowed() -> list[Any]:
-    """DeepSpeed's own types in its files: records of numbers."""
+    """DeepSpeed's own types in its files, which are records of numbers."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -50,7 +50,7 @@ def _allowed() -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` with members of enumerations as their numbers: some versions of Python pickle those as calls."""
+    """Replace members of enumerations by their values: some versions of Python pickle members as function calls."""
     if isinstance(value, Enum):
         return value.value
     if type(value) is dict:
@@ -63,10 +63,10 @@ def _plain(value: Any) -> Any:
 def save_checkpoint(
     engine: Any, folder: Path, step: int, samples: int, tokens: int, bounds: list[int], precision: str
 ) -> Path:
-    """Write the checkpoint of `step`; all ranks call it. Returns its path.
+    """Write the checkpoint of `step` and return its path. All ranks call it.
 
     Raises:
-        WorkerError: the disk is full or gone, on any rank; the checkpoints before are as they were.
+        WorkerError: the disk is full or gone, on any rank; earlier checkpoints are untouched.
     """
     target = checkpoint_path(folder, step)
     temporary = folder / f".{target.name}.unfinished"
@@ -107,11 +107,11 @@ def save_checkpoint(
             versions=_versions(),
             files=[entries[name] for name in sorted(entries)],
         )
-        for script in temporary.glob("*.py"):  # DeepSpeed's own tools: they unpickle, and no hash covers them
+        for script in temporary.glob("*.py"):  # DeepSpeed's own tools, which unpickle and are covered by no hash
             script.unlink()
         write_atomic(temporary / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
         fsync_directory(temporary / STATE)
-        shutil.rmtree(target, ignore_errors=True)  # of a life of this run that was rolled back
+        shutil.rmtree(target, ignore_errors=True)  # left by an earlier attempt that was rolled back past this step
         os.rename(temporary, target)
         fsync_directory(folder)
     dist.barrier()
@@ -119,10 +119,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, manifest: CheckpointManifest) -> None:
-    """Put weights and optimizer back; all ranks call it.
+    """Restore weights and optimizer state. All ranks call it.
 
     Raises:
-        DataError: a file's content is not what the manifest says, on any rank.
+        DataError: a file's content differs from the manifest, on any rank.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mine = [entry.name for entry in manifest.files[rank::ranks] if sha256_file(checkpoint / entry.name) != entry.sha256]
@@ -130,10 +130,10 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: CheckpointManifest)
     dist.all_gather_object(gathered, mine)
     if wrong := [name for names in gathered for name in names]:
         raise DataError(
-            f"{checkpoint / wrong[0]}: its content has changed since it was written; remove {checkpoint} to go on "
+            f"{checkpoint / wrong[0]}: its content has changed since it was written; remove {checkpoint} to resume "
             "from the checkpoint before it"
         )
-    # DeepSpeed takes these from the checkpoint; they are the recipe's, which may have changed since.
+    # DeepSpeed restores these from the checkpoint, but the recipe decides, and it may have changed since.
     clip, decays = engine.optimizer.clip_grad, [group["weight_decay"] for group in engine.optimizer.param_groups]
     engine.checkpoint_engine = _SafeCheckpointEngine()
     try:
@@ -157,7 +157,7 @@ def _versions() -> dict[str, str]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a checkpoint that was cut short has left."""
+    """Remove the files of checkpoints that were interrupted."""
     if folder.is_dir():
         for path in folder.glob(".step_*.unfinished"):
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, and what their manifests say; without torch, so that it is quick."""
+"""The checkpoints of a run and their manifests; without torch, so that listing them is quick."""
 
 import json
 import re
@@ -10,14 +10,14 @@ from megazh.errors import DataError, UsageError
 
 MANIFEST = "manifest.json"
 STATE = "state"
-"""The folder in a checkpoint that DeepSpeed's files lie in."""
+"""Folder inside a checkpoint that holds DeepSpeed's files."""
 
 
 class FileEntry(Config):
     """One file of a checkpoint."""
 
     name: str
-    """Relative to the checkpoint."""
+    """Path relative to the checkpoint."""
     bytes: int
     sha256: str
 
@@ -29,36 +29,37 @@ class CheckpointManifest(Config):
     step: int
     """Optimizer steps done."""
     samples: int
-    """Consumed; the data goes on from there."""
+    """Training samples consumed; a resumed run continues behind them."""
     tokens: int
     stages: int
     replicas: int
     bounds: list[int]
-    """Of the stages; see `megazh.pipeline.split`."""
+    """Stage bounds; see `megazh.pipeline.split`."""
     precision: str
+    """Dtype of weights and activations."""
     versions: dict[str, str]
     files: list[FileEntry]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The path of the checkpoint of a step."""
     return folder / f"step_{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints, oldest first; unfinished ones are none."""
+    """All finished checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8}", path.name))
 
 
 def read_manifest(checkpoint: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint, its files present and of the right size.
+    """Read the manifest of a checkpoint, and check that its files are there and have the right size.
 
     Raises:
-        DataError: it is damaged; names the file, and the way back.
+        DataError: the manifest or a file is missing or damaged; names the file and the remedy.
     """
-    remedy = f"remove {checkpoint} to go on from the checkpoint before it"
+    remedy = f"remove {checkpoint} to resume from the checkpoint before it"
     try:
         values = json.loads((checkpoint / MANIFEST).read_bytes())
         manifest = from_mapping(values, CheckpointManifest, str(checkpoint / MANIFEST))

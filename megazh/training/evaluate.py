@@ -1,4 +1,4 @@
-"""Loss on held-out documents, and continuations of prompts, through the pipeline as it stands."""
+"""Validation loss and sampled continuations, computed by the training pipeline itself."""
 
 import math
 from dataclasses import dataclass
@@ -15,24 +15,31 @@ from megazh.training.feed import ValidationFeed
 from megazh.training.layout import Layout
 
 SAMPLING = SamplingOptions(temperature=0.7, top_k=50, top_p=0.95)
-"""How continuations are drawn during training."""
+"""Sampling options of continuations during training."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a pass over held-out samples gives."""
+    """Result of a pass over the held-out samples."""
 
     loss: float
-    """Nats a token."""
+    """Mean loss in nats per token."""
     bits_per_byte: float
-    """Bits that the model needs for a byte of text, whatever the tokenizer."""
+    """Bits per byte of text, which does not depend on the tokenizer."""
 
 
 class Validator:
     """Validates on the same samples each time.
 
-    Bits per byte are the loss summed over all labels, end-of-document tokens included, divided by ln 2 and by the
-    UTF-8 bytes that the labels stand for.
+    Bits per byte are the loss summed over all labels (end-of-document tokens included), divided by ln 2 and by the
+    number of UTF-8 bytes that the labels stand for.
+
+    Args:
+        samples: all held-out samples.
+        layout: the arrangement of the ranks.
+        replica: number of this rank's replica.
+        limit: largest number of samples to use; None: all.
+        tokenizer: gives the bytes of each token.
     """
 
     def __init__(
@@ -40,7 +47,7 @@ class Validator:
     ) -> None:
         self._feed = ValidationFeed(samples, layout, replica, limit)
         self.samples = len(self._feed.numbers)
-        """How many it validates on."""
+        """Number of samples in a pass."""
         self._bytes = self._count_bytes(samples, tokenizer)
 
     def _count_bytes(self, samples: ValidationSamples, tokenizer: Tokenizer) -> int:
@@ -51,13 +58,13 @@ class Validator:
         return sum(int(counts[token]) * len(tokenizer.token_bytes(int(token))) for token in np.flatnonzero(counts))
 
     def __call__(self, engine: Any) -> Validation:
-        """Validate; all ranks call it."""
+        """Validate. All ranks call it."""
         loss = float(engine.eval_batch(iter(self._feed), num_micro_batches=self._feed.micro_batches))
         return Validation(loss, loss * self._feed.valid / math.log(2) / max(self._bytes, 1))
 
 
 def sample_text(engine: Any, tokenizer: Tokenizer, prompt: str, count: int, seed: int) -> str:
-    """A continuation of `prompt`, of at most `count` tokens; all ranks call it and get the same."""
+    """Sample a continuation of `prompt`, at most `count` tokens long. All ranks call it and get the same text."""
     ids = tokenizer.encode(prompt)
     module = engine.module
     module.eval()

@@ -1,4 +1,4 @@
-"""Micro-batches as the pipeline engine takes them, each with the scale that makes DeepSpeed's mean of means right."""
+"""Micro-batches in the form of the pipeline engine, each with the scale that makes the loss a mean over tokens."""
 
 import itertools
 from collections import deque
@@ -9,27 +9,38 @@ import torch
 
 from megazh.index.loader import Batch, training_batches
 from megazh.index.mixture import Mixture, ValidationSamples
+from megazh.model.document_map import encode_document_map
 from megazh.training.layout import Layout
 
 MicroBatch = tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""((tokens, layout), (labels, scale)): (batch, seq), (batch, seq + max_docs + 1), (batch, seq) int32, (1,) fp32."""
+"""((tokens, document map), (labels, scale)).
+
+Shapes: (batch, seq), (batch, seq + max_docs + 1) and (batch, seq) int32, and (1,) fp32.
+"""
 
 
 _READY = 4
-"""Micro-batches that a GPU's feed keeps ready."""
+"""Micro-batches that the feed of a GPU keeps ready."""
 
 
 def training_feed(
     mixture: Mixture, layout: Layout, replica: int, first_step: int, workers: int
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of one replica from step `first_step` (from 0) on, up to the mixture's last whole step.
+    """Yield the micro-batches of one replica from step `first_step` (from 0) to the mixture's last whole step.
 
     Step n takes the samples from n * global_batch_size on, whatever the layout. DeepSpeed averages the loss over
-    micro-batches and replicas; each micro-batch's summed loss is scaled by micro_batches * replicas / valid labels of
-    the whole step, so that the average is the mean over tokens.
+    micro-batches and replicas. Each micro-batch's summed loss is therefore scaled by micro_batches * replicas / valid
+    labels of the whole step, which makes that average the mean over tokens.
+
+    Args:
+        mixture: the data.
+        layout: the arrangement of the ranks.
+        replica: number of this rank's replica.
+        first_step: optimizer steps done before.
+        workers: threads that gather samples ahead of time.
     """
     feed = _training_feed(mixture, layout, replica, first_step, workers)
-    # On a CPU, another thread would take from training what it gives.
+    # On the CPU a prefetch thread only competes with training for cores.
     return _ahead(feed, _READY) if workers and torch.cuda.is_available() else feed
 
 
@@ -45,7 +56,7 @@ def _training_feed(
     def count(step: int) -> int:
         return sum(mixture.valid_labels(number) for number in range(step * size, (step + 1) * size))
 
-    with ThreadPoolExecutor(1, thread_name_prefix="labels") as pool:  # counts the next step's meanwhile
+    with ThreadPoolExecutor(1, thread_name_prefix="labels") as pool:  # counts labels of the next step meanwhile
         for valid in _one_ahead(pool.submit(count, step) for step in steps):
             scale = torch.tensor([layout.micro_batches * layout.replicas / max(valid.result(), 1)])
             for _ in range(layout.micro_batches):
@@ -53,7 +64,7 @@ def _training_feed(
 
 
 def _ahead(feed: Iterator[MicroBatch], ready: int) -> Iterator[MicroBatch]:
-    """The same micro-batches, made by a thread, `ready` of them before they are asked for."""
+    """Yield the same micro-batches, made by a thread that keeps `ready` of them in stock."""
     with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
         pending = deque(pool.submit(next, feed, None) for _ in range(ready))
         while (batch := pending.popleft().result()) is not None:
@@ -62,7 +73,7 @@ def _ahead(feed: Iterator[MicroBatch], ready: int) -> Iterator[MicroBatch]:
 
 
 def _one_ahead(items: Iterator[Future[int]]) -> Iterator[Future[int]]:
-    """The same items, each given out when the one behind it has been drawn."""
+    """Yield the same items, each after the next one was drawn."""
     before = next(items, None)
     while before is not None:
         item = next(items, None)
@@ -71,21 +82,21 @@ def _one_ahead(items: Iterator[Future[int]]) -> Iterator[Future[int]]:
 
 
 def as_micro_batch(batch: Batch, scale: torch.Tensor) -> MicroBatch:
-    """A batch of samples in the engine's form; in pinned memory where the batch is, so that nothing waits for it."""
-    layout = torch.cat((batch["position_ids"], batch["cu_seqlens"]), 1)
+    """Put a batch of samples into the engine's form; pinned in memory if the batch is, so that copies do not block."""
+    document_map = encode_document_map(batch["position_ids"], batch["cu_seqlens"])
     if batch["tokens"].is_pinned():
-        layout, scale = layout.pin_memory(), scale.pin_memory()
-    return (batch["tokens"], layout), (batch["labels"], scale)
+        document_map, scale = document_map.pin_memory(), scale.pin_memory()
+    return (batch["tokens"], document_map), (batch["labels"], scale)
 
 
 class ValidationFeed:
-    """The held-out samples in whole micro-batches for all replicas, the last filled up with rows that count nothing.
+    """The held-out samples in whole micro-batches for all replicas; the last one is filled up with ignored rows.
 
     Args:
-        samples: all that is held out.
-        layout: the run's.
-        replica: this rank's.
-        limit: take so many at most, evenly spread.
+        samples: all held-out samples.
+        layout: the arrangement of the ranks.
+        replica: number of this rank's replica.
+        limit: largest number of samples to use, evenly spread over all; None: all.
     """
 
     def __init__(self, samples: ValidationSamples, layout: Layout, replica: int, limit: int | None) -> None:
@@ -93,9 +104,9 @@ class ValidationFeed:
         self._samples, self._layout, self._replica = samples, layout, replica
         self.numbers = [place * len(samples) // count for place in range(count)]
         self.valid = sum(samples.valid_labels(number) for number in self.numbers)
-        """Labels that count."""
+        """Labels of these samples that are not ignored."""
         self.micro_batches = -(-count // (layout.micro_batch_size * layout.replicas))
-        """A replica."""
+        """Micro-batches per replica in one validation pass."""
 
     def __iter__(self) -> Iterator[MicroBatch]:
         size, replicas = self._layout.micro_batch_size, self._layout.replicas
@@ -104,8 +115,7 @@ class ValidationFeed:
             begin = (number * replicas + self._replica) * size
             rows = self.numbers[begin : begin + size]
             missing = size - len(rows)
-            batch = self._samples.batch([*rows, *[0] * missing])
-            labels = torch.from_numpy(batch.labels)
-            labels[size - missing :] = -100
-            layout = torch.cat((torch.from_numpy(batch.position_ids), torch.from_numpy(batch.cu_seqlens)), 1)
-            yield (torch.from_numpy(batch.tokens), layout), (labels, scale)
+            samples = self._samples.batch([*rows, *[0] * missing])
+            batch = {name: torch.from_numpy(array) for name, array in samples._asdict().items()}
+            batch["labels"][size - missing :] = -100
+            yield as_micro_batch(batch, scale)

@@ -8,27 +8,29 @@ from megazh.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Layout:
-    """Of a run; ranks = stages * replicas."""
+    """Arrangement of a run's ranks; ranks = stages * replicas."""
 
     ranks: int
     stages: int
     replicas: int
     micro_batch_size: int
     micro_batches: int
-    """A step and replica."""
+    """Micro-batches per optimizer step and replica (gradient accumulation steps)."""
 
 
 def make_layout(recipe: Recipe, ranks: int, stages: int | None = None) -> Layout:
-    """The layout of `recipe` on so many ranks.
+    """Lay out a recipe on a number of ranks.
 
     Args:
-        stages: instead of the recipe's.
+        recipe: the recipe.
+        ranks: number of ranks, one per GPU.
+        stages: number of pipeline stages, if not the recipe's.
 
     Raises:
         UsageError: ranks do not divide by stages, there are more stages than parts of the model, or the batch does
-            not add up; with the numbers, and what would do.
+            not add up; with the numbers and with values that would work.
     """
-    stages = stages or recipe.pipe_parallel_size
+    stages = stages or recipe.parallel.pipe_parallel_size
     parts = recipe.model.num_hidden_layers + 2
     fitting = ", ".join(str(count) for count in range(1, ranks + 1) if ranks % count == 0 and count <= parts)
     if ranks % stages:
@@ -38,25 +40,24 @@ def make_layout(recipe: Recipe, ranks: int, stages: int | None = None) -> Layout
             f"{stages} pipeline stages for {parts} parts (embedding, {parts - 2} layers, head); -p may be {fitting}"
         )
     replicas = ranks // stages
-    size, batch = recipe.micro_batch_size, recipe.global_batch_size
-    micro_batches, rest = divmod(batch, size * replicas)
-    given = recipe.gradient_accumulation_steps
-    if given is not None and size * given * replicas != batch:
+    size, total = recipe.batch.micro_batch_size, recipe.batch.global_batch_size
+    micro_batches, rest = divmod(total, size * replicas)
+    given = recipe.batch.gradient_accumulation_steps
+    if given is not None and size * given * replicas != total:
         other = "" if rest else f", or gradient_accumulation_steps={micro_batches}"
         raise UsageError(
             f"the batch does not add up: micro_batch_size {size} x gradient_accumulation_steps {given} x {replicas} "
-            f"replicas = {size * given * replicas}, and global_batch_size is {batch}; set "
+            f"replicas = {size * given * replicas}, and global_batch_size is {total}; set "
             f"global_batch_size={size * given * replicas}{other}"
         )
     if rest:
         raise UsageError(
-            f"global_batch_size {batch} does not divide by micro_batch_size {size} x {replicas} replicas = "
-            f"{size * replicas}; {_remedy(batch, size, replicas)}"
+            f"global_batch_size {total} does not divide by micro_batch_size {size} x {replicas} replicas = "
+            f"{size * replicas}; {_remedy(total, size, replicas)}"
         )
-    if recipe.stage_bounds is not None and len(recipe.stage_bounds) != stages + 1:
-        raise UsageError(
-            f"stage_bounds {recipe.stage_bounds} cut into {len(recipe.stage_bounds) - 1} stages, and there are {stages}"
-        )
+    bounds = recipe.parallel.stage_bounds
+    if bounds is not None and len(bounds) != stages + 1:
+        raise UsageError(f"stage_bounds {bounds} cut into {len(bounds) - 1} stages, and there are {stages}")
     return Layout(ranks, stages, replicas, size, micro_batches)
 
 
@@ -65,4 +66,4 @@ def _remedy(batch: int, size: int, replicas: int) -> str:
     if sizes:
         return f"set micro_batch_size={sizes[-1]}, or another global_batch_size"
     near = max(1, round(batch / (size * replicas))) * size * replicas
-    return f"set global_batch_size={near}, or take another number of GPUs or stages"
+    return f"set global_batch_size={near}, or use another number of GPUs or stages"

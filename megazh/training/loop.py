@@ -1,4 +1,4 @@
-"""The training loop: build or resume, step, tell, validate, sample, save."""
+"""The training loop: build or resume, then step, log, validate, sample and save."""
 
 import hashlib
 import os
@@ -11,55 +11,54 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megazh.index.mixture import Mixture
-from megazh.model.attention import choose_backend
+from megazh.model.backend import choose_backend
 from megazh.model.counts import flops_per_token
 from megazh.pipeline.engine import check_tied, make_engine, quiet
 from megazh.pipeline.module import DecoderPipeline
-from megazh.pipeline.precision import Precision
+from megazh.pipeline.precision import Dtype
+from megazh.run.folder import RunFolder
+from megazh.run.metrics import Metrics, StepRecord
+from megazh.run.peaks import peak_flops
 from megazh.training.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
 from megazh.training.checkpoint_list import CheckpointManifest, list_checkpoints, read_manifest
+from megazh.training.cut import agree_on_bounds
+from megazh.training.describe import describe_kernels
 from megazh.training.evaluate import Validator, sample_text
 from megazh.training.feed import MicroBatch, training_feed
 from megazh.training.layout import Layout, make_layout
-from megazh.training.metrics import Metrics, StepRecord
 from megazh.training.optimizer import make_optimizer
-from megazh.training.peaks import peak_flops
-from megazh.training.precision import accumulation, communication, precision_on
-from megazh.training.recipe import Kernels, Recipe
-from megazh.training.run_folder import RunFolder
+from megazh.training.recipe import Device, Kernels, Recipe, run_recipe
 from megazh.training.schedule import learning_rate, warmup_steps
-from megazh.training.stages import agree_on_bounds
+from megazh.training.stages import describe_parts, work_of
 from megazh.training.startup import Startup
 from megazh.training.stop import StopRequest
-from megazh.training.summary import describe_kernels, describe_parts
 
 
 class Interrupted(Exception):
-    """Ctrl-C; what was done is saved."""
+    """A rank was requested to stop; finished steps are saved."""
 
 
-def train(path: Path, stages: int, device: torch.device, stop: StopRequest, startup: Startup) -> None:
-    """Train the run in folder `path` to its end; all ranks call it.
+def train(path: Path, device: torch.device, stop: StopRequest, startup: Startup) -> None:
+    """Train the run in folder `path` to its end. All ranks call it.
 
     Args:
-        stages: of the pipeline.
-        device: this rank's.
-        stop: whether this rank was asked to stop.
+        path: the run folder; its config.yaml holds the recipe with the layout.
+        device: this rank's device.
+        stop: the request to stop, if one comes.
         startup: the clock of this start.
 
     Raises:
-        MegazhError: as what is called.
-        Interrupted: a rank was asked to stop; a checkpoint of the step that was being done is written.
+        MegazhError: data, checkpoint or machine fail, as the functions called here document.
+        Interrupted: a rank was requested to stop; a checkpoint of the last finished step is written.
     """
     run = RunFolder(path)
-    recipe = run.recipe()
-    layout = make_layout(recipe, dist.get_world_size(), stages)
+    recipe = run_recipe(run)
+    layout = make_layout(recipe, dist.get_world_size())
     Trainer(run, recipe, layout, device, stop, startup).run()
 
 
 class Trainer:
-    """What a rank needs for its steps; all ranks make one, with the same arguments but for the device."""
+    """The state of training on one rank. All ranks make one, with equal arguments except for the device."""
 
     def __init__(
         self,
@@ -73,46 +72,50 @@ class Trainer:
         self._startup = startup or Startup()
         self._folder, self._recipe, self._layout, self._device = run, recipe, layout, device
         self._steps = recipe.total_steps
-        self._warmup = warmup_steps(self._steps, recipe.warmup)
-        self._precision = precision_on(recipe, device.type)
-        if recipe.memory_limit_gib is not None and device.type == "cuda":
+        self._warmup = warmup_steps(self._steps, recipe.schedule.warmup)
+        self._precision = recipe.precision.on(Device(device.type))
+        limit = recipe.parallel.memory_limit_gib
+        if limit is not None and device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, recipe.memory_limit_gib * 2**30 / total), device)
-        self._mixture = Mixture(recipe.data.manifest, recipe.seq_len, recipe.data.packing, recipe.data.max_docs)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total), device)
+        self._mixture = recipe.open_mixture()
         self._tokenizer = run.tokenizer()
         self._startup.done("data")
         manifest = self._newest()
         self._step = manifest.step if manifest else 0
-        """Steps done."""
-        self.bounds = manifest.bounds if manifest else agree_on_bounds(recipe, layout, device, self._precision)
-        holds = (describe_parts(recipe, begin, end) for begin, end in pairwise(self.bounds))
-        self.say(f"{'stages':<12}{' | '.join(holds)}")
+        """Optimizer steps done."""
+        kernels = recipe.parallel.kernels is Kernels.AUTO
+        backend = choose_backend(recipe.model, device, self._precision.compute.torch, kernels)
+        self.work = work_of(recipe, layout, self._precision, backend)
+        self.bounds = manifest.bounds if manifest else agree_on_bounds(recipe, self.work, device)
+        stages = (describe_parts(recipe, begin, end) for begin, end in pairwise(self.bounds))
+        self.log(f"{'stages':<12}{' | '.join(stages)}")
         if device.type == "cuda":
-            self.say(f"{'kernels':<12}{describe_kernels(recipe, device, self._precision, layout.stages)}")
+            self.log(f"{'kernels':<12}{describe_kernels(recipe, device, self._precision, layout.stages)}")
         self._startup.done("stages")
         self.engine = self._make_engine()
         self._startup.done("engine")
         if manifest:
             load_checkpoint(self.engine, list_checkpoints(run.checkpoints)[-1], manifest)
             self._startup.done("checkpoint")
-            self.say(f"resumed at step {self._step} of {self._steps}")
+            self.log(f"resumed at step {self._step} of {self._steps}")
         module: DecoderPipeline = self.engine.module
         self._replica = module.mpu().get_data_parallel_rank()
         self._feed = self._make_feed(module)
         self._validator = self._make_validator()
         self._startup.done("validation data")
-        flops = flops_per_token(recipe.model, recipe.seq_len).total
+        flops = flops_per_token(recipe.model, recipe.batch.seq_len).total
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        peak = peak_flops(name, recipe.peak_tflops)
+        peak = peak_flops(name, recipe.logging.peak_tflops)
         self._mfu_per_rate = flops / peak if peak else None
         self._stop = stop
         self._data_seconds = 0.0
         self._pace = 0.0
-        """Seconds a step, of late."""
+        """Exponential average of the seconds per step."""
         self._begun_at = self._step
 
-    def say(self, line: str) -> None:
-        """Tell the person at the terminal, once."""
+    def log(self, line: str) -> None:
+        """Print a line once, on rank 0."""
         if dist.get_rank() == 0:
             print(line, flush=True)
 
@@ -123,27 +126,14 @@ class Trainer:
         return read_manifest(checkpoints[-1]) if checkpoints else None
 
     def _make_engine(self) -> Any:
-        recipe, layout = self._recipe, self._layout
-        backend = choose_backend(recipe.model, self._device, self._precision.dtype, recipe.kernels is Kernels.AUTO)
+        recipe = self._recipe
         with quiet():
             module = DecoderPipeline(
-                recipe.model, self.bounds, backend, recipe.seed, recipe.activation_checkpointing, recipe.z_loss,
-                recipe.cuda_graph,
-            )  # fmt: skip
+                self.work, self.bounds, recipe.schedule.seed, recipe.optimizer.z_loss, recipe.parallel.cuda_graph
+            )
         self._startup.done("model")
-        accumulated = accumulation(recipe, self._precision)
-        return make_engine(
-            module,
-            make_optimizer(module.parameters(), recipe),
-            layout.micro_batch_size,
-            layout.micro_batches,
-            layout.replicas,
-            self._precision,
-            accumulated,
-            communication(recipe, accumulated),
-            recipe.max_grad_norm,
-            recipe.zero_stage,
-        )
+        optimizer = make_optimizer(module.parameters(), recipe.optimizer)
+        return make_engine(module, optimizer, self.work, recipe.optimizer.max_grad_norm, recipe.parallel.zero_stage)
 
     def _make_feed(self, module: DecoderPipeline) -> Iterator[MicroBatch] | None:
         if not (module.is_first or module.is_last):
@@ -164,15 +154,14 @@ class Trainer:
         validation = self._mixture.manifest.validation
         if not validation or not validation.fraction:
             return None
-        return Validator(
-            self._mixture.validation, self._layout, self._replica, self._recipe.validation_samples, self._tokenizer
-        )
+        limit = self._recipe.evaluation.validation_samples
+        return Validator(self._mixture.validation, self._layout, self._replica, limit, self._tokenizer)
 
     def run(self) -> None:
-        """All steps that are left."""
-        recipe = self._recipe
-        if self._largest([float(self._stop.asked)])[0]:
-            raise Interrupted  # while starting up: there is nothing to save
+        """Train all remaining steps."""
+        checkpoint_every, evaluation = self._recipe.checkpoint.checkpoint_every, self._recipe.evaluation
+        if self._largest([float(self._stop.requested)])[0]:
+            raise Interrupted  # during start-up: there is nothing to save
         with Metrics(self._folder.path, self._step, quiet=dist.get_rank() != 0) as metrics:
             if self._step == 0:
                 self._validate(metrics)
@@ -180,27 +169,29 @@ class Trainer:
             while self._step < self._steps:
                 stop = self.take_step(metrics)
                 last = self._step == self._steps
-                if not last and (stop or _due(recipe.checkpoint_every, self._step)):
+                if not last and (stop or _due(checkpoint_every, self._step)):
                     self._save()  # before anything that takes time or may fail
                 if stop and not last:
                     raise Interrupted
-                if last or _due(recipe.validate_every, self._step):
+                if last or _due(evaluation.validate_every, self._step):
                     self._validate(metrics)
-                if last or _due(recipe.sample_every, self._step):
+                if last or _due(evaluation.sample_every, self._step):
                     self._sample(metrics)
-                if last or _due(recipe.check_tied_every, self._step):
+                if last or _due(self._recipe.parallel.check_tied_every, self._step):
                     check_tied(self.engine.module)
                 if last:
                     self._save()
 
     def take_step(self, metrics: Metrics) -> bool:
-        """One optimizer step, told to `metrics`; returns whether a rank was asked to stop."""
+        """Take one optimizer step and record it in `metrics`; returns whether a rank was requested to stop."""
         engine, recipe = self.engine, self._recipe
-        rate = learning_rate(self._step, self._steps, recipe.learning_rate, self._warmup, recipe.min_lr_ratio)
+        rate = learning_rate(
+            self._step, self._steps, recipe.optimizer.learning_rate, self._warmup, recipe.schedule.min_lr_ratio
+        )
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        # Dropout follows from seed, step and rank, so that a run that is resumed draws what it would have drawn.
-        torch.manual_seed(hash_seed(recipe.seed, self._step, dist.get_rank()))
+        # Dropout depends on seed, step and rank only, so that a resumed run draws what the whole run would have drawn.
+        torch.manual_seed(hash_seed(recipe.schedule.seed, self._step, dist.get_rank()))
         self._data_seconds = 0.0
         skipped_before = engine.skipped_steps
         begun = time.perf_counter()
@@ -209,9 +200,9 @@ class Trainer:
         self._step += 1
         if self._step == self._begun_at + 1:
             self._startup.done("first step")
-            self.say(self._startup.describe())
+            self.log(self._startup.describe())
         stop, data_seconds, memory, reserved = self._largest(
-            [float(self._stop.asked), self._data_seconds, *self._memory()]
+            [float(self._stop.requested), self._data_seconds, *self._memory()]
         )
         rate_all = recipe.batch_tokens / seconds
         norm = engine.get_global_grad_norm()
@@ -232,25 +223,28 @@ class Trainer:
                 data_seconds=data_seconds,
                 skipped=engine.skipped_steps > skipped_before,
                 eta_seconds=self._eta(seconds),
-                loss_scale=float(engine.optimizer.loss_scale) if self._precision is Precision.FP16 else None,
+                loss_scale=float(engine.optimizer.loss_scale) if self._precision.compute is Dtype.FP16 else None,
             )
         )
         return stop > 0
 
     def _eta(self, seconds: float) -> float:
-        """Seconds to the end at the pace of late; the first step of this life, which warms up, is soon forgotten."""
+        """Seconds to the end, by an exponential average of step times that starts anew at the second step of a process.
+
+        The first step includes warm-up.
+        """
         new = self._step - self._begun_at <= 2
         self._pace = seconds if new else 0.9 * self._pace + 0.1 * seconds
         return (self._steps - self._step) * self._pace
 
     def _memory(self) -> tuple[float, float]:
-        """Bytes of this GPU at most allocated and reserved so far; zeros on the CPU."""
+        """Largest numbers of bytes allocated and reserved on this GPU so far; zeros on the CPU."""
         if self._device.type != "cuda":
             return 0.0, 0.0
         return float(torch.cuda.max_memory_allocated()), float(torch.cuda.max_memory_reserved())
 
     def _largest(self, values: list[float]) -> list[float]:
-        """The largest of each value over all ranks."""
+        """The maximum of each value over all ranks."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
@@ -263,9 +257,10 @@ class Trainer:
         metrics.validation(self._step, tokens, found.loss, found.bits_per_byte, self._validator.samples)
 
     def _sample(self, metrics: Metrics) -> None:
-        for number, prompt in enumerate(self._recipe.sample_prompts):
-            seed = hash_seed(self._recipe.seed, self._step, number)
-            text = sample_text(self.engine, self._tokenizer, prompt, self._recipe.sample_tokens, seed)
+        evaluation = self._recipe.evaluation
+        for number, prompt in enumerate(evaluation.sample_prompts):
+            seed = hash_seed(self._recipe.schedule.seed, self._step, number)
+            text = sample_text(self.engine, self._tokenizer, prompt, evaluation.sample_tokens, seed)
             metrics.sample(self._step, prompt, text)
 
     def _save(self) -> None:
@@ -275,12 +270,12 @@ class Trainer:
             self.engine,
             self._folder.checkpoints,
             self._step,
-            self._step * recipe.global_batch_size,
+            self._step * recipe.batch.global_batch_size,
             self._step * recipe.batch_tokens,
             self.bounds,
-            self._precision.value,
+            self._precision.compute.value,
         )
-        self.say(f"checkpoint {os.path.relpath(path)} ({time.perf_counter() - begun:.1f} s)")
+        self.log(f"checkpoint {os.path.relpath(path)} ({time.perf_counter() - begun:.1f} s)")
 
 
 def _due(every: int, step: int) -> bool:
@@ -288,6 +283,6 @@ def _due(every: int, step: int) -> bool:
 
 
 def hash_seed(*parts: int) -> int:
-    """A seed of 63 bits from some numbers; the same on every machine."""
+    """Derive a 63-bit seed from some numbers; the same on every machine."""
     digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

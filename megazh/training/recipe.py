@@ -1,220 +1,309 @@
-"""A recipe: everything that decides what a training run computes, from YAML files and `key=value` settings."""
+"""A recipe: everything that decides what a training run computes, from YAML files and `key=value` settings.
 
-from collections.abc import Sequence
+Each key is a field of one of the sections below, with its docstring; `megazh recipe show NAME` prints them all. To add
+a key, add a field here and use it.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from megazh.config import Config, choice, from_mapping, override, read_layers
+from megazh.config import Config, choice, dotted_fields, from_mapping
 from megazh.errors import UsageError
+from megazh.index.choices import Packing
 from megazh.index.manifest import Amount
-from megazh.index.packing import Packing
 from megazh.model.config import Count, ModelConfig, Positive, Share
+from megazh.pipeline.precision import Dtype, Precision
+from megazh.run.folder import RunFolder
+from megazh.settings import Settings, override, read_layers
 
-RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
+if TYPE_CHECKING:
+    from megazh.index.mixture import Mixture
+
+MAY_CHANGE = "may change on resume"
+"""Mark of a key that may differ between a run and its resume. All other keys are fixed: they decide the result."""
 
 Every = Annotated[int, Field(ge=0)]
-
-
-class PrecisionChoice(StrEnum):
-    """What weights and activations are held in."""
-
-    AUTO = "auto"
-    """bf16 on CUDA, fp32 on the CPU."""
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-
-class GradientDtype(StrEnum):
-    """What gradients are summed in."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class StageCosts(StrEnum):
-    """Where the costs come from that decide how layers are cut into stages."""
+    """Source of the layer costs that decide how the model is cut into stages."""
 
     AUTO = "auto"
-    """Measured on CUDA; by FLOPs on the CPU, where a clock would make runs differ."""
+    """Measured on CUDA; FLOPs on the CPU, where a clock would make runs differ."""
     FLOPS = "flops"
     MEASURED = "measured"
 
 
 class Kernels(StrEnum):
-    """What blocks, head and loss are computed with on CUDA."""
+    """Implementation of blocks, head and loss on CUDA."""
 
     AUTO = "auto"
-    """Triton's kernels, where the card, the model and a C compiler allow; the log says why not."""
+    """Triton kernels where card, model and C compiler allow; the log says why not."""
     TORCH = "torch"
     """Plain torch: slower, for comparison and for machines on which Triton fails."""
 
 
 class Resume(StrEnum):
-    """What a run does where its folder already holds checkpoints."""
+    """Behaviour of a run whose folder already holds checkpoints."""
 
     AUTO = "auto"
-    """Go on from the newest one; without any, begin."""
+    """Resume from the newest checkpoint; start anew where there is none."""
     NEVER = "never"
-    """Refuse: this run is to be a new one."""
+    """Refuse to start: the run is meant to be a new one."""
+
+
+class Device(StrEnum):
+    """Device type that a run computes on."""
+
+    AUTO = "auto"
+    """CUDA where torch can use it, else the CPU."""
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 class DataConfig(Config):
-    """`data:`."""
+    """Training data."""
 
-    manifest: str
-    """The mixture, `data_index/NAME.yaml`, or the PREFIX of an index; relative to the current folder."""
-    stories: Count | None = None
-    """Where the manifest is missing, make it from so many made-up stories (the demo)."""
+    manifest: Annotated[str, MAY_CHANGE]
+    """Mixture manifest, `data_index/NAME.yaml`, or the PREFIX of a single index; relative to the current folder."""
+    stories: Annotated[Count | None, MAY_CHANGE] = None
+    """Number of made-up stories to write and index where the manifest is missing (the demo)."""
     packing: Annotated[Packing, choice(Packing)] = Packing.BEST_FIT
+    """Rule by which documents are packed into samples."""
     max_docs: Annotated[int | None, Field(ge=2)] = None
-    """Segments a sample; default seq_len / 8."""
-    workers: Annotated[int, Field(ge=0)] = 2
-    """Threads that gather samples ahead."""
+    """Largest number of segments per sample. Default: seq_len / 8, at least 16."""
+    workers: Annotated[int, Field(ge=0), MAY_CHANGE] = 2
+    """Threads that gather samples ahead of time."""
+
+
+class BatchConfig(Config):
+    """Size of an optimizer step."""
+
+    seq_len: Annotated[int, Field(ge=2)]
+    """Tokens per sample."""
+    micro_batch_size: Annotated[Count, MAY_CHANGE]
+    """Samples per micro-batch: what one GPU computes at a time."""
+    global_batch_size: Count
+    """Samples per optimizer step over all GPUs; a multiple of micro_batch_size times the replicas."""
+    gradient_accumulation_steps: Annotated[Count | None, MAY_CHANGE] = None
+    """Micro-batches per optimizer step and replica. Default: what global_batch_size leaves."""
+
+
+class OptimizerConfig(Config):
+    """AdamW (arXiv 1711.05101) and the objective that it minimizes."""
+
+    learning_rate: Annotated[Positive, MAY_CHANGE]
+    """Peak learning rate, reached when warm-up ends."""
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the running averages of gradients and squared gradients."""
+    eps: Positive = 1e-8
+    """Constant added to the denominator of the update."""
+    weight_decay: Annotated[NotNegative, MAY_CHANGE] = 0.1
+    """Weight decay of 2-D weights (embedding included); none on norms and biases."""
+    max_grad_norm: Annotated[NotNegative, MAY_CHANGE] = 1.0
+    """Global norm that gradients are clipped to; 0 turns clipping off."""
+    z_loss: NotNegative = 0.0
+    """Weight of the squared log-sum-exp of the logits in the training loss (PaLM, arXiv 2204.02311)."""
+
+
+class ScheduleConfig(Config):
+    """Length of the run, learning rate over its steps, and seed."""
+
+    tokens: Annotated[Amount | None, MAY_CHANGE] = None
+    """Length of the run in tokens, such as 500M or 30B; give this or steps."""
+    steps: Annotated[Count | None, MAY_CHANGE] = None
+    """Length of the run in optimizer steps; give this or tokens."""
+    warmup: Annotated[NotNegative, MAY_CHANGE] = 0.01
+    """Steps of linear warm-up; below 1 a share of the run."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1), MAY_CHANGE] = 0.1
+    """Learning rate at the end of the cosine, relative to learning_rate."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of initial weights and dropout. The order of data follows the manifest's seed."""
+
+
+class ParallelConfig(Config):
+    """Work of the GPUs: how many there are, and what each of them computes."""
+
+    num_gpus: Annotated[Count | None, MAY_CHANGE] = None
+    """Number of GPUs where the command names none, fewer if the machine has fewer. Default: all. On the CPU: ranks."""
+    device: Annotated[Device, choice(Device), MAY_CHANGE] = Device.AUTO
+    """Device type that the run computes on."""
+    pipe_parallel_size: Annotated[Count, MAY_CHANGE] = 1
+    """Pipeline stages; replicas are GPUs / stages."""
+    stage_costs: Annotated[StageCosts, choice(StageCosts), MAY_CHANGE] = StageCosts.AUTO
+    """Source of the layer costs that decide the cut into stages."""
+    stage_bounds: Annotated[list[int] | None, MAY_CHANGE] = None
+    """Cut by hand: 0, the first part of each later stage, the number of parts (embedding, blocks, head)."""
+    memory_limit_gib: Annotated[Positive | None, MAY_CHANGE] = None
+    """GPU memory in GiB that the cut must respect and torch may allocate. Default: what the card has."""
+    activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
+    """Whether blocks are recomputed in the backward pass, which saves the memory of their activations."""
+    kernels: Annotated[Kernels, choice(Kernels), MAY_CHANGE] = Kernels.AUTO
+    """Implementation of blocks, head and loss on CUDA."""
+    cuda_graph: Annotated[bool, MAY_CHANGE] = True
+    """Whether all kernels of a micro-batch are launched as one CUDA graph; needs Triton kernels and one stage."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """ZeRO stage: 1 shards the optimizer state over the replicas."""
+    check_tied_every: Annotated[Every, MAY_CHANGE] = 100
+    """Steps between comparisons of the two copies of a tied embedding; 0: only at the end."""
+
+
+class PrecisionConfig(Config):
+    """Dtypes. Master weights and optimizer state are fp32 whatever these say."""
+
+    dtype: Annotated[Dtype | Literal["auto"], choice(Dtype, "auto")] = Dtype.BF16
+    """Dtype of weights and activations; auto is bf16 on CUDA and fp32 on the CPU."""
+    grad_accum_dtype: Annotated[Dtype | None, choice(Dtype)] = None
+    """Dtype of gradient accumulation over micro-batches. Default: fp32; fp16 if dtype is fp16."""
+    communication_dtype: Annotated[Dtype | None, choice(Dtype)] = None
+    """Dtype of the data-parallel gradient reduction. Default: grad_accum_dtype."""
+
+    def on(self, device: Device) -> Precision:
+        """The dtypes of a run on this device type."""
+        compute = (Dtype.BF16 if device is Device.CUDA else Dtype.FP32) if self.dtype == "auto" else Dtype(self.dtype)
+        accumulation = self.grad_accum_dtype or (Dtype.FP16 if compute is Dtype.FP16 else Dtype.FP32)
+        return Precision(compute, accumulation, self.communication_dtype or accumulation)
+
+
+class CheckpointConfig(Config):
+    """Checkpoints and resume."""
+
+    checkpoint_every: Annotated[Every, MAY_CHANGE] = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    resume: Annotated[Resume, choice(Resume), MAY_CHANGE] = Resume.AUTO
+    """Behaviour where the run folder already holds checkpoints."""
+
+
+class EvaluationConfig(Config):
+    """Validation and sampled continuations during training."""
+
+    validate_every: Annotated[Every, MAY_CHANGE] = 1000
+    """Steps between validations; 0: only at the end."""
+    validation_samples: Annotated[Count | None, MAY_CHANGE] = None
+    """Largest number of samples to validate on. Default: all."""
+    sample_every: Annotated[Every, MAY_CHANGE] = 0
+    """Steps between sampled continuations; 0: only at the end."""
+    sample_prompts: Annotated[list[str], MAY_CHANGE] = Field(default_factory=lambda: ["从前，"])
+    """Prompts that the model continues."""
+    sample_tokens: Annotated[Count, MAY_CHANGE] = 64
+    """Largest number of tokens in a sampled continuation."""
+
+
+class LoggingConfig(Config):
+    """Reference figures that logs and plans compare with."""
+
+    peak_tflops: Annotated[Positive | None, MAY_CHANGE] = None
+    """Peak TFLOP/s of one GPU for MFU. Default: the data sheet's, where the card is known."""
+    reference_days: Annotated[Positive | None, MAY_CHANGE] = None
+    """Days that such a run took or was estimated at elsewhere, for `megazh plan` to compare with."""
 
 
 class Recipe(Config):
-    """A training run."""
+    """A training run, in sections."""
 
     model: ModelConfig
+    """Shape of the model."""
     data: DataConfig
-    seq_len: Annotated[int, Field(ge=2)]
-    """Tokens a sample."""
-
-    micro_batch_size: Count
-    """Samples that a GPU takes at a time."""
-    global_batch_size: Count
-    """Samples a step, over all GPUs; a multiple of micro_batch_size times the replicas."""
-    gradient_accumulation_steps: Count | None = None
-    """Micro-batches a step and replica; without it, what global_batch_size leaves."""
-    tokens: Amount | None = None
-    """Length of the run, such as 500M or 30B (or give `steps`)."""
-    steps: Count | None = None
-
-    pipe_parallel_size: Count = 1
-    """Pipeline stages; the other GPUs are replicas."""
-    gpus: Count | None = None
-    """GPUs to take where the command does not say, fewer where there are fewer; default all. On the CPU: ranks."""
-    stage_costs: Annotated[StageCosts, choice(StageCosts)] = StageCosts.AUTO
-    stage_bounds: list[int] | None = None
-    """The cut by hand: 0, the first part of each later stage, the number of parts. Parts: embedding, blocks, head."""
-    memory_limit_gib: Positive | None = None
-    """Memory a GPU that the cut must respect; default what the card has."""
-    activation_checkpointing: bool = False
-    """Compute each block a second time in the backward pass instead of keeping its activations."""
-
-    kernels: Annotated[Kernels, choice(Kernels)] = Kernels.AUTO
-    """Whether Triton's kernels serve on CUDA."""
-    cuda_graph: bool = True
-    """With Triton's kernels and one stage, launch all kernels of a micro-batch at once."""
-    precision: Annotated[PrecisionChoice, choice(PrecisionChoice)] = PrecisionChoice.BF16
-    grad_accum_dtype: Annotated[GradientDtype | None, choice(GradientDtype)] = None
-    """Of the sum over micro-batches; default fp32, for fp16 fp16."""
-    communication_dtype: Annotated[GradientDtype | None, choice(GradientDtype)] = None
-    """Of the sum over replicas; default that of grad_accum_dtype."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """1 shares optimizer state out among replicas."""
-
-    learning_rate: Positive
-    """At its highest."""
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(default_factory=lambda: [0.9, 0.95])
-    eps: Positive = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
-    """Of matrices; norms and biases have none."""
-    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """0 does not clip."""
-    warmup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    """Steps of linear warm-up, or below 1 their share of the run."""
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Where the cosine ends, relative to learning_rate."""
-    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Weight of the squared log-sum-exp in the training loss."""
-    seed: Annotated[int, Field(ge=0)] = 42
-    """Of initial weights and dropout; the order of data is the mixture's."""
-
-    resume: Annotated[Resume, choice(Resume)] = Resume.AUTO
-    checkpoint_every: Every = 1000
-    """Steps between checkpoints; 0: only at the end."""
-    validate_every: Every = 1000
-    """Steps between validations; 0: only at the end."""
-    validation_samples: Count | None = None
-    """Validate on so many samples at most; default all."""
-    sample_every: Every = 0
-    """Steps between sampled continuations; 0: only at the end."""
-    sample_prompts: list[str] = Field(default_factory=lambda: ["从前，"])
-    sample_tokens: Count = 64
-    """Length of a sampled continuation."""
-    check_tied_every: Every = 100
-    """Steps between comparisons of the copies of a tied embedding."""
-    peak_tflops: Positive | None = None
-    """Peak of a GPU for MFU, where the table does not know it or you know better."""
-
-    reference_days: Positive | None = None
-    """How long such a run is known to take elsewhere, for `megazh plan` to compare with."""
+    """Training data."""
+    batch: BatchConfig
+    """Size of an optimizer step."""
+    optimizer: OptimizerConfig
+    """AdamW and the objective that it minimizes."""
+    schedule: ScheduleConfig
+    """Length of the run, learning rate over its steps, and seed."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Work of the GPUs: how many there are, and what each of them computes."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """Dtypes."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints and resume."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Validation and sampled continuations during training."""
+    logging: LoggingConfig = LoggingConfig()
+    """Reference figures that logs and plans compare with."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        if (self.tokens is None) == (self.steps is None):
-            raise ValueError("give one of tokens and steps")
-        if self.stage_bounds is not None:
+        if (self.schedule.tokens is None) == (self.schedule.steps is None):
+            raise ValueError("give one of schedule.tokens and schedule.steps")
+        bounds = self.parallel.stage_bounds
+        if bounds is not None:
             parts = self.model.num_hidden_layers + 2
-            rising = all(a < b for a, b in zip(self.stage_bounds, self.stage_bounds[1:], strict=False))
-            if len(self.stage_bounds) < 2 or self.stage_bounds[0] or self.stage_bounds[-1] != parts or not rising:
+            rising = all(a < b for a, b in itertools.pairwise(bounds))
+            if len(bounds) < 2 or bounds[0] or bounds[-1] != parts or not rising:
                 raise ValueError(
-                    f"stage_bounds {self.stage_bounds}: expected rising numbers from 0 to {parts} (embedding, "
-                    f"{parts - 2} blocks, head)"
+                    f"stage_bounds {bounds}: expected rising numbers from 0 to {parts} (embedding, {parts - 2} blocks, "
+                    "head)"
                 )
         return self
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens a step."""
-        return self.global_batch_size * self.seq_len
+        """Tokens per optimizer step."""
+        return self.batch.global_batch_size * self.batch.seq_len
 
     @property
     def total_steps(self) -> int:
-        """Steps of the run: the tokens asked for, rounded up to whole steps."""
-        if self.steps is not None:
-            return self.steps
-        assert self.tokens is not None
-        return -(-self.tokens // self.batch_tokens)
+        """Optimizer steps of the run: its tokens, rounded up to whole steps."""
+        if self.schedule.steps is not None:
+            return self.schedule.steps
+        assert self.schedule.tokens is not None
+        return -(-self.schedule.tokens // self.batch_tokens)
+
+    def open_mixture(self) -> "Mixture":
+        """Open the data of the run. Raises UsageError and DataError as `Mixture` does."""
+        from megazh.index.mixture import Mixture
+
+        return Mixture(self.data.manifest, self.batch.seq_len, self.data.packing, self.data.max_docs)
 
     def to_yaml(self) -> str:
-        """As a file that `load_recipe` reads back; what is left at its default (None) is not written."""
+        """Text of a file that `load_recipe` reads back; keys left at a default of None are left out."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
-def recipe_path(name: str) -> Path:
-    """The file of a recipe, given by path or by the name of one in `jobs/recipes/`.
+ALTERNATIVES = [("schedule.tokens", "schedule.steps")]
+"""Pairs of keys of which a recipe needs one; a later layer that gives one drops the other."""
+
+
+def read_recipe(path: Path | str, assignments: Sequence[str] = ()) -> tuple[Recipe, Settings]:
+    """Read the recipe in a file with `key=value` settings on top, and the origin of each value.
 
     Raises:
-        UsageError: there is none; names those that there are.
+        UsageError: a key or value cannot work; one line that names the key and the place where it was written.
     """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        return path
-    found = RECIPES / f"{name}.yaml"
-    if not found.exists():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml") if not file.stem.startswith("_")))
-        raise UsageError(f"recipe '{name}': not in {RECIPES}; give one of {known}, or the path of a .yaml file")
-    return found
+    settings = override(read_layers(path, ALTERNATIVES), assignments, Recipe, ALTERNATIVES)
+    return from_mapping(settings.values, Recipe, str(path), settings.origins), settings
 
 
-def load_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
-    """The recipe in a file, with `key=value` settings on top.
+def load_recipe(path: Path | str, assignments: Sequence[str] = ()) -> Recipe:
+    """Read a recipe as `read_recipe` does, without origins."""
+    return read_recipe(path, assignments)[0]
 
-    `tokens` and `steps` replace each other, `global_batch_size` and `gradient_accumulation_steps` do not.
 
-    Raises:
-        UsageError: a key or value cannot work; one line that names it.
-    """
-    values: dict[str, Any] = read_layers(path, [("tokens", "steps")])
-    for key, other in (("tokens", "steps"), ("steps", "tokens")):
-        if any(setting.removeprefix("--").startswith(f"{key}=") for setting in settings):
-            values.pop(other, None)
-    return from_mapping(override(values, settings, Recipe), Recipe, str(path))
+def run_recipe(run: RunFolder) -> Recipe:
+    """The recipe of a run, with the layout that it ran in. Raises UsageError where the folder holds no run."""
+    if not run.exists:
+        raise UsageError(f"{run.path}: not the folder of a run: {run.config.name} is missing")
+    return load_recipe(run.config)
+
+
+def fixed_keys_that_differ(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """Keys whose values differ although they may not change on resume: (dotted key, old value, new value)."""
+    for name, field in Recipe.model_fields.items():
+        section: Any = field.annotation
+        old, new = getattr(before, name), getattr(now, name)
+        for key, inner in section.model_fields.items():
+            if MAY_CHANGE not in inner.metadata and getattr(old, key) != getattr(new, key):
+                yield f"{name}.{key}", getattr(old, key), getattr(new, key)
+
+
+def keys() -> Iterator[tuple[str, Any]]:
+    """All keys of a recipe by dotted name, with their pydantic fields; sections come before their keys."""
+    return dotted_fields(Recipe)

@@ -1,4 +1,4 @@
-"""A trained model, opened from its run folder for use."""
+"""A trained model, opened from its run folder for generation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,15 +8,16 @@ import torch
 from megazh.errors import UsageError
 from megazh.model.decoder import Decoder
 from megazh.model.generate import SamplingOptions, cached_forward, generate, uncached_forward
+from megazh.run.folder import RunFolder
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import TextStream
 from megazh.training.checkpoint_list import list_checkpoints
-from megazh.training.run_folder import RunFolder
+from megazh.training.recipe import run_recipe
 from megazh.training.weights import load_decoder
 
 
 class TextModel:
-    """A model and its tokenizer."""
+    """A model with its tokenizer."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -30,12 +31,15 @@ class TextModel:
         stop_at_end: bool = True,
         cached: bool = True,
     ) -> Iterator[str]:
-        """A continuation of `prompt`, a piece of text a token (perhaps empty), never half a character.
+        """Yield a continuation of `prompt`: one piece of text per token, perhaps empty, never half a character.
 
         Args:
-            count: tokens at most.
-            stop_at_end: end where the model ends the document.
-            cached: keep keys and values of earlier tokens; without, the same text, slower.
+            prompt: text to continue.
+            count: largest number of tokens to generate.
+            options: sampling options.
+            seed: seed of the random draws.
+            stop_at_end: whether to stop where the model ends the document.
+            cached: whether to keep keys and values of earlier tokens; without them the same text takes longer.
         """
         ids = self.tokenizer.encode(prompt)
         forward = cached_forward(self.model, len(ids) + count) if cached else uncached_forward(self.model)
@@ -47,19 +51,19 @@ class TextModel:
 
 
 def open_model(run: Path, checkpoint: str | None = None, device: str | None = None) -> TextModel:
-    """The model of a run.
+    """Open the model of a run.
 
     Args:
-        run: its folder.
-        checkpoint: the name of one of its checkpoints; default the newest.
-        device: `cpu` or `cuda`; default a GPU where there is one.
+        run: the run folder.
+        checkpoint: name of one of its checkpoints. Default: the newest.
+        device: `cpu` or `cuda`. Default: CUDA where torch can use it.
 
     Raises:
-        UsageError: no run, no checkpoint, or no such GPU.
+        UsageError: no run, no such checkpoint, or no usable GPU.
         DataError: a file is damaged.
     """
     folder = RunFolder(run)
-    recipe = folder.recipe()
+    recipe = run_recipe(folder)
     found = list_checkpoints(folder.checkpoints)
     if not found:
         raise UsageError(f"{run}: holds no checkpoint yet")
@@ -68,7 +72,7 @@ def open_model(run: Path, checkpoint: str | None = None, device: str | None = No
         path = folder.checkpoints / checkpoint
         if path not in found:
             raise UsageError(f"{run}: no checkpoint '{checkpoint}'; there are {', '.join(each.name for each in found)}")
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch can use no GPU here; leave it out, or give --device cpu")
-    return TextModel(load_decoder(path, recipe, torch.device(kind)), folder.tokenizer())
+    return TextModel(load_decoder(path, recipe, torch.device(device)), folder.tokenizer())

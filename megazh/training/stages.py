@@ -1,122 +1,86 @@
-"""Which layers each stage gets: decided once a run, the same on all ranks."""
+"""Stages of a recipe before anything runs: their work, memory and best bounds, from the recipe's numbers alone.
 
-from typing import Any
+Imports no torch, so that `megazh plan` starts without it; `megazh.training.cut` decides the cut of a real run.
+"""
 
-import torch
-import torch.distributed as dist
+import itertools
 
-from megazh.model.attention import Backend, choose_backend, unfit_for_kernels
-from megazh.pipeline.costs import LayerCosts, costs_by_flops
-from megazh.pipeline.memory import StageMemory, Work, stage_memory
-from megazh.pipeline.precision import Precision
+from megazh.model.backend import Backend, unfit_for_kernels
+from megazh.pipeline.costs import LayerCosts
+from megazh.pipeline.memory import StageMemory, stage_memory
+from megazh.pipeline.precision import Dtype, Precision
 from megazh.pipeline.split import best_bounds
-from megazh.pipeline.timing import layer_seconds
+from megazh.pipeline.work import Work
 from megazh.training.layout import Layout
-from megazh.training.precision import accumulation, communication
-from megazh.training.recipe import Kernels, Recipe, StageCosts
-
-
-def agree_on_bounds(recipe: Recipe, layout: Layout, device: torch.device, precision: Precision) -> list[int]:
-    """The bounds of a new run's stages; all ranks call it, and rank 0 decides.
-
-    Raises:
-        UsageError: no cut fits the memory of a GPU.
-    """
-    if layout.stages == 1:
-        return [0, recipe.model.num_hidden_layers + 2]
-    if recipe.stage_bounds is not None:
-        return recipe.stage_bounds
-    measured = recipe.stage_costs is StageCosts.MEASURED or (
-        recipe.stage_costs is StageCosts.AUTO and device.type == "cuda"
-    )
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
-        costs = costs_by_flops(recipe.model, recipe.seq_len, recipe.micro_batch_size, recipe.activation_checkpointing)
-        backend = choose_backend(recipe.model, device, precision.dtype, recipe.kernels is Kernels.AUTO)
-        if measured:
-            costs = layer_seconds(
-                recipe.model,
-                recipe.seq_len,
-                recipe.micro_batch_size,
-                precision.dtype,
-                backend,
-                device,
-                recipe.activation_checkpointing,
-            )
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-        limit = memory_limit(recipe, device)
-        box = [bounds_for(recipe, layout, precision, costs, limit, backend)]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
-
+from megazh.training.recipe import Kernels, Recipe
 
 OUTSIDE_TORCH = 1.5
 """GiB of a card that the CUDA context, NCCL and the driver take."""
 
 
-def memory_limit(recipe: Recipe, device: torch.device) -> float | None:
-    """Bytes that torch may use of a GPU; None on the CPU, where nothing limits."""
-    if recipe.memory_limit_gib is not None:
-        return recipe.memory_limit_gib * 2**30
-    if device.type != "cuda":
-        return None
-    return torch.cuda.get_device_properties(device).total_memory - OUTSIDE_TORCH * 2**30
-
-
-def bounds_for(
-    recipe: Recipe,
-    layout: Layout,
-    precision: Precision,
-    costs: LayerCosts,
-    limit: float | None,
-    backend: Backend | None = None,
-) -> list[int]:
-    """The best bounds by these costs, within a limit in bytes.
+def work_of(recipe: Recipe, layout: Layout, precision: Precision, backend: Backend | None = None) -> Work:
+    """The work of an optimizer step of this recipe in this layout.
 
     Args:
-        backend: how blocks are computed; default as on a card that can run the kernels.
+        recipe: the recipe.
+        layout: the arrangement of its ranks.
+        precision: the dtypes on the device that it runs on.
+        backend: what computes blocks. Default: as on a card that can run the kernels.
+    """
+    return Work(
+        model=recipe.model,
+        stages=layout.stages,
+        replicas=layout.replicas,
+        seq_len=recipe.batch.seq_len,
+        micro_batch_size=layout.micro_batch_size,
+        micro_batches=layout.micro_batches,
+        precision=precision,
+        activation_checkpointing=recipe.parallel.activation_checkpointing,
+        backend=backend or usual_backend(recipe, precision),
+    )
+
+
+def usual_backend(recipe: Recipe, precision: Precision) -> Backend:
+    """What computes blocks on a card of compute capability 8.0 or later with a C compiler beside it."""
+    if precision.compute is Dtype.FP32:
+        return Backend.MASKED
+    fits = recipe.parallel.kernels is Kernels.AUTO and unfit_for_kernels(recipe.model) is None
+    return Backend.FUSED if fits else Backend.VARLEN
+
+
+def bounds_for(work: Work, costs: LayerCosts, limit: float | None) -> list[int]:
+    """The best stage bounds by these costs.
+
+    Args:
+        work: shapes and dtypes of the step.
+        costs: cost of each type of part.
+        limit: bytes that a stage may need; None: any number.
 
     Raises:
         UsageError: no cut fits.
     """
-    units = costs.units(recipe.model.num_hidden_layers)
+    parts = costs.parts(work.model.num_hidden_layers)
     if limit is None:
-        return best_bounds(units, layout.stages)
+        return best_bounds(parts, work.stages)
 
     def memory(stage: int, begin: int, end: int) -> float:
-        return memory_of_stage(recipe, layout, precision, stage, begin, end, backend).total
+        return stage_memory(work, stage, begin, end).total
 
-    return best_bounds(units, layout.stages, memory, limit)
-
-
-def memory_of_stage(
-    recipe: Recipe,
-    layout: Layout,
-    precision: Precision,
-    stage: int,
-    begin: int,
-    end: int,
-    backend: Backend | None = None,
-) -> StageMemory:
-    """The memory of stage number `stage`, which holds the parts `begin` to `end`; `backend` as for `bounds_for`."""
-    return stage_memory(recipe.model, work_of(recipe, layout, precision, backend), stage, begin, end)
+    return best_bounds(parts, work.stages, memory, limit)
 
 
-def work_of(recipe: Recipe, layout: Layout, precision: Precision, backend: Backend | None = None) -> Work:
-    """What the stages of this layout have in common; `backend` as for `bounds_for`."""
-    accumulated = accumulation(recipe, precision)
-    return Work(
-        layout.stages, layout.replicas, recipe.seq_len, layout.micro_batch_size, layout.micro_batches, precision,
-        accumulated, communication(recipe, accumulated), recipe.activation_checkpointing,
-        (backend or usual_backend(recipe, precision)) is Backend.FUSED,
-    )  # fmt: skip
+def memory_by_stage(work: Work, bounds: list[int]) -> list[StageMemory]:
+    """The memory of each stage of this cut."""
+    return [stage_memory(work, stage, begin, end) for stage, (begin, end) in enumerate(itertools.pairwise(bounds))]
 
 
-def usual_backend(recipe: Recipe, precision: Precision) -> Backend:
-    """How blocks are computed on a card of compute capability 8.0 or later, with a C compiler beside it."""
-    if precision is Precision.FP32:
-        return Backend.MASKED
-    fits = recipe.kernels is Kernels.AUTO and unfit_for_kernels(recipe.model) is None
-    return Backend.FUSED if fits else Backend.VARLEN
+def describe_parts(recipe: Recipe, begin: int, end: int) -> str:
+    """Name the parts of a stage: `embedding + 18 layers`, `6 layers + head`."""
+    last = recipe.model.num_hidden_layers + 1
+    blocks = min(end, last) - max(begin, 1)
+    names = ["embedding"] if begin == 0 else []
+    if blocks > 0:
+        names.append(f"{blocks} layer{'s' if blocks > 1 else ''}")
+    if end == last + 1:
+        names.append("head")
+    return " + ".join(names)

@@ -1,15 +1,15 @@
-"""Ctrl-C, remembered until a rank can save."""
+"""A request to stop (SIGINT), remembered until the rank can save."""
 
 import signal
 from types import FrameType
 
 
 class StopRequest:
-    """Takes SIGINT from now on: a rank that is starting up, or in the middle of a step, ends when it can."""
+    """Handles SIGINT from its creation on, so that a rank stops between steps instead of in the middle of one."""
 
     def __init__(self) -> None:
-        self.asked = False
-        signal.signal(signal.SIGINT, self._ask)
+        self.requested = False
+        signal.signal(signal.SIGINT, self._handle)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as one model in one process; reads tensors and plain values, never code."""
+"""Loads the weights of a checkpoint as one model in one process; reads tensors and plain values, never code."""
 
 import re
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from megazh.training.recipe import Recipe
 
 
 def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Decoder:
-    """The whole model of a checkpoint, in one process, in the dtype that it was trained in; for use, not for training.
+    """Load the whole model of a checkpoint, in the dtype that it was trained in, for generation (not for training).
 
     Raises:
-        DataError: a file is missing, damaged, or of another shape.
+        DataError: a file is missing, damaged, or does not fit the model.
     """
     hashes = {entry.name: entry.sha256 for entry in read_manifest(checkpoint).files}
     model = Decoder(recipe.model, seed=None)
@@ -32,7 +32,7 @@ def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Deco
         name = f"{STATE}/layer_{number:02d}-model_states.pt"
         path = checkpoint / name
         if name not in hashes:
-            raise DataError(f"{path}: missing in {checkpoint / MANIFEST}: the checkpoint is of another model")
+            raise DataError(f"{path}: missing in {checkpoint / MANIFEST}: the checkpoint belongs to another model")
         check_sha256(path, hashes[name])
         try:
             layer.load_state_dict(load_tensors(path, device), assign=True)
@@ -42,18 +42,20 @@ def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Deco
 
 
 def load_tensors(path: Path, map_location: Any = None, allowed: Sequence[Any] = ()) -> Any:
-    """What a file of a checkpoint holds.
+    """Read a file of a checkpoint without executing anything that it holds.
 
     Args:
-        allowed: types that may be in it besides tensors and plain values.
+        path: the file.
+        map_location: as for `torch.load`.
+        allowed: types that the file may hold besides tensors and plain values.
 
     Raises:
-        DataError: anything else is in it, or it is damaged.
+        DataError: the file holds anything else, or is damaged.
     """
     with torch.serialization.safe_globals(list(allowed)):
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:  # pickle, zip and torch raise whatever they like
+        except Exception as error:  # pickle, zip and torch raise many types
             unpickler = re.search(r"WeightsUnpickler error: (.*?)(?:\. |$)", str(error), re.MULTILINE)
             reason = unpickler[1] if unpickler else (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"{path}: not a checkpoint file: {reason}") from None

@@ -1,4 +1,4 @@
-"""One rank of a run, as `megazh rank` runs it; the launcher starts one for each GPU."""
+"""One rank of a run, as `megazh rank` runs it; a launcher starts one per GPU."""
 
 import contextlib
 import os
@@ -12,31 +12,30 @@ import torch
 import torch.distributed as dist
 
 from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
-from megazh.pipeline.operators import use_no_compiled_operators
+from megazh.run.folder import RunFolder
+from megazh.training.recipe import run_recipe
 from megazh.training.startup import Startup
 from megazh.training.stop import StopRequest
 
 
-def work(run: Path, stages: int, kind: str) -> int:
-    """Train what the run folder says; returns the exit code (see `megazh.errors`).
-
-    Args:
-        run: the run folder.
-        stages: of the pipeline.
-        kind: `cpu` or `cuda`.
-    """
+def work(run: Path) -> int:
+    """Train the run in the folder `run`, whose config.yaml says how; returns the exit code (see `megazh.errors`)."""
     stop, startup = StopRequest(), Startup()
-    # Where the launcher is DeepSpeed's, nobody else has set these; both are read when CUDA and DeepSpeed are imported.
-    os.environ.setdefault("DS_ACCELERATOR", kind)
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    from megazh.training.loop import Interrupted, train  # imports DeepSpeed, which looks for its accelerator
-
+    try:
+        device_type = run_recipe(RunFolder(run)).parallel.device.value
+        # DeepSpeed's launcher sets neither; both are read when CUDA and DeepSpeed are imported.
+        os.environ.setdefault("DS_ACCELERATOR", device_type)
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        from megazh.training.loop import Interrupted, train  # imports DeepSpeed, which looks for its accelerator
+    except MegazhError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     startup.done("imports")
     try:
-        device = join(kind)
+        device = join(device_type)
         startup.done("joining the ranks")
         with _ended_group():
-            train(run, stages, device, stop, startup)
+            train(run, device, stop, startup)
     except MegazhError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -58,39 +57,39 @@ def work(run: Path, stages: int, kind: str) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this rank's process without the interpreter's own end.
+    """End this rank's process without the interpreter's own shutdown.
 
-    In about one of forty runs on a CPU, one of torch's threads aborted there ("terminate called without an active
-    exception"), when all was done and written.
+    In about one of forty runs on a CPU, one of torch's threads aborted during that shutdown ("terminate called without
+    an active exception"), after everything was done and written.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def join(kind: str) -> torch.device:
-    """Choose this rank's device and join the others."""
-    # DeepSpeed broadcasts a flag inside of a backward pass, and synchronises without naming its device: both harmless.
+def join(device_type: str) -> torch.device:
+    """Choose this rank's device, `cpu` or `cuda`, and join the process group of all ranks."""
+    # DeepSpeed broadcasts a flag inside a backward pass, and calls barrier() without naming its device: both harmless.
     warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
     warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device")
-    # DeepSpeed calls what torch has renamed.
+    # DeepSpeed calls functions that torch has renamed.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
     import deepspeed
 
-    from megazh.pipeline.engine import quiet
+    from megazh.pipeline.engine import quiet, use_no_compiled_operators
     from megazh.pipeline.precision import WRITTEN_AGAINST, check_deepspeed_version
 
     check_deepspeed_version(deepspeed.__version__)
     if deepspeed.__version__ != WRITTEN_AGAINST and os.environ["RANK"] == "0":
         print(
-            f"warning: DeepSpeed {deepspeed.__version__}: bf16 runs replace inner parts of {WRITTEN_AGAINST}; "
-            "install that, or see first that tests/pipeline passes",
+            f"warning: DeepSpeed {deepspeed.__version__}: bf16 runs replace internals of {WRITTEN_AGAINST}; install "
+            "that version, or check first that tests/pipeline passes",
             file=sys.stderr,
             flush=True,
         )
     use_no_compiled_operators()
     local_rank = int(os.environ["LOCAL_RANK"])
-    if kind == "cpu":
+    if device_type == "cpu":
         device = torch.device("cpu")
     else:
         if local_rank >= torch.cuda.device_count():
@@ -98,12 +97,12 @@ def join(kind: str) -> torch.device:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     with quiet():
-        deepspeed.init_distributed(dist_backend="gloo" if kind == "cpu" else "nccl", auto_mpi_discovery=False)
+        deepspeed.init_distributed(dist_backend="gloo" if device_type == "cpu" else "nccl", auto_mpi_discovery=False)
     return device
 
 
 @contextlib.contextmanager
 def _ended_group() -> Iterator[None]:
-    """Leave the process group at the end of a run that went well; after a failure the launcher ends all ranks."""
+    """Leave the process group after a successful run; after a failure the launcher ends all ranks."""
     yield
     dist.destroy_process_group()

@@ -16,7 +16,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
 def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "qwen0.5b_6x3090")
     assert (code, err) == (0, "")
-    for part in ("6 x NVIDIA GeForce RTX 3090, 22.5 GiB for torch", "embedding + 18 layers", "take it with: -p 1\n"):
+    for part in ("6 x NVIDIA GeForce RTX 3090, 22.5 GiB for torch", "embedding + 18 layers", "to use it: -p 1\n"):
         assert part in out
 
 
@@ -36,7 +36,7 @@ def test_options_and_settings_anywhere(capsys: pytest.CaptureFixture[str]) -> No
         (["demo", "--card", "abacus"], "--card abacus: expected one of 3090, "),
         (["demo", "--mfu", "40"], "--mfu 40.0: expected a share above 0 and up to 1"),
         (["demo", "--memory", "0"], "--memory 0.0: expected more GiB"),
-        (["demo", "stepz=3"], "unknown key 'stepz'; did you mean 'steps'?"),
+        (["demo", "stepz=3"], "unknown key 'stepz'; did you mean 'schedule.steps'?"),
         (["demo", "-n", "7"], "no layout of 7 GPUs works: "),
     ],
 )

@@ -16,27 +16,27 @@ from processes import Finished, Running, run_command, start_command, wait_until
 
 from megazh.cli import main
 from megazh.cluster import start as starting
-from megazh.cluster.start import Start
 from megazh.errors import INTERRUPTED, BusyError, DataError, UsageError, WorkerError
+from megazh.run.folder import RunFolder
+from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
-from megazh.training.metrics import read_metrics
-from megazh.training.recipe import load_recipe
-from megazh.training.run_folder import RunFolder
+from megazh.training.preflight import Request
+from megazh.training.recipe import load_recipe, run_recipe
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 COMMAND = [sys.executable, "-m", "megazh"]
 PRETRAIN = [*COMMAND, "pretrain", "-c", "mini.yaml", "--device", "cpu"]
 REST = {"device": "cpu", "dry_run": True}
-AGAIN = "run the same command again to go on from the last checkpoint"
+AGAIN = "run the same command again to resume from the last checkpoint"
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Start]:
-    """What `start` is called with; it starts nothing."""
-    found: list[Start] = []
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Requests that reach `start`, which starts nothing."""
+    found: list[Request] = []
 
-    def start(one: Start) -> int:
+    def start(one: Request) -> int:
         found.append(one)
         return 0
 
@@ -57,9 +57,9 @@ def pretrain(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, s
     [
         ("", {}),
         ("-g 0 steps=3 -p 1", {"gpus": "0", "stages": 1, "settings": ["steps=3"]}),
-        ("steps=3 -t ds_pp -n 2 seed=4", {"count": 2, "settings": ["steps=3", "seed=4"]}),
+        ("steps=3 -t ds_pp -n 2 seed=4", {"num_gpus": 2, "settings": ["steps=3", "seed=4"]}),
         ("-i a.jsonl steps=3", {"inputs": ["a.jsonl"], "settings": ["steps=3"]}),
-        ("-i a b/ steps=3 -n 2 seed=4", {"inputs": ["a", "b/"], "count": 2, "settings": ["steps=3", "seed=4"]}),
+        ("-i a b/ steps=3 -n 2 seed=4", {"inputs": ["a", "b/"], "num_gpus": 2, "settings": ["steps=3", "seed=4"]}),
         ("-i there=1.jsonl seed=4", {"inputs": ["there=1.jsonl"], "settings": ["seed=4"]}),
         ("--learning_rate=1e-3 -c demo", {"recipe": "demo", "settings": ["--learning_rate=1e-3"]}),
         ("-H hosts -r x --device cpu --dry-run", {**REST, "hostfile": Path("hosts"), "run": Path("x")}),
@@ -68,7 +68,7 @@ def pretrain(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, s
 )
 def test_settings_stand_anywhere(
     capsys: pytest.CaptureFixture[str],
-    asked: list[Start],
+    asked: list[Request],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     line: str,
@@ -78,27 +78,27 @@ def test_settings_stand_anywhere(
     Path("there=1.jsonl").touch()
     assert pretrain(capsys, line) == (0, "", "")
     (one,) = asked
-    assert one == Start(**expected)
+    assert one == Request(**expected)
 
 
 @pytest.mark.parametrize(
     "line", ["-t gpt", "-n 0", "-n two", "-p 0", "--learning_rate 1e-3", "--device tpu", "-i", "steps"]
 )
-def test_a_line_that_cannot_be_read(capsys: pytest.CaptureFixture[str], asked: list[Start], line: str) -> None:
+def test_a_line_that_cannot_be_read(capsys: pytest.CaptureFixture[str], asked: list[Request], line: str) -> None:
     code, out, err = pretrain(capsys, line)
     assert (code, out, asked) == (2, "", [])
     assert "usage: megazh" in err
 
 
-@pytest.mark.parametrize("kind", [UsageError, DataError, BusyError, WorkerError])
+@pytest.mark.parametrize("error", [UsageError, DataError, BusyError, WorkerError])
 def test_an_error_is_one_line_and_its_exit_code(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: type[UsageError]
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: type[UsageError]
 ) -> None:
-    def start(_: Start) -> int:
-        raise kind("what, where, what to do")
+    def start(_: Request) -> int:
+        raise error("what, where, what to do")
 
     monkeypatch.setattr(starting, "start", start)
-    assert pretrain(capsys, "") == (kind.exit_code, "", "error: what, where, what to do\n")
+    assert pretrain(capsys, "") == (error.exit_code, "", "error: what, where, what to do\n")
 
 
 @pytest.mark.parametrize("code", [0, 5, 130])
@@ -113,10 +113,10 @@ def test_settings_reach_the_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, _ = pretrain(capsys, "tokens=1M --device cpu --seq_len=128 -n 1 -p 1 --dry-run precision=bf16")
+    code, out, _ = pretrain(capsys, "tokens=1M --device cpu --seq_len=128 -n 1 -p 1 --dry-run dtype=bf16")
     assert code == 0
     assert "layout      1 CPU processes = 1 stages x 1 replicas, bf16" in out
-    assert "batch       4 x 4 micro-batches x 1 replicas x 128 = 2,048 tokens a step" in out
+    assert "batch       4 x 4 micro-batches x 1 replicas x 128 = 2,048 tokens per step" in out
     assert "length      489 steps, 1,001,472 tokens" in out
     assert list(tmp_path.iterdir()) == []
 
@@ -176,7 +176,7 @@ def errors(finished: Finished) -> list[str]:
 def test_a_run_leaves_all_that_is_promised(complete: Finished, here: Path) -> None:
     run = RunFolder(here / "runs" / "mini")
     expected = load_recipe(here / "mini.yaml")
-    assert run.recipe() == expected
+    assert run_recipe(run) == expected
     assert load_recipe(run.path / "config.yaml") == expected
     assert run.info().corpora[0].name == "corpus"
     assert (run.path / "tokenizer.json").read_bytes() == (here / "data_index/mini/tokenizer.json").read_bytes()
@@ -295,7 +295,7 @@ def test_a_killed_rank_is_named_and_nothing_is_left(here: Path, env: dict[str, s
         assert running.descendants() == []
     assert finished.returncode == WorkerError.exit_code
     assert errors(finished) == [
-        "error: rank 1 (stage 1) was killed by signal 9 (out of memory?); all ranks ended; its last words are in "
+        "error: rank 1 (stage 1) was killed by signal 9 (out of memory?); all ranks ended; its last output is in "
         f"runs/killed/logs/rank_1.log; {AGAIN}"
     ]
 

@@ -7,8 +7,9 @@ import torch
 from made_runs import add_checkpoint, make_run, write_recipe
 
 from megazh.cli import main
-from megazh.training.prepare import prepare
-from megazh.training.run_folder import RunFolder
+from megazh.index.prepare import prepare
+from megazh.run.folder import RunFolder
+from megazh.training.recipe import run_recipe
 
 PROMPT = "从前，有一只小兔子。"
 
@@ -74,7 +75,7 @@ def test_the_newest_checkpoint_or_the_one_that_is_named(
     own = make_run(tmp_path / "run", recipe)
     options = (PROMPT, "--temperature", "2", "--ignore-end", "--max-tokens", "30")
     before = sample(capfd, own.path, *options)[1]
-    add_checkpoint(own, own.recipe(), 12)
+    add_checkpoint(own, run_recipe(own), 12)
     assert sample(capfd, own.path, *options)[1] != before
     assert sample(capfd, own.path, *options, "--checkpoint", "step_00000006")[1] == before
 

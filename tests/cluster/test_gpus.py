@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from megazh.cluster import gpus
-from megazh.cluster.gpus import Devices, Torch, choose_devices, nvidia_card, parse_gpu_list
+from megazh.cluster.gpus import Torch, choose_devices, nvidia_card, parse_gpu_list
 from megazh.errors import UsageError
+from megazh.training.preflight import Devices
+from megazh.training.recipe import Device
 
 DESCRIBE_TORCH = gpus.describe_torch  # each test replaces it
 CPU_BUILD = Torch("2.13.0+cpu", None, 0)
@@ -60,7 +62,7 @@ def test_what_is_no_list_is_refused(text: str) -> None:
     ],
 )
 def test_six_gpus(options: tuple[str | None, str | None, int | None, int | None], ids: str) -> None:
-    assert choose_devices(*options) == Devices("cuda", len(ids), tuple(ids))
+    assert choose_devices(*options) == Devices(Device.CUDA, len(ids), tuple(ids))
 
 
 @pytest.mark.usefixtures("six")
@@ -81,7 +83,7 @@ def test_numbers_count_within_an_allocation(monkeypatch: pytest.MonkeyPatch) -> 
     chosen = choose_devices(None, "0,2", None, 6)
     assert chosen.ids == ("4", "GPU-8a3f")
     assert "-g 0,2 counts within CUDA_VISIBLE_DEVICES=4,5,GPU-8a3f: GPUs 4,GPU-8a3f" in chosen.note
-    assert choose_devices(None, None, None, 6) == Devices("cuda", 3, ("4", "5", "GPU-8a3f"))
+    assert choose_devices(None, None, None, 6) == Devices(Device.CUDA, 3, ("4", "5", "GPU-8a3f"))
     with pytest.raises(UsageError, match="no GPU 4; there are 0, 1, 2 within CUDA_VISIBLE_DEVICES=4,5"):
         choose_devices(None, "4", None, 6)
 
@@ -91,9 +93,9 @@ def test_the_cpu_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("torch was imported for nothing")
 
     monkeypatch.setattr(gpus, "describe_torch", unasked)
-    assert choose_devices("cpu", None, 4, 2) == Devices("cpu", 4, None)
-    assert choose_devices("cpu", None, None, 2) == Devices("cpu", 2, None)
-    assert choose_devices("cpu", None, None, None) == Devices("cpu", 1, None)
+    assert choose_devices("cpu", None, 4, 2) == Devices(Device.CPU, 4, None)
+    assert choose_devices("cpu", None, None, 2) == Devices(Device.CPU, 2, None)
+    assert choose_devices("cpu", None, None, None) == Devices(Device.CPU, 1, None)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_the_cpu_where_there_is_nothing_else_and_it_says_so(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     chosen = choose_devices(None, None, None, 2)
-    assert (chosen.kind, chosen.ranks, chosen.ids) == ("cpu", 2, None)
+    assert (chosen.device, chosen.ranks, chosen.ids) == ("cpu", 2, None)
     assert why in chosen.note
     assert "\n" not in chosen.note
 

@@ -7,7 +7,8 @@ import pytest
 
 from megazh.cluster.plan import MEASURED_MFU, OUTSIDE_TORCH, Assumptions, plan
 from megazh.errors import UsageError
-from megazh.training.recipe import load_recipe, recipe_path
+from megazh.training.recipe import load_recipe
+from megazh.training.recipe_files import recipe_path
 
 TOKENS = 38147 * 786_432
 BLOCK = 6 * 12_845_056 + 6 * 1024 * 1024
@@ -82,7 +83,7 @@ def test_best_first_and_the_reason() -> None:
     days = [float(row[7]) for row in table(lines).values()]
     assert days == sorted(days)
     assert lines[-2].startswith("best: pp=1 x dp=6: no bubble")
-    assert lines[-1] == "take it with: -p 1"
+    assert lines[-1] == "to use it: -p 1"
     slow = lines_of(bandwidth=0.5, settings=["global_batch_size=48"])
     assert next(iter(table(slow))) != 1, "where gradients are slow to sum, a pipeline wins"
     assert "s a step less than with one stage" in slow[-2]

@@ -15,21 +15,23 @@ from made_runs import RECIPE, make_run, write_metrics, write_recipe
 
 from megazh.cli import main
 from megazh.cluster import gpus
-from megazh.cluster import start as starting
 from megazh.cluster.gpus import Torch
-from megazh.cluster.start import Start, start
-from megazh.corpus.stories import write_stories
+from megazh.cluster.launchers import local
+from megazh.cluster.start import start
+from megazh.demo.stories import write_stories
 from megazh.errors import BusyError, MegazhError, UsageError
 from megazh.files import locked
-from megazh.training import precision
-from megazh.training.prepare import prepare
-from megazh.training.run_folder import RunFolder
+from megazh.index.prepare import prepare
+from megazh.run.folder import RunFolder
+from megazh.training import preflight
+from megazh.training.preflight import Request
+from megazh.training.recipe import run_recipe
 
 STOPPED = 5
 
 
 class Launches(list[dict[str, Any]]):
-    """Stands in for `run_local`: writes down what it is called with, and starts nothing."""
+    """Stands in for `run_ranks`: writes down its arguments, and starts nothing."""
 
     def __call__(
         self,
@@ -48,7 +50,7 @@ class Launches(list[dict[str, Any]]):
 def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launches:
     """In an empty folder, on a machine without a GPU, with a launcher that only writes down."""
     found = Launches()
-    monkeypatch.setattr(starting, "run_local", found)
+    monkeypatch.setattr(local, "run_ranks", found)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     machine(monkeypatch, 0)
     (tmp_path / "here").mkdir()
@@ -64,9 +66,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def manifest(stories: Path) -> Path:
     """Data of 200 stories, with a tokenizer of 400 ids."""
-    return prepare(tmp_path_factory.mktemp("stories"), 400, 1, None, story_count=200, say=lambda line: None)
+    return stories
 
 
 @pytest.fixture
@@ -81,10 +83,10 @@ def files_of_runs() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in files}
 
 
-def refused(asked: Start, launches: Launches, kind: type[MegazhError] = UsageError) -> str:
+def refused(asked: Request, launches: Launches, error: type[MegazhError] = UsageError) -> str:
     """The one line that refuses this; nothing was started, and no run begun."""
     there = files_of_runs()
-    with pytest.raises(kind) as refusal:
+    with pytest.raises(error) as refusal:
         start(asked)
     assert files_of_runs() == there
     assert launches == []
@@ -96,14 +98,14 @@ def refused(asked: Start, launches: Launches, kind: type[MegazhError] = UsageErr
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"kind": "hf"}, ["-t hf comes later", "-t ds_pp"]),
+        ({"engine": "hf"}, ["-t hf comes later", "-t ds_pp"]),
         ({"recipe": "nowhere"}, ["recipe 'nowhere'", "demo, ", "qwen0.5b_6x3090"]),
         ({"recipe": "nowhere.yaml"}, ["nowhere.yaml: no such file"]),
-        ({"settings": ["learnin_rate=1"]}, ["unknown key 'learnin_rate'; did you mean 'learning_rate'?"]),
+        ({"settings": ["learnin_rate=1"]}, ["unknown key 'learnin_rate'; did you mean 'optimizer.learning_rate'?"]),
         ({"settings": ["model.vocab=1"]}, ["unknown key 'model.vocab'; did you mean 'model.vocab_size'?"]),
         ({"gpus": "0"}, ["-g 0: this torch (2.13.0+cpu) is built without CUDA", "--device cpu"]),
-        ({"count": 6, "stages": 4}, ["6 GPUs do not divide into 4 pipeline stages; -p may be 1, 2, 3"]),
-        ({"count": 6, "stages": 6}, ["6 pipeline stages for 4 parts (embedding, 2 layers, head)", "1, 2, 3"]),
+        ({"num_gpus": 6, "stages": 4}, ["6 GPUs do not divide into 4 pipeline stages; -p may be 1, 2, 3"]),
+        ({"num_gpus": 6, "stages": 6}, ["6 pipeline stages for 4 parts (embedding, 2 layers, head)", "1, 2, 3"]),
         (
             {"settings": ["global_batch_size=7"]},
             ["global_batch_size 7 does not divide by micro_batch_size 2 x 1 replicas = 2", "set micro_batch_size=1"],
@@ -115,8 +117,8 @@ def refused(asked: Start, launches: Launches, kind: type[MegazhError] = UsageErr
         ({"settings": ["data.manifest=other/mine.yaml"]}, ["other/mine.yaml: no such file", "--output other/mine'"]),
         ({"settings": ["zero_stage=0"]}, ["zero_stage=0 with pipe_parallel_size=2", "set zero_stage=1"]),
         ({"settings": ["zero_stage=2"]}, ["zero_stage=2", "set zero_stage=1"]),
-        ({"settings": ["precision=fp16"]}, ["precision=fp16", "on this CPU", "set precision=fp32 or bf16"]),
-        ({"settings": ["warmup=7"]}, ["warm-up of 7 steps is longer than the run of 6"]),
+        ({"settings": ["dtype=fp16"]}, ["precision.dtype=fp16", "on this CPU", "set precision.dtype=fp32 or bf16"]),
+        ({"settings": ["warmup=7"]}, ["schedule.warmup=7: longer than the run of 6"]),
         ({"settings": ["seq_len=1000000"]}, ["tokens for training, less than one sample of 1000000"]),
         ({"hostfile": Path("nowhere")}, ["-H nowhere: no such file"]),
         ({"inputs": []}, ["-i: expected files or folders"]),
@@ -132,8 +134,8 @@ def test_what_cannot_work_is_refused(
     changes: dict[str, Any],
     parts: list[str],
 ) -> None:
-    monkeypatch.setattr(precision, "_cpu_has_fp16", lambda: False)
-    line = refused(Start(**{"recipe": recipe, **changes}), launches)
+    monkeypatch.setattr(preflight, "_cpu_has_fp16", lambda: False)
+    line = refused(Request(**{"recipe": recipe, **changes}), launches)
     for part in parts:
         assert part in line
 
@@ -142,10 +144,10 @@ def test_what_cannot_work_is_refused(
     ("changes", "parts"),
     [
         ({"gpus": "1,2,3,4,5,6"}, ["-g 1,2,3,4,5,6: no GPU 6; there are 0, 1, 2, 3, 4, 5"]),
-        ({"gpus": "0,1", "count": 3}, ["-n 3, but -g 0,1 lists 2 GPUs"]),
-        ({"gpus": "0,0"}, ["-g 0,0: 0 is there twice"]),
+        ({"gpus": "0,1", "num_gpus": 3}, ["-n 3, but -g 0,1 lists 2 GPUs"]),
+        ({"gpus": "0,0"}, ["-g 0,0: 0 is listed twice"]),
         ({"gpus": "0", "device": "cpu"}, ["-g 0 and --device cpu contradict each other"]),
-        ({"count": 7}, ["-n 7: there are 6 GPUs"]),
+        ({"num_gpus": 7}, ["-n 7: there are 6 GPUs"]),
         ({"gpus": "0"}, ["1 GPUs do not divide into 2 pipeline stages; -p may be 1"]),
     ],
 )
@@ -153,33 +155,33 @@ def test_gpus_that_cannot_be_taken_are_refused(
     launches: Launches, recipe: str, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], parts: list[str]
 ) -> None:
     machine(monkeypatch, 6)
-    line = refused(Start(recipe=recipe, **changes), launches)
+    line = refused(Request(recipe=recipe, **changes), launches)
     for part in parts:
         assert part in line
 
 
 def test_a_hostfile_that_is_none_is_refused(launches: Launches, recipe: str) -> None:
     Path("hosts").write_text("gpu1 slots=6\n<html>\n")
-    line = refused(Start(recipe=recipe, hostfile=Path("hosts")), launches)
+    line = refused(Request(recipe=recipe, hostfile=Path("hosts")), launches)
     assert line == "hosts:2: expected a line such as 'gpu1 slots=6', found '<html>'"
 
 
 def test_a_count_that_is_not_the_hosts_is_refused(launches: Launches, recipe: str) -> None:
     Path("hosts").write_text("gpu1 slots=6\ngpu2 slots=6\n")
-    line = refused(Start(recipe=recipe, hostfile=Path("hosts"), count=4), launches)
+    line = refused(Request(recipe=recipe, hostfile=Path("hosts"), num_gpus=4), launches)
     assert line == "-n 4, but the hosts of -H hosts give 12 GPUs; leave -n out"
 
 
 def test_a_recipe_that_includes_itself_is_refused(launches: Launches) -> None:
     Path("a.yaml").write_text("include: b.yaml\n")
     Path("b.yaml").write_text("include: a.yaml\n")
-    assert "a.yaml: includes itself, by way of a.yaml, b.yaml" in refused(Start(recipe="a.yaml"), launches)
+    assert "a.yaml: includes itself, by way of a.yaml, b.yaml" in refused(Request(recipe="a.yaml"), launches)
 
 
 def test_ids_above_the_vocabulary_are_refused_with_a_size_that_does(launches: Launches, recipe: str) -> None:
-    line = refused(Start(recipe=recipe, settings=["model.vocab_size=64"]), launches)
+    line = refused(Request(recipe=recipe, settings=["model.vocab_size=64"]), launches)
     assert "has ids up to 399, and the model has 64 rows: set model.vocab_size=448" in line
-    assert start(Start(recipe=recipe, settings=["model.vocab_size=448"])) == STOPPED
+    assert start(Request(recipe=recipe, settings=["model.vocab_size=448"])) == STOPPED
 
 
 def test_data_that_ends_before_the_run_is_refused_with_a_length_that_does(
@@ -190,22 +192,22 @@ def test_data_that_ends_before_the_run_is_refused_with_a_length_that_does(
     stopping = tmp_path / "data" / manifest.name
     stopping.write_text(yaml.safe_dump(values))
     data = f"data.manifest={stopping}"
-    line = refused(Start(recipe=recipe, settings=[data, "steps=100000"]), launches)
+    line = refused(Request(recipe=recipe, settings=[data, "steps=100000"]), launches)
     assert "the run takes 800,000 samples, and" in line
     steps = line.partition("set ")[2].partition(",")[0]
-    refused(Start(recipe=recipe, settings=[data, f"steps={int(steps.removeprefix('steps=')) + 1}"]), launches)
-    assert start(Start(recipe=recipe, settings=[data, steps])) == STOPPED
+    refused(Request(recipe=recipe, settings=[data, f"steps={int(steps.removeprefix('steps=')) + 1}"]), launches)
+    assert start(Request(recipe=recipe, settings=[data, steps])) == STOPPED
     batch = "global_batch_size=80000"
-    line = refused(Start(recipe=recipe, settings=[data, batch, "steps=1"], run=Path("runs/other")), Launches())
+    line = refused(Request(recipe=recipe, settings=[data, batch, "steps=1"], run=Path("runs/other")), Launches())
     assert line.endswith("(on_exhausted: stop); set on_exhausted: wrap")
 
 
 def test_a_second_job_in_the_same_folder_is_refused(launches: Launches, recipe: str) -> None:
     run = RunFolder(Path("runs/mini"))
     with locked(run.lock):
-        line = refused(Start(recipe=recipe), launches, BusyError)
+        line = refused(Request(recipe=recipe), launches, BusyError)
     assert line.startswith("runs/mini: another job is training in this folder")
-    assert start(Start(recipe=recipe)) == STOPPED
+    assert start(Request(recipe=recipe)) == STOPPED
 
 
 @pytest.mark.parametrize(
@@ -213,10 +215,10 @@ def test_a_second_job_in_the_same_folder_is_refused(launches: Launches, recipe: 
     [
         ({"settings": ["resume=never"]}, ["runs/mini: holds a run already, and resume=never", "-r"]),
         ({"settings": ["model.hidden_size=64"]}, ["begun with model.hidden_size=32, and this one has 64", "-r"]),
-        ({"settings": ["seed=7"]}, ["begun with seed=42, and this one has 7", "-r"]),
+        ({"settings": ["seed=7"]}, ["begun with schedule.seed=42, and this one has 7", "-r"]),
         ({"settings": ["data.packing=concat"]}, ["begun with data.packing=best_fit, and this one has concat", "-r"]),
-        ({"settings": ["precision=bf16"]}, ["was saved in fp32, and this is bf16", "-r"]),
-        ({"count": 2, "stages": 2}, ["saved by 1 stages x 1 replicas, and this is 2 x 1", "-n 1 -p 1", "-r"]),
+        ({"settings": ["dtype=bf16"]}, ["was saved in fp32, and this is bf16", "-r"]),
+        ({"num_gpus": 2, "stages": 2}, ["saved by 1 stages x 1 replicas, and this is 2 x 1", "-n 1 -p 1", "-r"]),
     ],
 )
 @pytest.mark.parametrize("length", ["steps=6", "steps=12"], ids=["complete", "to go on"])
@@ -224,8 +226,8 @@ def test_a_run_does_not_go_on_as_another_one(
     launches: Launches, recipe: str, changes: dict[str, Any], parts: list[str], length: str
 ) -> None:
     make_run(Path("runs/mini"), Path(recipe))
-    asked = {"count": 1, "stages": 1, **changes, "settings": [length, *changes.get("settings", [])]}
-    line = refused(Start(recipe=recipe, **asked), launches)
+    asked = {"num_gpus": 1, "stages": 1, **changes, "settings": [length, *changes.get("settings", [])]}
+    line = refused(Request(recipe=recipe, **asked), launches)
     for part in parts:
         assert part in line
 
@@ -235,46 +237,47 @@ def test_a_run_keeps_its_stages(launches: Launches, recipe: str) -> None:
     path = next(run.checkpoints.iterdir()) / "manifest.json"
     manifest = json.loads(path.read_bytes()) | {"stages": 2, "bounds": [0, 2, 4]}
     path.write_text(json.dumps(manifest))
-    asked = {"recipe": recipe, "count": 2, "stages": 2}
-    line = refused(Start(**asked, settings=["steps=12", "stage_bounds=[0, 1, 4]"]), launches)
-    assert "saved with stage_bounds [0, 2, 4], and this run asks for [0, 1, 4]" in line
-    assert start(Start(**asked, settings=["steps=12", "stage_bounds=[0, 2, 4]"])) == STOPPED
+    asked = {"recipe": recipe, "num_gpus": 2, "stages": 2}
+    line = refused(Request(**asked, settings=["steps=12", "stage_bounds=[0, 1, 4]"]), launches)
+    assert "saved with stage_bounds [0, 2, 4], and this run requests [0, 1, 4]" in line
+    assert start(Request(**asked, settings=["steps=12", "stage_bounds=[0, 2, 4]"])) == STOPPED
 
 
 def test_attention_dropout_is_refused_on_gpus(launches: Launches, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 2)
-    line = refused(Start(recipe=recipe, settings=["precision=bf16", "model.attention_dropout=0.1"]), launches)
+    line = refused(Request(recipe=recipe, settings=["dtype=bf16", "model.attention_dropout=0.1"]), launches)
     assert "model.attention_dropout=0.1: flash attention on CUDA in bf16 has no dropout" in line
-    settings = ["precision=fp32", "model.attention_dropout=0.1"]
-    assert start(Start(recipe=recipe, settings=settings)) == STOPPED
+    settings = ["dtype=fp32", "model.attention_dropout=0.1"]
+    assert start(Request(recipe=recipe, settings=settings)) == STOPPED
 
 
 def test_a_run_does_not_go_on_with_other_data(launches: Launches, recipe: str, tmp_path: Path) -> None:
     make_run(Path("runs/mini"), Path(recipe))
     other = prepare(tmp_path / "other", 400, 2, None, story_count=150, say=lambda line: None)
     settings = ["steps=12", f"data.manifest={other}"]
-    line = refused(Start(recipe=recipe, count=1, stages=1, settings=settings), launches)
+    line = refused(Request(recipe=recipe, num_gpus=1, stages=1, settings=settings), launches)
     assert "runs/mini: the run was begun with another tokenizer" in line
 
 
 def test_what_is_started(launches: Launches, recipe: str) -> None:
-    assert start(Start(recipe=recipe, count=4, settings=["steps=9"])) == STOPPED
+    assert start(Request(recipe=recipe, num_gpus=4, settings=["steps=9"])) == STOPPED
     (launched,) = launches
     run = Path("runs/mini")
     assert launched["arguments"] == [
-        "-m", "megazh", "rank", str(run.resolve()), "--stages", "2", "--device", "cpu"
+        "-m", "megazh", "rank", str(run.resolve())
     ]  # fmt: skip
     assert (launched["ranks"], launched["gpu_ids"], launched["logs"]) == (4, None, run / "logs")
     assert launched["labels"] == [f"rank {rank} (stage {stage})" for rank, stage in enumerate([0, 0, 1, 1])]
-    assert RunFolder(run).recipe().total_steps == 9
+    assert run_recipe(RunFolder(run)).total_steps == 9
 
 
 def test_chosen_gpus_reach_the_ranks_in_order(launches: Launches, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 7)
-    assert start(Start(recipe=recipe, gpus="6,1,2,3,4,5", settings=["global_batch_size=12"])) == STOPPED
+    assert start(Request(recipe=recipe, gpus="6,1,2,3,4,5", settings=["global_batch_size=12"])) == STOPPED
     (launched,) = launches
     assert (launched["ranks"], launched["gpu_ids"]) == (6, ("6", "1", "2", "3", "4", "5"))
-    assert launched["arguments"][-4:] == ["--stages", "2", "--device", "cuda"]
+    parallel = run_recipe(RunFolder(Path("runs/mini"))).parallel
+    assert (parallel.num_gpus, parallel.pipe_parallel_size, parallel.device) == (6, 2, "cuda")
     assert launched["labels"][2:4] == ["rank 2 (stage 0)", "rank 3 (stage 1)"]
 
 
@@ -282,12 +285,12 @@ def test_with_gpus_and_no_recipe_it_is_the_half_billion(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine(monkeypatch, 7)
-    assert start(Start(gpus="1,2,3,4,5,6", dry_run=True)) == 0
+    assert start(Request(gpus="1,2,3,4,5,6", dry_run=True)) == 0
     out = capsys.readouterr().out
     for line in (
         "run         runs/qwen0.5b_6x3090",
         "layout      6 GPUs = 2 stages x 3 replicas, bf16",
-        "batch       8 x 32 micro-batches x 3 replicas x 1024 = 786,432 tokens a step",
+        "batch       8 x 32 micro-batches x 3 replicas x 1024 = 786,432 tokens per step",
         "GPUs        1,2,3,4,5,6",
     ):
         assert line in out.splitlines()
@@ -297,7 +300,7 @@ def test_with_gpus_and_no_recipe_it_is_the_half_billion(
     ("count", "layout", "said"),
     [
         (0, "2 CPU processes = 2 stages x 1 replicas, fp32", "computing on the CPU: "),
-        (1, "1 GPUs = 1 stages x 1 replicas, bf16", "1 GPU here, and the recipe has 2 pipeline stages: taking one\n"),
+        (1, "1 GPUs = 1 stages x 1 replicas, bf16", "1 GPU here, and the recipe has 2 pipeline stages: using one\n"),
         (6, "2 GPUs = 2 stages x 1 replicas, bf16", ""),
     ],
 )
@@ -305,7 +308,7 @@ def test_without_anything_it_is_the_demo(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: int, layout: str, said: str
 ) -> None:
     machine(monkeypatch, count)
-    assert start(Start(dry_run=True)) == 0
+    assert start(Request(dry_run=True)) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "run         runs/demo"
     assert f"layout      {layout}" in out.splitlines()
@@ -318,7 +321,7 @@ def test_a_dry_run_shows_all_and_writes_nothing(
 ) -> None:
     monkeypatch.setenv("MEGAZH_CACHE", str(tmp_path / "cache"))
     recipe = write_recipe(tmp_path / "mini.yaml")
-    assert start(Start(recipe=str(recipe), run=Path("elsewhere/run"), dry_run=True)) == 0
+    assert start(Request(recipe=str(recipe), run=Path("elsewhere/run"), dry_run=True)) == 0
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "here", recipe]
     assert launches == []
     lines = capsys.readouterr().out.splitlines()
@@ -328,21 +331,21 @@ def test_a_dry_run_shows_all_and_writes_nothing(
     assert all(words[-1] == "GiB" for words in stages)
     assert "data        data_index/mini/mixture.yaml (not there yet)" in lines
     path = tmp_path / "here" / "elsewhere" / "run"
-    assert f"command     2 x python -m megazh rank {path} --stages 2 --device cpu" in lines
+    assert f"command     2 x python -m megazh rank {path}" in lines
     assert lines[-1] == "dry run: nothing was started"
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "txt", "parquet"])
 def test_own_text_names_the_data_and_the_run(
-    launches: Launches, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+    launches: Launches, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
 ) -> None:
-    given, asked = own_text(tmp_path, kind), {}
-    if kind == "jsonl":
+    given, asked = own_text(tmp_path, suffix), {}
+    if suffix == "jsonl":
         asked["text_key"] = "page.text"
     for _ in range(2):
-        assert start(Start(recipe=recipe, inputs=[str(given)], **asked)) == STOPPED
+        assert start(Request(recipe=recipe, inputs=[str(given)], **asked)) == STOPPED
     run = RunFolder(Path("runs/novels"))
-    assert run.recipe().data.manifest == "data_index/novels/mixture.yaml"
+    assert run_recipe(run).data.manifest == "data_index/novels/mixture.yaml"
     assert run.info().corpora[0].tokens > 1000
     out = capsys.readouterr().out
     assert out.count("tokenizer: ") == 1
@@ -350,18 +353,18 @@ def test_own_text_names_the_data_and_the_run(
     assert [launched["arguments"][3] for launched in launches] == [str(Path("runs/novels").resolve())] * 2
 
 
-def own_text(folder: Path, kind: str) -> Path:
+def own_text(folder: Path, suffix: str) -> Path:
     """Eighty stories: a file or a folder named `novels`."""
     write_stories(folder / "stories.jsonl", 80, 3)
     texts = [json.loads(line)["text"] for line in (folder / "stories.jsonl").read_text().splitlines()]
     path = folder / "novels"
-    if kind == "txt":
+    if suffix == "txt":
         path.mkdir()
         for number in range(4):
             (path / f"{number}.txt").write_text("\n\n".join(texts[number::4]))
         return path
-    path = path.with_suffix(f".{kind}")
-    if kind == "parquet":
+    path = path.with_suffix(f".{suffix}")
+    if suffix == "parquet":
         pq.write_table(pa.table({"text": texts}), path)
     else:
         path.write_text("".join(json.dumps({"page": {"text": text}}) + "\n" for text in texts))
@@ -370,31 +373,31 @@ def own_text(folder: Path, kind: str) -> Path:
 
 def test_other_text_of_the_same_name_is_refused(launches: Launches, recipe: str, tmp_path: Path) -> None:
     first = own_text(tmp_path, "parquet")
-    assert start(Start(recipe=recipe, inputs=[str(first)])) == STOPPED
+    assert start(Request(recipe=recipe, inputs=[str(first)])) == STOPPED
     (tmp_path / "other").mkdir()
     second = shutil.copy(first, tmp_path / "other")
     launches.clear()
-    line = refused(Start(recipe=recipe, inputs=[str(second)]), launches)
+    line = refused(Request(recipe=recipe, inputs=[str(second)]), launches)
     assert line.startswith("data_index/novels: was prepared from other input: ")
     assert "choose another run name (-r), or delete the folder" in line
-    assert start(Start(recipe=recipe, inputs=[str(second)], run=Path("runs/again"))) == STOPPED
-    assert RunFolder(Path("runs/again")).recipe().data.manifest == "data_index/again/mixture.yaml"
+    assert start(Request(recipe=recipe, inputs=[str(second)], run=Path("runs/again"))) == STOPPED
+    assert run_recipe(RunFolder(Path("runs/again"))).data.manifest == "data_index/again/mixture.yaml"
 
 
 def test_a_complete_run_says_so_and_other_text_is_still_refused(
     launches: Launches, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = own_text(tmp_path, "jsonl")
-    asked = {"inputs": [str(given)], "text_key": "page.text", "count": 1, "stages": 1}
+    asked = {"inputs": [str(given)], "text_key": "page.text", "num_gpus": 1, "stages": 1}
     asked |= {"recipe": recipe, "settings": ["--steps=6", "resume=auto", "learning_rate=0.02"]}
-    assert start(Start(**asked)) == STOPPED
+    assert start(Request(**asked)) == STOPPED
     run = RunFolder(Path("runs/novels"))
     shutil.move(make_run(Path("made"), Path(recipe)).checkpoints, run.checkpoints)
     write_metrics(run, 6)
     launches.clear()
     before = files_of_runs()
     capsys.readouterr()
-    assert start(Start(**asked)) == 0
+    assert start(Request(**asked)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "runs/novels: complete, 6 steps" in lines
     assert launches == []
@@ -416,7 +419,7 @@ def test_a_complete_run_says_so_and_other_text_is_still_refused(
     (tmp_path / "other").mkdir()
     launches.clear()
     other = [str(shutil.copy(given, tmp_path / "other"))]
-    assert "was prepared from other input" in refused(Start(**{**asked, "inputs": other}), launches)
+    assert "was prepared from other input" in refused(Request(**{**asked, "inputs": other}), launches)
 
 
 def test_a_complete_run_needs_its_data_no_longer(
@@ -426,7 +429,7 @@ def test_a_complete_run_needs_its_data_no_longer(
     recipe = write_recipe(tmp_path / "mini.yaml")
     write_metrics(make_run(Path("runs/mini"), recipe), RECIPE["steps"])
     shutil.rmtree("data_index")
-    assert start(Start(recipe=str(recipe), count=1, stages=1)) == 0
+    assert start(Request(recipe=str(recipe), num_gpus=1, stages=1)) == 0
     assert "runs/mini: complete, 6 steps" in capsys.readouterr().out
     assert not Path("data_index").exists()
     assert launches == []

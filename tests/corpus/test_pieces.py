@@ -1,4 +1,4 @@
-"""However a corpus is cut, the same documents and the same rejected lines come out of it."""
+"""Cutting into pieces: however a corpus is cut, its documents and rejected lines are the same."""
 
 import io
 import json
@@ -70,7 +70,7 @@ paragraph_file = st.builds(
 
 
 def parse_json_lines(data: bytes, limit: int) -> Read:
-    """A simple, slow reading of a whole file, straight from the definition."""
+    """Read a whole JSON Lines file in a simple, slow way that follows the definition."""
     found = Read()
     for number, raw in enumerate(data.removeprefix(BOM).split(b"\n"), start=1):
         if not raw.strip():
@@ -98,6 +98,7 @@ def parse_json_lines(data: bytes, limit: int) -> Read:
 
 
 def parse_paragraphs(data: bytes, limit: int) -> Read:
+    """Read a whole text file of documents separated by blank lines, in a simple, slow way."""
     found = Read()
     block: list[bytes] = []
     begin = 0
@@ -227,7 +228,7 @@ def test_line_numbers_after_an_overlong_paragraph_of_many_lines(
 
 @pytest.mark.parametrize("stored", STORED)
 def test_paragraph_of_exactly_the_limit_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str) -> None:
-    """Whatever stands before it, and so wherever a cut falls."""
+    """For documents of many lengths before it, so that the cut falls at many places."""
     options = ReadOptions(text_documents=TextDocuments.BLANK_LINES, max_document_bytes=300)
     for before in range(90, 110):
         size = 100

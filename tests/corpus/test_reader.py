@@ -1,4 +1,4 @@
-"""What becomes of single records: documents, empty ones, and each reason for turning one away."""
+"""Single records: documents, empty documents, and each reason to reject a line."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ BLANK_LINES = ReadOptions(text_documents=TextDocuments.BLANK_LINES)
 
 
 def json_line(tmp_path: Path, raw: bytes, options: ReadOptions | None = None) -> tuple[list[str], list[str], int]:
-    """What one line between two good ones becomes: texts, reasons, empty documents."""
+    """(texts, reasons, number of empty documents) that one line between two good ones gives."""
     path = tmp_path / "a.jsonl"
     key = (options or ReadOptions()).text_key.split(".")
     good = b'{"%s": "good"}' % key[0].encode() if len(key) == 1 else b'{"a": {"b": "good"}}'
@@ -175,7 +175,7 @@ EXPECTED = ["第一", "second\r\n line ", "third", "𠮷" * 30]
 
 
 @pytest.mark.parametrize(
-    "kind",
+    "column_type",
     [
         pa.string(),
         pa.large_string(),
@@ -189,16 +189,16 @@ EXPECTED = ["第一", "second\r\n line ", "third", "𠮷" * 30]
 )
 @pytest.mark.parametrize("form", ["parquet", "file", "stream"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_columns_of_every_text_type(tmp_path: Path, kind: pa.DataType, form: str, nested: bool) -> None:
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+def test_columns_of_every_text_type(tmp_path: Path, column_type: pa.DataType, form: str, nested: bool) -> None:
+    value = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
     plain: list[str | bytes | None] = [None, *DOCUMENTS]
     if pa.types.is_binary(value) or pa.types.is_large_binary(value):
         plain = [text.encode() if isinstance(text, str) else text for text in plain]
     column = pa.array(plain, value)
-    column = column.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else column
+    column = column.dictionary_encode().cast(column_type) if pa.types.is_dictionary(column_type) else column
     if nested:
         column = pa.StructArray.from_arrays([column, pa.array(range(6))], ["b", "n"])
-    if form == "parquet" and nested and kind == pa.string_view():
+    if form == "parquet" and nested and column_type == pa.string_view():
         pytest.skip("pyarrow cannot write this")
     table = pa.table({"id": pa.array(range(6)), "a": column})
     path = tmp_path / f"a.{'parquet' if form == 'parquet' else 'arrow'}"
@@ -212,7 +212,7 @@ def test_columns_of_every_text_type(tmp_path: Path, kind: pa.DataType, form: str
     assert found.texts == EXPECTED
     assert found.empty == 1
     assert found.rejected == [(path.name, 1, "not text")]
-    assert found.pieces == 3 if form != "stream" or not pa.types.is_dictionary(kind) else found.pieces >= 1
+    assert found.pieces == 3 if form != "stream" or not pa.types.is_dictionary(column_type) else found.pieces >= 1
 
 
 def test_rows_of_null_structs_and_null_columns_are_rejected(tmp_path: Path) -> None:

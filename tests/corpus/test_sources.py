@@ -106,7 +106,7 @@ def test_compression_that_the_first_bytes_deny_is_refused(tmp_path: Path, name: 
 
 
 def test_zstd_that_begins_with_a_skippable_frame_is_accepted(tmp_path: Path) -> None:
-    """pzstd writes one in front of every frame."""
+    """pzstd writes a skippable frame before every frame."""
     skippable = bytes.fromhex("502a4d18 04000000 12345678")
     (tmp_path / "a.jsonl.zst").write_bytes(skippable + zst(LINE))
     (source,) = find_sources([str(tmp_path / "a.jsonl.zst")])
@@ -122,7 +122,7 @@ def test_compressed_parquet_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("start", [b"[", b"\xef\xbb\xbf[", b"\n  [\n"])
 def test_json_array_is_refused_with_the_remedy(tmp_path: Path, start: bytes) -> None:
     (tmp_path / "a.json").write_bytes(start + b'{"text": "x"}]')
-    with pytest.raises(DataError, match=r"a\.json: .*one object a line"):
+    with pytest.raises(DataError, match=r"a\.json: .*one object per line"):
         find_sources([str(tmp_path / "a.json")])
 
 

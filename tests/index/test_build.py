@@ -1,4 +1,4 @@
-"""Building an index within this process: what is in it, resuming, refusals, bad records, the fast encoder."""
+"""Building an index within this process: its contents, resuming, refusals, bad records, the fast encoder."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class CountingPool(InlinePool):
-    """Counts the pieces that it encodes; may be interrupted before one of them, or do something at it."""
+    """Counts the pieces that it encodes. At a given piece, it may be interrupted or call a function."""
 
     def __init__(self, stop_at: int | None = None, at: Callable[[int], object] | None = None) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def test_order_of_inputs_on_the_command_line_does_not_matter(corpus: Path, tmp_p
 
 
 def wide_tokenizer(folder: Path) -> Path:
-    """As many ids as need int32: the others are never used."""
+    """A vocabulary so large that ids need int32; most of them are never used."""
     settings = json.loads(tokenizer_path().read_text(encoding="utf-8"))
     settings["model"]["vocab"].update({f"unused {number}": number for number in range(1500, 65_500)})
     path = folder / "wide.json"
@@ -382,7 +382,7 @@ def test_line_that_names_a_lone_surrogate_can_be_reported(corpus: Path, tmp_path
 
 
 def test_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
-    """Chinese names in GBK are common on old disks."""
+    """File names in GBK are common on old disks."""
     folder = os.fsencode(tmp_path) + b"/in"
     os.mkdir(folder)
     path = os.fsdecode(folder + "/今天.jsonl".encode("gbk"))
@@ -427,7 +427,7 @@ def test_index_with_a_file_gone_is_not_called_complete(corpus: Path, tmp_path: P
     try:
         complete = build(corpus, tmp_path / "x").already_complete
     except MegazhError:
-        return  # refused: as good as built anew
+        return  # refused, which is as good as built again
     assert not complete
     assert len(IndexedDataset(tmp_path / "x").document_hashes()) == 200
 
@@ -587,7 +587,7 @@ def test_fast_encoder_that_is_no_use_is_replaced_with_a_warning(
 
 
 def test_pieces_of_a_wrong_encoder_are_not_kept(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an interrupted run left is not taken over once the encoder that made it was found wrong."""
+    """A resumed build does not reuse pieces of an encoder that was found wrong."""
     build(corpus, tmp_path / "right")
     with monkeypatch.context() as patch:
         change_encoder(patch, lambda _, ids: ids)
@@ -633,6 +633,6 @@ def test_damaged_source_is_named_and_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_request_is_what_identity_is_made_of() -> None:
-    """A new field of Request that decides bytes must be among what `--restart` is asked for."""
+    """A new field of Request that changes the bytes must be part of the plan, so that a resumed build is refused."""
     known = {"inputs", "output", "tokenizer", "eod", "front_tokens", "format", "read", "max_bad", "restart"}
     assert {field.name for field in dataclasses.fields(Request)} == known

@@ -1,4 +1,4 @@
-"""Building an index with real processes: equal bytes however many, kills, full disks, two at once."""
+"""Building an index with real processes: equal bytes for any number, kills, full disks, two builds at once."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from megazh.tokenizer import load_tokenizer
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind of file, most of them long enough for several pieces, some lines bad."""
+    """Files of every format, most of them long enough for several pieces, with some bad lines."""
     folder = tmp_path_factory.mktemp("mixed")
     documents = texts(9000, 21)
     lines = json_lines(documents).splitlines(keepends=True)
@@ -60,7 +60,7 @@ def arguments(source: Path, output: Path, *more: object) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def whole(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The index of `mixed` as one process builds it."""
+    """The index of `mixed`, built by one process."""
     prefix = tmp_path_factory.mktemp("whole") / "x"
     code, _, err = megazh(*arguments(mixed, prefix, "--workers", 1, "--max-bad", "1%"))
     assert (code, err) == (0, "")
@@ -69,7 +69,7 @@ def whole(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 24 pieces: time enough to do something to the build meanwhile."""
+    """Input of about 24 pieces: enough time to interfere with the build."""
     path = tmp_path_factory.mktemp("large") / "large.jsonl"
     once = json_lines(texts(6000, 22))
     with open(path, "wb") as file:
@@ -97,7 +97,7 @@ def pieces(prefix: Path) -> list[Path]:
 
 
 def children(pid: int) -> Iterator[int]:
-    """All descendants of a process that are worker processes of `multiprocessing`."""
+    """Ids of all descendants of a process that are worker processes of `multiprocessing`."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in map(int, (task / "children").read_text().split()):
             if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
@@ -113,7 +113,7 @@ def is_alive(pid: int) -> bool:
 
 
 def resumed(out: str) -> int:
-    """How many pieces the summary says were kept."""
+    """Number of kept pieces according to the summary."""
     lines = [line.split() for line in out.splitlines() if line.startswith("resumed")]
     return int(lines[0][1].replace(",", "")) if lines else 0
 
@@ -274,7 +274,7 @@ def test_disk_too_full_for_a_piece(large: Path, tmp_path: Path) -> None:
 
 
 FAKE = '''
-"""The real fastokens, except that it is wrong about documents that hold MARK."""
+"""The real fastokens, except that it gives wrong ids for documents that contain MARK."""
 import importlib.util, sys
 from pathlib import Path
 here = Path(__file__).resolve().parent.parent
@@ -313,13 +313,13 @@ module.Tokenizer = Tokenizer
 
 @pytest.mark.slow
 def test_pieces_of_a_wrong_encoder_that_are_still_under_way_are_not_taken(tmp_path: Path) -> None:
-    """Found wrong on one piece, while another worker is at the next one."""
+    """The encoder is found wrong on one piece while another worker encodes the next one."""
     (tmp_path / "fake" / "fastokens").mkdir(parents=True)
     (tmp_path / "fake" / "fastokens" / "__init__.py").write_text(FAKE, encoding="utf-8")
     tokenizer = load_tokenizer(tokenizer_path())
     word = tokenizer.decode([300])
     assert tokenizer.encode(word) == [300]
-    filling = ["text " * 130_000] * 2  # a piece ends behind these
+    filling = ["text " * 130_000] * 2  # a piece ends after these
     documents = [*filling, *[f"{word} MARK", *filling] * 7, "end"]
     (tmp_path / "a.jsonl").write_bytes(json_lines(documents))
     path = os.pathsep.join([str(tmp_path / "fake"), os.environ.get("PYTHONPATH", "")])

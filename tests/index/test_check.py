@@ -1,4 +1,4 @@
-"""Looking into an index, and checking all of it."""
+"""Inspecting and verifying an index."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def prefix(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def change_tokens(prefix: str, at: int, token: int) -> None:
-    """Write another token and make hashes in the description fit."""
+    """Write another token, and put matching hashes into the description."""
     path = Path(f"{prefix}.bin")
     with open(path, "r+b") as file:
         file.seek(at * 2)
@@ -90,7 +90,7 @@ def test_missing_end_token_is_found(prefix: str) -> None:
 def test_end_token_within_a_document_is_found(prefix: str) -> None:
     index = IndexedDataset(prefix)
     change_tokens(prefix, int(index.starts[5]), 1)
-    with pytest.raises(DataError, match=r"expected 62 end-of-document ids, one a document, found 63"):
+    with pytest.raises(DataError, match=r"expected 62 end-of-document ids, one per document, found 63"):
         verify_index(prefix)
 
 

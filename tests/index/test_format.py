@@ -1,4 +1,4 @@
-"""MMIDIDX to the byte: what megatron-core writes we read, and what we write is what it writes."""
+"""MMIDIDX to the byte: megazh reads the files of megatron-core, and writes the same bytes."""
 
 import itertools
 import struct

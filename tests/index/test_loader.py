@@ -1,4 +1,4 @@
-"""Batches as tensors: the mixture's samples, in order, each to one rank."""
+"""Batches as tensors: the samples of the mixture in order, each on one rank."""
 
 import itertools
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from indexes import random_documents, write_index
 
-from megazh.index.loader import training_batches, validation_batches
+from megazh.index.loader import training_batches
 from megazh.index.mixture import Mixture
 
 
@@ -44,13 +44,6 @@ def test_the_end_of_a_mixture_ends_the_batches(tmp_path: Path, mixture: Mixture)
     path.write_text("on_exhausted: stop\ncorpora:\n  - {name: a, prefix: a, weight: 1}\n")
     stopping = Mixture(path, 64)
     assert sum(len(batch["tokens"]) for batch in training_batches(stopping, 4)) == stopping.end // 4 * 4
-
-
-def test_validation_is_gone_through_once(mixture: Mixture) -> None:
-    samples = mixture.validation
-    batches = list(validation_batches(samples, 4))
-    assert sum(len(batch["tokens"]) for batch in batches) == len(samples)
-    assert torch.equal(batches[-1]["labels"][-1], torch.from_numpy(samples.sample(len(samples) - 1).labels))
 
 
 def test_an_error_in_a_thread_reaches_the_caller(mixture: Mixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Putting indexes together."""
+"""Merging indexes."""
 
 import json
 import resource
@@ -146,7 +146,7 @@ def test_full_disk_is_one_line(folder: Path) -> None:
 
 
 def test_interrupted_build_of_the_output_is_not_thrown_away(folder: Path) -> None:
-    """Its finished pieces may be hours of work."""
+    """A merge must not delete the finished pieces of a build: they may be hours of work."""
 
     class Stopping(InlinePool):
         def run(self, setup: object, tasks: object) -> object:

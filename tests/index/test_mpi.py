@@ -1,4 +1,4 @@
-"""Indexing by several MPI ranks: the same bytes as one process, and a clear end where ranks fail."""
+"""Indexing by several MPI ranks: the same bytes as with one process, and a clear end if ranks fail."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ SUFFIXES = (".bin", ".idx", ".docs", ".json", ".rejected.jsonl")
 BAD_LINES = {1000: b'{"text": "broken', 5000: b'{"body": "no text"}', 9000: b'{"text": "\\ud800"}'}
 
 
-# What the launchers' variables mean
+# Meaning of the launchers' variables
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,11 @@ BAD_LINES = {1000: b'{"text": "broken', 5000: b'{"body": "no text"}', 9000: b'{"
         ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}, (2, 4)),
         ({"PMI_RANK": "1", "PMI_SIZE": "3"}, (1, 3)),
         ({"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6"}, (5, 6)),
-        # A step of one task in a job of six.
+        # A step of one task in a job of six tasks.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1)),
-        # The batch shell of a job of six tasks: one process, though the variables tell of rank 0 of 6.
+        # The batch shell of a job of six tasks: one process, although the variables look like rank 0 of 6.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}, (0, 1)),
-        # mpirun in a job starts its daemons by a step: its own variables count.
+        # Within a job, mpirun starts its daemons as a step; its own variables count.
         ({"PMI_RANK": "3", "PMI_SIZE": "4", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (3, 4)),
         ({"PMI_RANK": "3"}, (0, 1)),
     ],
@@ -50,12 +50,12 @@ def test_launched_reads_rank_and_size(environment: dict[str, str], expected: tup
         assert launcher
 
 
-# The corpus, and how the tool is started
+# The corpus, and the command line of the tool
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory, make_texts: Callable[..., list[str]]) -> dict[str, Path]:
-    """The same 7 MB, large enough to be cut into several pieces, in three formats; with a few bad records."""
+    """The same 7 MB in three formats, large enough for several pieces, with a few bad records."""
     folder = tmp_path_factory.mktemp("corpora")
     texts = make_texts(12000, seed=1)
     lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts]
@@ -87,7 +87,7 @@ def mpirun() -> Path:
 
 @pytest.fixture(scope="module")
 def alone(corpora: dict[str, Path], tokenizer_json: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """For each format the index that one process built."""
+    """For each format, the index built by one process."""
     prefixes = {}
     for name, corpus in corpora.items():
         prefixes[name] = tmp_path_factory.mktemp("alone") / name
@@ -98,20 +98,20 @@ def alone(corpora: dict[str, Path], tokenizer_json: Path, tmp_path_factory: pyte
 
 
 def pieces(prefix: Path) -> int:
-    """The number of pieces, as the log tells it."""
+    """Number of pieces according to the log."""
     words = Path(f"{prefix}.log").read_text().split()
     return int(words[words.index("pieces") - 1])
 
 
 def assert_same_index(found: Path, expected: Path) -> None:
-    """Both are the same, byte for byte."""
+    """Assert that both indexes are equal byte for byte."""
     for suffix in SUFFIXES:
         assert Path(f"{found}{suffix}").read_bytes() == Path(f"{expected}{suffix}").read_bytes(), suffix
     assert not Path(f"{found}.build").exists()
 
 
 def error_lines(finished: Finished) -> list[str]:
-    """The lines that tell the person at the terminal what went wrong."""
+    """The error lines on stderr."""
     assert "Traceback" not in finished.stderr
     return [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
 
@@ -153,7 +153,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_completes_it(
     build = Path(f"{output}.build")
     line = command(corpora["jsonl"], tokenizer_json, output)
     with start_command([mpirun, "-n", "2", *line]) as running:
-        # Rank 1 is halted before it can do its share, so that the job is in the middle for as long as need be.
+        # Rank 1 is stopped before it can finish its tasks, so that the job stays unfinished as long as necessary.
         wait_until((build / "ranks" / "rank-1").exists, 30, "rank 1 at work")
         halted = rank_pid(running, 1)
         os.kill(halted, signal.SIGSTOP)
@@ -240,7 +240,7 @@ def test_a_full_disk_ends_all_ranks(
 ) -> None:
     output = tmp_path / "index"
     line = command(corpora["jsonl"], tokenizer_json, output)
-    # A limit on the size of a file stands in for a full disk: large enough for pieces, too small for the index.
+    # A limit on file size simulates a full disk: large enough for pieces, too small for the index.
     limit = Path(f"{alone['jsonl']}.bin").stat().st_size // 2
     with start_command([mpirun, "-n", "2", *line]) as running:
         wait_until(Path(f"{output}.build/ranks/rank-1").exists, 30, "rank 1 at work")
@@ -255,7 +255,7 @@ def test_a_full_disk_ends_all_ranks(
     assert_same_index(output, alone["jsonl"])
 
 
-# srun; the nodes share /tmp with this process
+# srun: the nodes share /tmp with this process
 
 
 @pytest.mark.slurm
@@ -282,7 +282,7 @@ def test_srun_gives_the_bytes_of_one_process(
 def test_srun_without_pmi_is_refused(
     mpirun: Path, slurm: SlurmCluster, corpora: dict[str, Path], tokenizer_json: Path, tmp_path: Path
 ) -> None:
-    """MPI then sees each task as a world of its own, and every one would build the whole index."""
+    """MPI then sees each task as a world of one rank, and each would build the whole index."""
     line = command(corpora["jsonl"], tokenizer_json, tmp_path / "index")
     finished = slurm.run("srun", "--mpi=none", "-n", "2", *line)
     assert finished.returncode == UsageError.exit_code

@@ -38,7 +38,7 @@ def test_every_corpus_stays_within_two_samples_of_its_share(weights: list[int]) 
     [
         [1] * 40,
         [2**k for k in range(20)],
-        [1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233],  # the deepest tree for its weight
+        [1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233],  # the deepest tree for this total weight
         [Fraction("0.1"), Fraction("0.2"), Fraction("0.7")],
         [1, 10**9],
     ],
@@ -83,7 +83,7 @@ def test_orders_differ_by_key_and_look_random() -> None:
 
 
 def test_orders_never_change() -> None:
-    """The order is part of a checkpoint's meaning: a release that changes it makes resumed runs repeat data."""
+    """A checkpoint relies on the order: if a release changed it, resumed runs would repeat data."""
     assert permutation(12, stream_key("epoch", 7, "wiki", 0)).tolist() == GOLDEN_ORDER
     assert [Blend([5, 3, 1]).locate(number)[0] for number in range(18)] == GOLDEN_BLEND
 

@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing cut that fits, never too many segments."""
+"""Packing: no token is lost, no document that fits is cut, no sample has too many segments."""
 
 import itertools
 import time
@@ -20,14 +20,14 @@ def _pack(
 
 
 def _pieces(table: SampleTable) -> list[list[tuple[int, int, int]]]:
-    """(document, offset, length) of the pieces of each sample."""
+    """For each sample, (document, offset, length) of its pieces."""
     flat = list(zip(table.document.tolist(), table.offset.tolist(), table.length.tolist(), strict=True))
     first = table.first_piece.tolist()
     return [flat[start:end] for start, end in itertools.pairwise(first)]
 
 
 def _concat_reference(lengths: list[int], seq_len: int, max_docs: int) -> list[list[tuple[int, int, int]]]:
-    """Token by token."""
+    """Packing by `concat`, one token at a time."""
     samples: list[list[list[int]]] = [[]]
     for document, length in enumerate(lengths):
         for offset in range(length):
@@ -107,7 +107,7 @@ def test_best_fit_needs_as_many_samples_as_the_simple_way(lengths: list[int], se
 
 
 def test_wide_numbers() -> None:
-    """Documents whose lengths add up far beyond 2^31 tokens, and document numbers beyond 2^31."""
+    """Documents with far more than 2^31 tokens in total, and document numbers above 2^31."""
     lengths = np.full(5, 2**31 - 1, np.int64)
     documents = np.arange(5) + 2**33
     table = pack(documents, lengths, 2**20, Packing.CONCAT, 16, keep_tail=False)
@@ -129,7 +129,7 @@ def test_default_max_docs_has_room_for_short_documents() -> None:
 
 
 def test_speed_of_a_million_documents() -> None:
-    """The targets are 0.2 s and 2 s on one core (tools/bench_pack.py measures); here, that nothing is quadratic."""
+    """Nothing is quadratic. The targets are 0.2 s and 2 s on one core; tools/bench/pack.py measures them."""
     lengths = np.maximum(np.random.default_rng(0).lognormal(4.2, 0.9, 1_000_000), 1).astype(np.int64)
     for packing, limit in ((Packing.CONCAT, 2.0), (Packing.BEST_FIT, 10.0)):
         pack(np.arange(10), lengths[:10], 1024, packing, 128, keep_tail=False)  # compiles

@@ -1,4 +1,4 @@
-"""Every damage is found on opening, and said in one line that names the file, what was expected and what was found."""
+"""Every damage is found on opening; the error is one line with the file, the expected and the found value."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two indexes of the same size, `a` and `b`, and `c`, made by the command."""
+    """Indexes made by the command: `a` and `b` of the same size, and `c`."""
     folder = tmp_path_factory.mktemp("built")
     two = ["ab 12", "cd 34 今天"]
     for name, documents in (("a", two), ("b", two[::-1]), ("c", texts(30))):
@@ -58,7 +58,7 @@ def patched(at: int, new: bytes) -> Callable[[bytes], bytes]:
     return lambda old: old[:at] + new + old[at + len(new) :]
 
 
-S = 40  # sequences of the small index
+S = 40  # number of sequences in the small index
 LENGTHS, POINTERS, BOUNDARIES = 34, 34 + 4 * S, 34 + 12 * S
 
 IDX_DAMAGE = {
@@ -238,7 +238,7 @@ def test_content_hashes_are_one_a_document(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_more_than_two_billion_tokens(tmp_path: Path, dtype: type) -> None:
-    """Sparse files: three documents, the last one beyond 2**31 tokens."""
+    """An index of sparse files with three documents, the last one beyond 2**31 tokens."""
     item = np.dtype(dtype).itemsize
     lengths = np.array([2**31 - 5, 2**31 - 7, 3], np.int64)
     total = int(lengths.sum())

@@ -1,4 +1,4 @@
-"""Samples: tokens, labels, positions and segments, compared with the obvious way to make them."""
+"""Samples: tokens, labels, positions and segments, compared with a simple implementation."""
 
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def test_samples_equal_the_simple_way(
 
 
 def test_the_label_of_a_cut_is_the_token_in_the_next_sample(tmp_path: Path) -> None:
-    """Document of 10 tokens in samples of 4: the last label of a full sample is the first token of the next."""
+    """A document of 10 tokens in samples of 4: the last label of a sample is the first token of the next one."""
     document = [*range(10, 19), 1]
     index = IndexedDataset(write_index(tmp_path / "i", [document]))
     shape = SampleShape(4, Packing.CONCAT, 4)

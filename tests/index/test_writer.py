@@ -1,4 +1,4 @@
-"""Writing an index: nothing before commit, one or the other when killed, memory that does not grow."""
+"""Writing an index: no file before commit, the old or the new index after a kill, and memory that does not grow."""
 
 import os
 import random
@@ -80,7 +80,7 @@ def test_histogram_counts_by_powers_of_two(tmp_path: Path) -> None:
 
 
 def rebuild_forever(folder: Path, alive: int) -> None:
-    """Two builds in turn over the same prefix, each with files of its own beside it."""
+    """Build two indexes alternately at the same prefix, each with further files beside it."""
     value = 2
     while True:
         value = 3 - value
@@ -142,7 +142,7 @@ print(appended - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - be
 
 
 def test_memory_does_not_grow_with_the_index(tmp_path: Path) -> None:
-    """300 MB of tokens in 2.4 million documents."""
+    """Write 300 MB of tokens in 2.4 million documents."""
     code, out, err = finish(start(sys.executable, "-c", MEASURE, tmp_path, 300))
     assert code == 0, err
     appending, finishing = (int(kilobytes) / 1024 for kilobytes in out.split())

@@ -1,4 +1,4 @@
-"""Attention within documents against torch's, with a dense mask: values, gradients, rotation, and what leaks."""
+"""Attention within documents against torch's with a dense mask: values, gradients, rotation, isolation of documents."""
 
 import pytest
 import torch
@@ -12,20 +12,20 @@ CASES = {
     "one document over many blocks": (200, 2, 1, 32, [200]),
     "single tokens": (130, 2, 2, 16, [1, 1, 1, 127]),
 }
-"""Tokens, heads, heads of keys and values, dimensions, lengths of documents."""
+"""Tokens, query heads, key and value heads, head_dim, lengths of documents."""
 TILES = {"small": (32, 16, 16), "square": (64, 64, 64)}
-"""Queries and keys a block of the first kernels, and queries of the last."""
+"""Queries and keys per block of the kernels that own queries, and queries per block of the one that owns keys."""
 
 
 def extents(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each token's document begins and ends."""
+    """Start and end of each token's document."""
     ends = torch.tensor(lengths).cumsum(0)
     sizes = torch.tensor(lengths)
     return (ends - sizes).repeat_interleave(sizes).int(), ends.repeat_interleave(sizes).int()
 
 
 def reference(qkv: torch.Tensor, starts: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
-    """With a dense mask, in fp32."""
+    """Attention in fp32 with a dense mask."""
     tokens, width = qkv.shape
     head_dim = width // (heads + 2 * kv_heads)
     query, key, value = qkv.view(tokens, -1, head_dim).split((heads, kv_heads, kv_heads), 1)
@@ -52,8 +52,8 @@ def test_is_what_a_dense_mask_gives(name: str, tiles: str, split: bool) -> None:
     cos, sin = angles.cos(), angles.sin()
     rotated = heads + kv_heads
     states = plain.view(1, tokens, -1, head_dim)
-    turned = rotate(states[:, :, :rotated], cos[None, :, None], sin[None, :, None])
-    wanted = reference(torch.cat((turned, states[:, :, rotated:]), 2).view(tokens, -1), starts, heads, kv_heads)
+    plain_rotated = rotate(states[:, :, :rotated], cos[None, :, None], sin[None, :, None])
+    wanted = reference(torch.cat((plain_rotated, states[:, :, rotated:]), 2).view(tokens, -1), starts, heads, kv_heads)
     wanted.backward(gradient)
 
     block, keys, queries = TILES[tiles]

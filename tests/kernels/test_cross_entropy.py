@@ -1,4 +1,4 @@
-"""Losses of rows of logits, and gradients over them."""
+"""Cross entropy of rows of logits, and gradients written over the logits."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_losses_and_gradient(vocab: int, z_loss: float) -> None:
     own = logits.detach().clone()
     found = cross_entropy_(own, labels, z_loss, None)
     torch.testing.assert_close(found, losses.detach(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(own, logits), "without a scale they stay as they are"
+    assert torch.equal(own, logits), "without a scale the logits do not change"
     assert torch.equal(cross_entropy_(own, labels, z_loss, torch.tensor(0.5)), found)
     torch.testing.assert_close(own, gradient, rtol=1e-5, atol=1e-6)
     assert (own[3] == 0).all()

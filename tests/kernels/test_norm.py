@@ -1,4 +1,4 @@
-"""Norm, and sum and norm in one, against torch's."""
+"""RMS norm, alone and of the sum of two tensors, against torch's."""
 
 import pytest
 import torch
@@ -32,6 +32,6 @@ def test_in_bf16_what_is_normed_is_what_is_stored() -> None:
     generator = torch.Generator().manual_seed(4)
     residual, delta = (torch.randn(5, 64, generator=generator).bfloat16() for _ in range(2))
     total, normed, _ = add_norm(residual, delta, torch.ones(64, dtype=torch.bfloat16), 1e-6)
-    # The interpreter cuts bf16 off where a GPU rounds.
+    # Triton's interpreter truncates to bf16, where a GPU rounds.
     torch.testing.assert_close(total.float(), residual.float() + delta.float(), rtol=2**-7, atol=0)
     torch.testing.assert_close(normed.float(), F.rms_norm(total.float(), (64,), None, 1e-6), rtol=2**-7, atol=0)

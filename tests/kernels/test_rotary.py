@@ -1,4 +1,4 @@
-"""Rotation in place, there and back, and the sum on the way back."""
+"""Rotation in place, its inverse, and the sum that the inverse takes."""
 
 import pytest
 import torch

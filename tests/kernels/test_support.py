@@ -1,4 +1,4 @@
-"""Who can run the kernels, and what the others are told."""
+"""Machines that can run the kernels, and the reason why others cannot."""
 
 import importlib.util
 import shutil
@@ -11,7 +11,7 @@ from megazh.kernels import support
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card of 8.6, and nothing remembered."""
+    """A GPU of compute capability 8.6, and an empty cache."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     support.why_not.cache_clear()
 

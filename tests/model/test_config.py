@@ -1,13 +1,13 @@
-"""Shapes that cannot work are refused with their numbers; defaults that follow from other keys."""
+"""Defaults that follow from other keys; refusals that name key and numbers; a description of every key."""
 
 from typing import Any
 
 import pytest
 from decoders import small
 
-from megazh.config import from_mapping
+from megazh.config import Config, from_mapping
 from megazh.errors import UsageError
-from megazh.model.config import ModelConfig
+from megazh.model.config import ModelConfig, RopeScaling
 
 SHAPE = {
     "vocab_size": 10,
@@ -54,3 +54,12 @@ def test_refusals_name_key_and_numbers(changes: dict[str, Any], parts: list[str]
     message = str(caught.value)
     assert "\n" not in message
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("config", [ModelConfig, RopeScaling])
+def test_every_key_has_a_description(config: type[Config]) -> None:
+    """`megazh recipe show` prints it."""
+    for name, field in config.model_fields.items():
+        assert field.description, name
+        assert field.description[0].isupper(), name
+        assert field.description.endswith("."), name

@@ -1,4 +1,4 @@
-"""Parameters and operations by formula: those of the recipes by name, those of small models by counting."""
+"""Parameters and FLOPs by formula, against known numbers for the recipes and against counting for small models."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from megazh.model.config import ModelConfig
 from megazh.model.counts import flops_per_token, parameter_counts
 from megazh.model.decoder import Decoder
 from megazh.model.layers import layer_count, make_layer
-from megazh.training.recipe import load_recipe, recipe_path
+from megazh.training.recipe import load_recipe
+from megazh.training.recipe_files import recipe_path
 
 RECIPES = {
     "qwen0.5b_6x3090": 463_987_712,
@@ -23,7 +24,7 @@ RECIPES = {
 
 
 def counted(config: ModelConfig) -> int:
-    """Parameters of the layers, built without memory."""
+    """Count the parameters of all layers, built on the meta device."""
     last = layer_count(config) - 1
     numbers = range(last if config.tie_word_embeddings else last + 1)
     layers = [make_layer(config, number, None) for number in numbers]
@@ -52,7 +53,7 @@ def test_parameters_of_each_kind_of_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "grouped", "head_dim 48", "neox"])
 def test_operations_are_those_that_torch_counts(name: str) -> None:
-    """Torch counts all pairs of tokens; causal attention needs half of them."""
+    """Torch counts all pairs of tokens, of which causal attention needs half."""
     config = small(**SHAPES[name])
     seq_len = 24
     model = Decoder(config)

@@ -1,4 +1,4 @@
-"""The whole decoder against a slow one in float64, in all its shapes; recomputation, dropout, the number formats."""
+"""The whole decoder against a slow one in float64, in all its shapes; recomputation, dropout, dtypes."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from megazh.model.decoder import Decoder
 from megazh.model.layers import Block
 
 ROWS = [[5, 7, 4], [16], [9]]
-"""Lengths of documents in rows of 16; the last row has seven of padding."""
+"""Lengths of documents in rows of 16 tokens; the last row ends with 7 tokens of padding."""
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -27,7 +27,7 @@ def test_logits_are_those_of_a_slow_decoder_in_float64(name: str) -> None:
 
 
 def test_running_positions_reach_the_rotation() -> None:
-    """A document whose first part was in another sample: positions go on, and logits differ from those from 0."""
+    """A document continued from another sample: its positions do not start at 0, and the logits depend on them."""
     model = decoder(small())
     tokens, _, positions, cu_seqlens = packed([[8, 8]], 16)
     positions[0, 8:] = torch.arange(100, 108)
@@ -123,7 +123,7 @@ def test_bf16_stays_near_fp32_and_gives_fp32_logits() -> None:
 
 
 def test_positions_do_not_lose_precision_in_bf16() -> None:
-    """Angles at position 4001 and 4000 must differ although bf16 cannot tell the two numbers apart."""
+    """Angles at positions 4000 and 4001 must differ, although both numbers are equal in bf16."""
     model = decoder(small()).bfloat16()
     _, _, positions, cu_seqlens = packed([[2]], 2)
     attend = model.attention(positions + 4000, cu_seqlens)

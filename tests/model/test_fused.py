@@ -1,4 +1,4 @@
-"""Fused blocks (in Triton's interpreter) compute what plain ones do: values, every gradient, and what leaks."""
+"""Fused blocks (in Triton's interpreter) against torch blocks: values, every gradient, isolation of documents."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from decoders import decoder, packed, small
 
-from megazh.model.attention import Backend, Documents
+from megazh.model.attention import Documents
+from megazh.model.backend import Backend
 from megazh.model.decoder import Decoder, run_layers
 from megazh.model.loss import summed_cross_entropy
 from megazh.model.main_grad import add_postponed
@@ -24,7 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def loss_of(model: Decoder, backend: Backend, checkpointing: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states, and the loss with all its gradients taken."""
+    """Compute the loss and all gradients; returns hidden states and labels."""
     tokens, labels, positions, cu_seqlens = packed(ROWS, 16)
     attend = Documents(model.config, backend)(positions, cu_seqlens, training=True)
     hidden = run_layers(model.embedding, model.blocks, model.norm, tokens, attend, checkpointing)

@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing but the time; what is drawn, what never is, and when it ends."""
+"""Generation: the cache does not change the text; which tokens are sampled, which never are, and when it ends."""
 
 import math
 from collections import Counter
@@ -21,7 +21,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def fixed(values: torch.Tensor) -> Forward:
-    """Gives the same logits whatever comes."""
+    """A `Forward` that returns the same logits for any tokens."""
     return lambda tokens: values.clone()
 
 
@@ -64,7 +64,7 @@ def test_cache_in_bf16_stays_in_bf16() -> None:
 def test_more_than_the_cache_holds_is_refused() -> None:
     forward = cached_forward(decoder(small()), 4)
     forward([1, 2, 3])
-    with pytest.raises(UsageError, match="5 tokens, and the cache holds 4"):
+    with pytest.raises(UsageError, match="5 tokens, but the cache holds only 4; give it a larger capacity"):
         forward([4, 5])
 
 
@@ -79,13 +79,17 @@ def test_each_position_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Block, "forward", counted)
     model = decoder(small()).eval()
     assert len(list(generate(cached_forward(model, 40), [1, 2, 3], 10, GREEDY, 97, None, 0))) == 10
-    assert positions == [3, 3] + [1, 1] * 9, "two layers: the prompt at once, then one by one, none behind the last"
+    assert positions == [3, 3] + [1, 1] * 9, (
+        "two layers: the prompt at once, then token by token, without the last token"
+    )
 
 
 def test_greedy_is_the_most_likely_one_without_a_cache() -> None:
     model = decoder(small()).eval()
     found = list(generate(cached_forward(model, 30), [5, 6], 12, GREEDY, 97, None, 0))
-    assert found == list(generate(cached_forward(model, 30), [5, 6], 12, GREEDY, 97, None, 1)), "no seed matters"
+    assert found == list(generate(cached_forward(model, 30), [5, 6], 12, GREEDY, 97, None, 1)), (
+        "the seed does not matter"
+    )
     text = [5, 6]
     with torch.no_grad():
         for _ in range(12):
@@ -145,7 +149,7 @@ def shares(options: SamplingOptions, values: torch.Tensor, seen: list[int] | Non
 
 
 def near(found: Counter, expected: torch.Tensor) -> None:
-    """Drawn shares are the probabilities to five standard deviations, and exactly nothing where they are zero."""
+    """Check that frequencies are within five standard deviations of the probabilities, or zero where those are."""
     count = sum(found.values())
     for token, share in enumerate(expected.tolist()):
         if share == 0:
@@ -183,7 +187,7 @@ def test_top_k_keeps_so_many_also_among_equals() -> None:
 
 
 def naive_top_p(values: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The smallest set of most likely tokens whose probability reaches top_p."""
+    """Probabilities over the smallest set of most likely tokens whose total reaches top_p."""
     probabilities = values.double().softmax(0).tolist()
     total, kept = 0.0, torch.zeros(len(values))
     for token in sorted(range(len(values)), key=lambda token: -probabilities[token]):

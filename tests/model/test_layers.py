@@ -1,4 +1,4 @@
-"""Initial weights: the same for a seed and a number whatever came before, and with the spread that was asked for."""
+"""Initial weights: determined by seed and layer number alone, with the configured standard deviation."""
 
 import math
 from typing import Any

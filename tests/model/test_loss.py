@@ -1,4 +1,4 @@
-"""Head and cross entropy in one: value and gradients against torch's, chunk by chunk, and what is never allocated."""
+"""Head and cross entropy in one: value and gradients against torch's, chunk by chunk, and memory that is never used."""
 
 from typing import Any
 
@@ -7,14 +7,16 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megazh.model import counts
 from megazh.model import loss as module
-from megazh.model.loss import chunk_tokens, summed_cross_entropy
+from megazh.model.counts import chunk_tokens
+from megazh.model.loss import summed_cross_entropy
 
 
 def inputs(
     tokens: int = 150, hidden: int = 24, vocab: int = 203, dtype: torch.dtype = torch.float32, ignored: float = 0.3
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states and weight that want gradients, and labels of which a share counts nothing."""
+    """Hidden states and weight that require gradients, and labels of which the share `ignored` is -100."""
     generator = torch.Generator().manual_seed(4)
     states = torch.randn(tokens, hidden, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(vocab, hidden, generator=generator).to(dtype).requires_grad_()
@@ -26,7 +28,7 @@ def inputs(
 def reference(
     states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, z_loss: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss and both gradients in float64, of logits that are held whole."""
+    """Loss and both gradients in float64, from the logits of all tokens at once."""
     left, right = (tensor.detach().double().requires_grad_() for tensor in (states, weight))
     logits = left @ right.T
     total = F.cross_entropy(logits, labels.long(), ignore_index=-100, reduction="sum")
@@ -36,7 +38,7 @@ def reference(
 
 @pytest.fixture(params=[64, 128, 150, 1 << 20], ids=lambda tokens: f"{tokens} tokens at a time")
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Chunks that divide the tokens, that do not, and one for all."""
+    """Chunks that divide the tokens, chunks that do not, and a single chunk."""
     monkeypatch.setattr(module, "chunk_tokens", lambda vocab, fused=False: request.param)
     return request.param
 
@@ -58,13 +60,13 @@ def test_chunks_are_what_the_limit_says(monkeypatch: pytest.MonkeyPatch) -> None
         tokens = chunk_tokens(vocab)
         assert tokens % 64 == 0
         assert tokens * vocab <= 1 << 27 < (tokens + 64) * vocab
-    monkeypatch.setattr(module, "_CHUNK_LOGITS", 64 * 203 * 2)
+    monkeypatch.setattr(counts, "_CHUNK_LOGITS", 64 * 203 * 2)
     assert chunk_tokens(203) == 128
     states, weight, labels = inputs(129)
     assert summed_cross_entropy(states, weight, labels).item() == pytest.approx(
         reference(states, weight, labels)[0].item(), rel=1e-6
     )
-    assert chunk_tokens(1 << 30) == 64, "a vocabulary of any size moves on"
+    assert chunk_tokens(1 << 30) == 64, "at least 64 tokens for a vocabulary of any size"
 
 
 @pytest.mark.parametrize("shape", [(2, 75), (3, 5, 10), (150,)])
@@ -109,7 +111,7 @@ def test_first_and_last_label_and_large_logits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, chunks: int) -> None:
-    """Logits, softmax and sums in fp32: only what goes in and what comes out is rounded."""
+    """Logits, softmax and sums are in fp32: only inputs and outputs are rounded."""
     states, weight, labels = inputs(dtype=dtype)
     total = summed_cross_entropy(states, weight, labels)
     expected, *gradients = reference(states, weight, labels)
@@ -124,7 +126,7 @@ def test_half_precision(dtype: torch.dtype, chunks: int) -> None:
 
 
 def test_small_scale_does_not_vanish_in_fp16() -> None:
-    """One over the number of tokens may be less than any fp16 number, and its product with a gradient not."""
+    """1 / number of tokens may be below the smallest fp16 number, while its product with a gradient is not."""
     states, weight, labels = inputs(dtype=torch.float16)
     weight = (weight.detach() * 1000).requires_grad_()
     scale = 2e-8
@@ -136,7 +138,7 @@ def test_small_scale_does_not_vanish_in_fp16() -> None:
 
 
 def test_a_second_backward_pass_is_an_error_and_no_wrong_gradient() -> None:
-    """What is kept is scaled in place, for the sake of memory."""
+    """The saved gradients are scaled in place, to save memory."""
     states, weight, labels = inputs()
     total = summed_cross_entropy(states, weight, labels) * 0.5
     total.backward(retain_graph=True)
@@ -152,7 +154,7 @@ def test_inputs_stay_as_they_are() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor made, and how many matrix products there were."""
+    """Records the number of elements of the largest tensor made, and the number of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +171,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_all_tokens_are_never_held(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(module, "_CHUNK_LOGITS", 64 * 1000)
+    monkeypatch.setattr(counts, "_CHUNK_LOGITS", 64 * 1000)
     states, weight, labels = inputs(1000, 8, 1000, dtype)
     with Largest() as largest:
         summed_cross_entropy(states, weight, labels).backward()

@@ -1,4 +1,4 @@
-"""Gradients of weights: where they go, at once or later."""
+"""Weight gradients: returned to autograd or added to `main_grad`, at once or deferred."""
 
 import torch
 

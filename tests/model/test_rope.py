@@ -66,7 +66,7 @@ def test_without_scaling() -> None:
 
 
 def test_linear_scaling_divides_positions() -> None:
-    """Arxiv 2306.15595: position m of the longer text is turned as m / factor."""
+    """arXiv 2306.15595: position m of the longer text is rotated like position m / factor."""
     plain, scaled = Rotary(small()), Rotary(small(rope_scaling={"type": "linear", "factor": 4.0}))
     for left, right in zip(plain(torch.tensor([[25]])), scaled(torch.tensor([[100]])), strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
@@ -82,15 +82,15 @@ def test_yarn(head_dim: int, theta: float, length: int, factor: float) -> None:
     expected, expected_sharpened = turning(config)
     np.testing.assert_allclose(frequencies, expected, rtol=1e-5)
     assert sharpened == expected_sharpened == pytest.approx(1 + 0.1 * math.log(factor))
-    # Arxiv 2309.00071, section 3.2: kept above 32 turns over the original length, divided below one. The authors' code
-    # rounds the ends of the ramp outwards to whole pairs.
+    # arXiv 2309.00071, section 3.2: frequencies are kept above 32 turns over the original length and divided below one
+    # turn. The authors' code rounds the ends of the ramp outwards to whole pairs.
     plain = theta ** (-2 * np.arange(head_dim // 2) / head_dim)
     turns = length * plain / (2 * math.pi)
     ratio = frequencies.double().numpy() / plain
     step = theta ** (2 / head_dim)
     np.testing.assert_allclose(ratio[turns > 32 * step], 1, rtol=1e-5)
     np.testing.assert_allclose(ratio[turns < 1 / step], 1 / factor, rtol=1e-5)
-    assert (np.diff(ratio) <= 1e-6).all(), "between them it falls"
+    assert (np.diff(ratio) <= 1e-6).all(), "between the two, the ratio falls"
 
 
 def test_yarn_with_its_own_factor_and_ramp() -> None:

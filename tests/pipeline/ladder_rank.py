@@ -3,6 +3,7 @@
 `python ladder_rank.py FOLDER STAGES/NAME...` runs these cases one after the other.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,11 +15,12 @@ import torch.distributed as dist
 from decoders import packed, small
 from ranks import join_ranks, tell
 
-from megazh.model.attention import Backend
+from megazh.model.backend import Backend
 from megazh.model.config import ModelConfig
 from megazh.model.decoder import Decoder
+from megazh.model.document_map import encode_document_map
 from megazh.model.layers import layer_count
-from megazh.pipeline.precision import Precision
+from megazh.pipeline.precision import Dtype, Precision
 
 STEPS, MICRO_BATCHES, ROWS, SEQ = 10, 4, 2, 16
 LEARNING_RATE, DECAY, CLIP = 1e-3, 0.1, 0.3
@@ -34,10 +36,10 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
     z_loss: float = 0.0
-    precision: Precision = Precision.FP32
-    accumulation: Precision = Precision.FP32
-    communication: Precision | None = None
-    """Of the sum over replicas; None: that of the accumulation."""
+    compute: Dtype = Dtype.FP32
+    accumulation: Dtype = Dtype.FP32
+    communication: Dtype | None = None
+    """Dtype of the reduction over replicas; None: that of the accumulation."""
 
     @property
     def config(self) -> ModelConfig:
@@ -55,10 +57,10 @@ CASES = {
     "untied": Case(UNTIED, checkpointing=True),
     "z_loss": Case(z_loss=0.01, checkpointing=True),
     "neox": Case(NEOX),
-    "tied bf16": Case(precision=Precision.BF16),
-    "bf16 between replicas": Case(precision=Precision.BF16, communication=Precision.BF16),
-    "untied bf16": Case(UNTIED, precision=Precision.BF16),
-    "tied bf16 sums": Case(precision=Precision.BF16, accumulation=Precision.BF16),
+    "tied bf16": Case(compute=Dtype.BF16),
+    "bf16 between replicas": Case(compute=Dtype.BF16, communication=Dtype.BF16),
+    "untied bf16": Case(UNTIED, compute=Dtype.BF16),
+    "tied bf16 sums": Case(compute=Dtype.BF16, accumulation=Dtype.BF16),
 }
 
 
@@ -120,32 +122,29 @@ def make_pipeline(case: Case, stages: int) -> tuple[Any, Any]:
     from megazh.pipeline.engine import make_engine, quiet
     from megazh.pipeline.module import DecoderPipeline
     from megazh.pipeline.split import best_bounds
+    from megazh.pipeline.work import Work
 
-    config, replicas = case.config, dist.get_world_size() // stages
-    bounds = best_bounds(costs_by_flops(config, SEQ, ROWS, False).units(config.num_hidden_layers), stages)
+    replicas = dist.get_world_size() // stages
+    precision = Precision(case.compute, case.accumulation, case.communication or case.accumulation)
+    work = Work(
+        case.config, stages, replicas, SEQ, ROWS, MICRO_BATCHES // replicas, precision, case.checkpointing,
+        Backend.MASKED,
+    )  # fmt: skip
+    costs = costs_by_flops(dataclasses.replace(work, activation_checkpointing=False))
+    bounds = best_bounds(costs.parts(case.config.num_hidden_layers), stages)
     with quiet():
-        module = DecoderPipeline(config, bounds, Backend.MASKED, SEED, case.checkpointing, case.z_loss)
-    engine = make_engine(
-        module,
-        optimizer_for(module.parameters(), fused=True),
-        ROWS,
-        MICRO_BATCHES // replicas,
-        replicas,
-        case.precision,
-        case.accumulation,
-        case.communication or case.accumulation,
-        CLIP,
-    )
+        module = DecoderPipeline(work, bounds, SEED, case.z_loss)
+    engine = make_engine(module, optimizer_for(module.parameters(), fused=True), work, CLIP)
     return module, engine
 
 
 def feed(step: int, replica: int, replicas: int) -> Iterator[Any]:
     """The micro-batches of a replica, scaled as `training_feed` scales them."""
-    share = MICRO_BATCHES // replicas
-    scale = torch.tensor([share * replicas / valid_labels(step)])
-    for number in range(share):
+    count = MICRO_BATCHES // replicas
+    scale = torch.tensor([count * replicas / valid_labels(step)])
+    for number in range(count):
         tokens, labels, positions, bounds = micro_batch(step * MICRO_BATCHES + number * replicas + replica)
-        yield (tokens, torch.cat((positions, bounds), 1)), (labels, scale)
+        yield (tokens, encode_document_map(positions, bounds)), (labels, scale)
 
 
 def stage_weights(module: Any) -> dict[str, torch.Tensor]:

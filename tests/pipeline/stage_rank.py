@@ -16,6 +16,8 @@ from decoders import packed
 from pipeline.ladder_rank import CASES, Case, feed, make_pipeline, stage_weights
 from ranks import join_ranks, tell
 
+from megazh.model.document_map import encode_document_map
+
 LENGTHS = [5, 4, 6]
 """Of the documents in the rows that `documents` looks at."""
 PIECES = [[5, 17, 3, 80], [9], [0], [41, 2]]
@@ -67,12 +69,12 @@ def tampered(name: str, stages: int) -> dict[str, Any]:
 
 def through_stages(module: Any, tokens: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """(rows, seq, vocab) logits on the last stage, hidden states of the stage elsewhere; sent from stage to stage."""
-    layout = torch.cat((positions, bounds), 1)
+    document_map = encode_document_map(positions, bounds)
     states = tokens
     for stage in range(module.num_stages):
         found = torch.empty(*tokens.shape, module.config.hidden_size, dtype=next(module.parameters()).dtype)
         if stage == module.stage_id:
-            found = module((states, layout))[0].detach()
+            found = module((states, document_map))[0].detach()
             own = module.logits(found) if module.is_last else found
         if stage < module.num_stages - 1:
             dist.broadcast(found, stage)

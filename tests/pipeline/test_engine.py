@@ -1,12 +1,15 @@
-"""The engine where a step goes wrong: no number, no label, copies that differ."""
+"""The engine where a step goes wrong (no number, no label, copies that differ), and without a compiler."""
 
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pipeline.ladder_rank import DECAY, LEARNING_RATE
+from processes import run_command
 from ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -55,3 +58,34 @@ def test_copies_of_the_embedding_that_differ_in_one_bit_stop_the_run(found: Foun
         assert error.startswith("the tied embedding differs between rank 0 (checksum ")
         assert "and rank 1 (" in error
         assert error.endswith("training is stopped; resume from the last checkpoint")
+
+
+RANK = """
+import os
+from megazh.pipeline.engine import use_no_compiled_operators
+use_no_compiled_operators()
+import deepspeed, torch
+deepspeed.init_distributed("gloo")
+sums = torch.ones(3) * (1 + int(os.environ["RANK"]))
+deepspeed.comm.all_reduce(sums)
+print(sums.tolist())
+torch.distributed.destroy_process_group()
+"""
+LAUNCHER = "import sys; from pathlib import Path; from megazh.cluster.launchers.local import run_ranks; "
+
+
+def test_ranks_reduce_without_a_compiler(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(RANK)
+    run = LAUNCHER + "sys.exit(run_ranks([sys.argv[1]], 2, {}, None, Path('logs')))"
+    # What would be compiled would go to this folder; and no compiler is found.
+    environment = {
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+        "PATH": "/nowhere",
+        "CXX": "/nowhere/c++",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    finished = run_command([sys.executable, "-c", run, tmp_path / "rank.py"], 120, environment, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "[3.0, 3.0, 3.0]"
+    assert (tmp_path / "logs" / "rank_1.log").read_text().splitlines()[-1] == "[3.0, 3.0, 3.0]"
+    assert not (tmp_path / "extensions").exists()

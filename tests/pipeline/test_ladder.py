@@ -11,13 +11,13 @@ from pipeline.ladder_rank import CASES, CLIP, PARTS, SEED, layer_weights, micro_
 from ranks import run_ranks
 
 from megazh.model.decoder import Decoder
-from megazh.pipeline.precision import Precision
+from megazh.pipeline.precision import Dtype
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parent / "ladder_rank.py"
-FP32 = [name for name, case in CASES.items() if case.precision is Precision.FP32]
-BF16 = [name for name, case in CASES.items() if case.precision is Precision.BF16]
+FP32 = [name for name, case in CASES.items() if case.compute is Dtype.FP32]
+BF16 = [name for name, case in CASES.items() if case.compute is Dtype.BF16]
 
 # All cases of so many ranks, by stages, run in one launch.
 LAYOUTS = {

@@ -5,24 +5,24 @@ from typing import Any
 import pytest
 
 from megazh.model.counts import parameter_counts
-from megazh.pipeline.memory import StageMemory
-from megazh.pipeline.precision import Precision
+from megazh.pipeline.memory import StageMemory, stage_memory
 from megazh.training.layout import make_layout
-from megazh.training.recipe import load_recipe, recipe_path
-from megazh.training.stages import memory_of_stage
+from megazh.training.recipe import Device, load_recipe
+from megazh.training.recipe_files import recipe_path
+from megazh.training.stages import work_of
 
 GIB = 2**30
 
 
 def memory(name: str, ranks: int, stages: int, stage: int, begin: int, end: int, *settings: str) -> StageMemory:
-    """Of a stage of a recipe that comes along."""
+    """Memory of a stage of a recipe that comes with megazh."""
     recipe = load_recipe(recipe_path(name), list(settings))
     layout = make_layout(recipe, ranks, stages)
-    return memory_of_stage(recipe, layout, Precision(recipe.precision.value), stage, begin, end)
+    return stage_memory(work_of(recipe, layout, recipe.precision.on(Device.CUDA)), stage, begin, end)
 
 
 # Largest allocations on an H100, torch 2.11 (docs/performance.md). The first two are of the recipe's stages with the
-# other ranks left out (tools/measure_memory.py), the third is the larger of two stages that trained.
+# other ranks left out (tools/bench/stage_memory.py), the third is the larger of two stages that trained.
 MEASURED: list[tuple[tuple[Any, ...], float]] = [
     (("minillm_1.4b", 6, 2, 0, 0, 12), 13.92),
     (("minillm_1.4b", 6, 2, 1, 12, 18), 10.40),
@@ -54,7 +54,7 @@ def test_gradients_exist_once() -> None:
     assert whole().gradients == 2 * whole().weights, "in fp32, beside weights in bf16"
     assert whole("grad_accum_dtype=bf16").gradients == whole().weights
     assert whole("kernels=torch").gradients == 3 * whole().weights, "for a while also in bf16"
-    assert whole("precision=fp16", "grad_accum_dtype=fp32").gradients == 3 * whole().weights, "fp16, and fp32 sums"
+    assert whole("dtype=fp16", "grad_accum_dtype=fp32").gradients == 3 * whole().weights, "fp16, and fp32 sums"
 
 
 def test_kernels_keep_less() -> None:

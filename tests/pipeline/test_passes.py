@@ -2,7 +2,7 @@
 
 import pytest
 
-from megazh.pipeline.passes import Pass, kept_micro_batches, makespan, passes, weights_left
+from megazh.pipeline.passes import Pass, PassType, kept_micro_batches, makespan, passes, weight_passes_deferred
 
 LAYOUTS = [(stages, batches) for stages in (2, 3, 6) for batches in (1, 2, 3, 8)]
 
@@ -11,24 +11,24 @@ LAYOUTS = [(stages, batches) for stages in (2, 3, 6) for batches in (1, 2, 3, 8)
 def test_each_stage_does_each_pass_once_and_in_order(stages: int, batches: int) -> None:
     for stage in range(stages):
         done = list(passes(stage, stages, batches))
-        wanted = [Pass(kind, number) for kind in ("forward", "backward", "weights") for number in range(batches)]
-        assert sorted(done, key=lambda each: (each.kind, each.micro_batch)) == sorted(
-            wanted, key=lambda each: (each.kind, each.micro_batch)
+        wanted = [Pass(each, number) for each in PassType for number in range(batches)]
+        assert sorted(done, key=lambda each: (each.type, each.micro_batch)) == sorted(
+            wanted, key=lambda each: (each.type, each.micro_batch)
         )
         for number in range(batches):
-            places = [done.index(Pass(kind, number)) for kind in ("forward", "backward", "weights")]
+            places = [done.index(Pass(each, number)) for each in PassType]
             assert places == sorted(places)
-        for kind in ("forward", "backward", "weights"):
-            numbers = [each.micro_batch for each in done if each.kind == kind]
+        for wanted_type in PassType:
+            numbers = [each.micro_batch for each in done if each.type is wanted_type]
             assert numbers == sorted(numbers), "weights are summed in the same order everywhere"
 
 
 @pytest.mark.parametrize(("stages", "batches"), LAYOUTS)
-def test_no_stage_keeps_more_than_is_said(stages: int, batches: int) -> None:
+def test_no_stage_keeps_more_than_stated(stages: int, batches: int) -> None:
     for stage in range(stages):
         kept = most = 0
         for each in passes(stage, stages, batches):
-            kept += {"forward": 1, "backward": 0, "weights": -1}[each.kind]
+            kept += {"forward": 1, "backward": 0, "weights": -1}[each.type]
             most = max(most, kept)
         assert most == kept_micro_batches(stage, stages, batches)
         assert most <= min(stages, batches)
@@ -49,7 +49,7 @@ def test_it_waits_less_than_without_the_split(stages: int, batches: int) -> None
 
 def test_one_stage_never_waits() -> None:
     assert makespan([(1.0, 2.0, 0.5)], 7) == pytest.approx(7 * 3.5)
-    assert weights_left(0) == 0
+    assert weight_passes_deferred(0) == 0
 
 
 def test_the_slowest_stage_decides() -> None:

@@ -3,9 +3,9 @@
 import pytest
 
 from megazh.errors import UsageError
-from megazh.pipeline.precision import Precision, check_deepspeed_version, check_engine
+from megazh.pipeline.precision import Dtype, Precision, check_deepspeed_version, check_engine
 
-FP32, BF16, FP16 = Precision.FP32, Precision.BF16, Precision.FP16
+FP32, BF16, FP16 = Dtype
 
 
 @pytest.mark.parametrize("version", ["0.16.9", "0.18.2", "0.19.4", "0.19.8", "0.20.0", "1.0.0", "0.19.4+cu128"])
@@ -22,7 +22,7 @@ def test_versions_with_wrong_gradients_are_refused(version: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "precision", "accumulation", "zero_stage", "tied"),
+    ("stages", "compute", "accumulation", "zero_stage", "tied"),
     [
         (1, FP32, FP32, 0, True),
         (1, FP32, FP32, 1, True),
@@ -33,29 +33,40 @@ def test_versions_with_wrong_gradients_are_refused(version: str) -> None:
         (1, FP16, FP32, 1, True),
     ],
 )
-def test_what_works_passes(
-    stages: int, precision: Precision, accumulation: Precision, zero_stage: int, tied: bool
-) -> None:
-    check_engine(stages, precision, accumulation, zero_stage, tied)
+def test_what_works_passes(stages: int, compute: Dtype, accumulation: Dtype, zero_stage: int, tied: bool) -> None:
+    check_engine(stages, Precision(compute, accumulation, accumulation), zero_stage, tied)
 
 
 @pytest.mark.parametrize(
-    ("stages", "precision", "accumulation", "zero_stage", "tied", "named", "remedy"),
+    ("stages", "compute", "accumulation", "zero_stage", "tied", "named", "remedy"),
     [
         (1, FP32, FP32, 2, False, "zero_stage=2", "set zero_stage=1"),
         (2, BF16, FP32, 3, True, "zero_stage=3", "set zero_stage=1"),
         (2, FP32, FP32, 0, False, "zero_stage=0 with pipe_parallel_size=2", "set zero_stage=1"),
-        (1, FP32, BF16, 1, False, "grad_accum_dtype=bf16 with precision=fp32", "take fp32"),
-        (1, BF16, FP16, 1, False, "grad_accum_dtype=fp16 with precision=bf16", "take fp32, or bf16"),
-        (1, FP16, BF16, 1, False, "grad_accum_dtype=bf16 with precision=fp16", "take fp32, or fp16"),
-        (2, FP16, FP32, 1, True, "precision=fp16 with grad_accum_dtype=fp32", "set precision=bf16"),
+        (1, FP32, BF16, 1, False, "grad_accum_dtype=bf16 with precision.dtype=fp32", "use fp32"),
+        (1, BF16, FP16, 1, False, "grad_accum_dtype=fp16 with precision.dtype=bf16", "use fp32, or bf16"),
+        (1, FP16, BF16, 1, False, "grad_accum_dtype=bf16 with precision.dtype=fp16", "use fp32, or fp16"),
+        (2, FP16, FP32, 1, True, "precision.dtype=fp16 with grad_accum_dtype=fp32", "set precision.dtype=bf16"),
     ],
 )
 def test_what_deepspeed_gets_wrong_is_refused_by_name(
-    stages: int, precision: Precision, accumulation: Precision, zero_stage: int, tied: bool, named: str, remedy: str
+    stages: int, compute: Dtype, accumulation: Dtype, zero_stage: int, tied: bool, named: str, remedy: str
 ) -> None:
     with pytest.raises(UsageError) as refusal:
-        check_engine(stages, precision, accumulation, zero_stage, tied)
+        check_engine(stages, Precision(compute, accumulation, accumulation), zero_stage, tied)
     assert str(refusal.value).startswith(named)
     assert remedy in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("compute", Dtype)
+@pytest.mark.parametrize("accumulation", Dtype)
+def test_sums_are_in_place_for_bf16_with_fp32_accumulation_only(compute: Dtype, accumulation: Dtype) -> None:
+    found = Precision(compute, accumulation, accumulation).sums_in_place
+    assert found == ((compute, accumulation) == (BF16, FP32))
+
+
+def test_sizes_and_names_are_those_of_torch() -> None:
+    for dtype in Dtype:
+        assert dtype.torch.itemsize == dtype.bytes
+        assert str(dtype.torch) == {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}[dtype]

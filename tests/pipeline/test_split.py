@@ -9,11 +9,14 @@ import pytest
 from megazh.errors import UsageError
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
 from megazh.pipeline.split import StageMemory, best_bounds
-from megazh.training.recipe import load_recipe, recipe_path
+from megazh.training.layout import make_layout
+from megazh.training.recipe import Device, load_recipe
+from megazh.training.recipe_files import recipe_path
+from megazh.training.stages import work_of
 
 
-def all_cuts(units: int, stages: int) -> list[list[int]]:
-    return [[0, *inner, units] for inner in itertools.combinations(range(1, units), stages - 1)]
+def all_cuts(parts: int, stages: int) -> list[list[int]]:
+    return [[0, *inner, parts] for inner in itertools.combinations(range(1, parts), stages - 1)]
 
 
 def sums(costs: Sequence[float], bounds: Sequence[int]) -> list[float]:
@@ -25,7 +28,7 @@ def fits(memory: StageMemory, limit: float, bounds: Sequence[int]) -> bool:
 
 
 def best_of_all(costs: Sequence[float], cuts: list[list[int]]) -> list[int]:
-    """By maximum, then by the sum of squares, then with fewer units in the last stage, the one before it, ..."""
+    """By maximum, then by the sum of squares, then with fewer parts in the last stage, the one before it, ..."""
     return min(
         cuts,
         key=lambda bounds: (
@@ -49,15 +52,15 @@ def test_best_of_all_cuts_that_fit_the_memory(stages: int) -> None:
     draw = random.Random(100 + stages)
     refused = 0
     for _ in range(60):
-        units = draw.randint(stages, 9)
-        costs = [draw.randint(0, 9) for _ in range(units)]
-        needs = [draw.randint(1, 9) for _ in range(units)]
+        parts = draw.randint(stages, 9)
+        costs = [draw.randint(0, 9) for _ in range(parts)]
+        needs = [draw.randint(1, 9) for _ in range(parts)]
 
         def memory(stage: int, begin: int, end: int, needs: list[int] = needs) -> float:
             return sum(needs[begin:end]) * (stages - stage)  # earlier stages keep more micro-batches
 
         limit = draw.randint(5, 60)
-        cuts = [bounds for bounds in all_cuts(units, stages) if fits(memory, limit, bounds)]
+        cuts = [bounds for bounds in all_cuts(parts, stages) if fits(memory, limit, bounds)]
         if cuts:
             assert best_bounds(costs, stages, memory, limit) == best_of_all(costs, cuts), (costs, needs)
             continue
@@ -79,26 +82,26 @@ def test_costs_that_are_fractions(stages: int) -> None:
         assert squares[0] == pytest.approx(squares[1], rel=1e-9)
 
 
-def qwen(checkpointing: bool = False) -> LayerCosts:
+def qwen() -> LayerCosts:
     recipe = load_recipe(recipe_path("qwen0.5b_6x3090"))
-    return costs_by_flops(recipe.model, recipe.seq_len, recipe.micro_batch_size, checkpointing)
+    return costs_by_flops(work_of(recipe, make_layout(recipe, 6), recipe.precision.on(Device.CUDA)))
 
 
 def test_half_a_billion_by_operations() -> None:
     """The head is worth ten blocks: 18 blocks, and 6 with the head."""
-    assert best_bounds(qwen().units(24), 2) == [0, 19, 26]
-    assert best_bounds(qwen().units(24), 1) == [0, 26]
+    assert best_bounds(qwen().parts(24), 2) == [0, 19, 26]
+    assert best_bounds(qwen().parts(24), 1) == [0, 26]
 
 
 def test_half_a_billion_by_measured_milliseconds() -> None:
     """3.06 a block and 28.3 for the head, on an RTX 3090: 17 blocks, and 7 with the head."""
     costs = LayerCosts(unit="seconds", embedding=0.0, block=3.06e-3, head=28.3e-3)
-    assert best_bounds(costs.units(24), 2) == [0, 18, 26]
+    assert best_bounds(costs.parts(24), 2) == [0, 18, 26]
 
 
 def test_a_heavy_head_stands_alone() -> None:
     assert best_bounds([0, *[1] * 8, 4], 3) == [0, 5, 9, 10]
-    costs = qwen().units(24)
+    costs = qwen().parts(24)
     bounds = best_bounds(costs, 3)
     assert bounds == best_of_all(costs, all_cuts(26, 3))
     assert bounds[2] == 25, "the head is worth more than a third of the rest"

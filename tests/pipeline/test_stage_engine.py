@@ -12,7 +12,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import TrainSchedule
 
-from megazh.pipeline.precision import WRITTEN_AGAINST, Precision, sums_in_place
+from megazh.pipeline.precision import WRITTEN_AGAINST
 from megazh.pipeline.schedule import SplitSchedule
 from megazh.pipeline.stage_engine import StageEngine, _counted
 
@@ -58,21 +58,15 @@ def test_the_pin_is_that_version() -> None:
     assert deepspeed.__version__ in (inspect.getdoc(inspect.getmodule(StageEngine)) or "")
 
 
-@pytest.mark.parametrize("precision", Precision)
-@pytest.mark.parametrize("accumulated", Precision)
-def test_it_serves_bf16_with_sums_in_fp32_only(precision: Precision, accumulated: Precision) -> None:
-    assert sums_in_place(precision, accumulated) == ((precision, accumulated) == (Precision.BF16, Precision.FP32))
-
-
-@pytest.mark.parametrize(("lean", "stages", "kind"), [(True, 2, SplitSchedule), (False, 2, TrainSchedule)])
-def test_it_has_its_own_schedule_only_where_it_serves(lean: bool, stages: int, kind: type) -> None:
+@pytest.mark.parametrize(("lean", "stages", "schedule"), [(True, 2, SplitSchedule), (False, 2, TrainSchedule)])
+def test_it_has_its_own_schedule_only_where_it_serves(lean: bool, stages: int, schedule: type) -> None:
     engine = StageEngine.__new__(StageEngine)
     torch.nn.Module.__init__(engine)
     engine._lean, engine.num_stages, engine.stage_id, engine.micro_batches = lean, stages, 0, 4
-    assert type(engine._train_schedule()) is kind
+    assert type(engine._train_schedule()) is schedule
 
 
-def optimizer_of(share: int, shares: int, *groups: list[tuple[int, bool]]) -> SimpleNamespace:
+def optimizer_of(shard: int, shards: int, *groups: list[tuple[int, bool]]) -> SimpleNamespace:
     """As DeepSpeed's, from groups of (elements, whether a copy); gradients count up, two elements of padding behind."""
     found = SimpleNamespace(bf16_groups=[], fp32_groups_gradients_flat=[], fp32_groups_gradient_flat_partition=[])
     for group in groups:
@@ -82,7 +76,7 @@ def optimizer_of(share: int, shares: int, *groups: list[tuple[int, bool]]) -> Si
         flat = torch.arange(1.0, sum(size for size, _ in group) + 3)
         found.bf16_groups.append(parameters)
         found.fp32_groups_gradients_flat.append(flat)
-        found.fp32_groups_gradient_flat_partition.append(flat.chunk(shares)[share])
+        found.fp32_groups_gradient_flat_partition.append(flat.chunk(shards)[shard])
     return found
 
 
@@ -95,9 +89,9 @@ GROUPS: list[tuple[list[list[tuple[int, bool]]], list[float]]] = [
 ]
 
 
-@pytest.mark.parametrize("shares", [1, 2])
+@pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize(("groups", "counted"), GROUPS)
-def test_each_gradient_counts_once_in_the_norm(groups: list, counted: list[float], shares: int) -> None:
-    found = [_counted(optimizer_of(share, shares, *groups)) for share in range(shares)]
+def test_each_gradient_counts_once_in_the_norm(groups: list, counted: list[float], shards: int) -> None:
+    found = [_counted(optimizer_of(shard, shards, *groups)) for shard in range(shards)]
     assert all(found), "each rank has something to take the norm of, if only nothing"
     assert sorted(torch.cat([torch.cat(parts) for parts in found]).tolist()) == sorted(counted)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from decoders import small
 
-from megazh.model.attention import Backend
+from megazh.model.backend import Backend
 from megazh.pipeline import timing
 from megazh.pipeline.costs import LayerCosts
+from megazh.pipeline.precision import Dtype, Precision
+from megazh.pipeline.work import Work
 
 SMALL = small(residual_dropout=0.1)
 
@@ -20,19 +22,21 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., La
     """`layer_seconds` with a cache of its own."""
     monkeypatch.setenv("MEGAZH_CACHE", str(tmp_path))
 
-    def measured(seq_len: int = 16, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> LayerCosts:
-        return timing.layer_seconds(SMALL, seq_len, 2, dtype, Backend.MASKED, torch.device("cpu"), checkpointing)
+    def measured(seq_len: int = 16, dtype: Dtype = Dtype.FP32, checkpointing: bool = False) -> LayerCosts:
+        precision = Precision(dtype, Dtype.FP32, Dtype.FP32)
+        work = Work(SMALL, 1, 1, seq_len, 2, 1, precision, checkpointing, Backend.MASKED)
+        return timing.layer_seconds(work, torch.device("cpu"))
 
     return measured
 
 
 def notes(cache: Path) -> list[Path]:
-    """What is kept."""
+    """Files in the cache."""
     return sorted((cache / "timings").iterdir())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_kind_of_layer_takes_time(measure: Callable[..., LayerCosts], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [Dtype.FP32, Dtype.BF16])
+def test_every_type_of_part_takes_time(measure: Callable[..., LayerCosts], dtype: Dtype) -> None:
     costs = measure(dtype=dtype)
     assert costs.unit == "seconds"
     assert 0 < costs.embedding < 1
@@ -48,7 +52,7 @@ def test_it_is_measured_once(
     with monkeypatch.context() as patch:
         patch.setattr(timing, "_measure", None)
         assert measure() == first
-    for changes in ({"seq_len": 24}, {"dtype": torch.bfloat16}, {"checkpointing": True}):
+    for changes in ({"seq_len": 24}, {"dtype": Dtype.BF16}, {"checkpointing": True}):
         measure(**changes)
     assert len(notes(tmp_path)) == 4, "each shape for itself"
 

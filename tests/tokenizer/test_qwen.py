@@ -1,4 +1,4 @@
-"""From a rank file to an equal `tokenizer.json`: the same ids from every encoder, on whatever text."""
+"""Conversion of a rank file to an equivalent `tokenizer.json`: every encoder gives the same ids on any text."""
 
 import base64
 import json
@@ -87,7 +87,7 @@ _WHOLE = [
 
 
 def odd_strings(count: int, seed: int) -> list[str]:
-    """Strings of few or many kinds of characters, long runs among them."""
+    """`count` strings of characters from one to four Unicode ranges; then `_WHOLE`, `PROBES` and long runs."""
     draw = random.Random(seed)
 
     def character(span: tuple[int, int]) -> str:
@@ -98,10 +98,10 @@ def odd_strings(count: int, seed: int) -> list[str]:
         spans = draw.sample(_SPANS, draw.randint(1, 4))
         parts = []
         for _ in range(draw.randint(1, 14)):
-            kind = draw.random()
-            if kind < 0.12:
+            choice = draw.random()
+            if choice < 0.12:
                 parts.append(draw.choice(_WHOLE))
-            elif kind < 0.2:
+            elif choice < 0.2:
                 parts.append(character(draw.choice(spans)) * draw.randint(2, 40))
             else:
                 parts += [character(draw.choice(spans)) for _ in range(draw.randint(1, 6))]
@@ -111,7 +111,7 @@ def odd_strings(count: int, seed: int) -> list[str]:
 
 
 def by_definition(ranks: dict[bytes, int]) -> Callable[[str], list[int]]:
-    """tiktoken's `encode_ordinary` of the NFC text."""
+    """Encoder by definition: tiktoken's `encode_ordinary` on the NFC form of a text."""
     encoding = tiktoken.Encoding("definition", pat_str=REGEX, mergeable_ranks=ranks, special_tokens={})
     return lambda text: encoding.encode_ordinary(unicodedata.normalize("NFC", text))
 
@@ -162,7 +162,7 @@ def test_every_encoder_gives_qwens_ids_on_20_000_odd_strings() -> None:
 
 
 def test_long_s_after_an_apostrophe_is_a_contraction_to_every_encoder() -> None:
-    """Without regard to case, `s` is also U+017F to Qwen's regex."""
+    """Qwen's regex ignores case in contractions, so there `s` also matches U+017F."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     for token in ("ſ", "ſo"):
         ranks[token.encode()] = len(ranks)

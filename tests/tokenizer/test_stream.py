@@ -1,4 +1,4 @@
-"""Text as it is generated: whole characters alone, together the text of all ids, in time that does not grow."""
+"""Streamed text: only whole characters, joined equal to the text of all ids, at a bounded cost per token."""
 
 import random
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def byte_level() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """SentencePiece with a mark in front of a text, and bytes for what is rare."""
+    """SentencePiece model that begins a text with a space mark and writes rare characters as bytes."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "text.txt").write_text("\n".join(text.replace("\n", " ") for text in texts(300)), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
@@ -42,13 +42,14 @@ def fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(write_byte_fallback_json(tmp_path_factory.mktemp("fallback") / "tokenizer.json"))
 
 
-def spoken(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+def streamed(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+    """Text returned for each id, then the text returned at the end."""
     stream = TextStream(tokenizer, list(before))
     return [*(stream.put(token_id) for token_id in ids), stream.end()]
 
 
 def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
-    """`data` written with tokens of one byte each."""
+    """Ids of `data` in tokens of one byte each."""
     by_byte = {tokenizer.token_bytes(number): number for number in reversed(range(tokenizer.vocab_size))}
     return [by_byte[bytes([byte])] for byte in data]
 
@@ -65,7 +66,7 @@ def test_text_comes_whole_and_without_a_broken_character(name: str, request: pyt
     tokenizer: Tokenizer = request.getfixturevalue(name)
     for text in TEXTS:
         ids = tokenizer.encode(text)
-        parts = spoken(tokenizer, ids)
+        parts = streamed(tokenizer, ids)
         assert "".join(parts) == tokenizer.decode(ids)
         assert not any(BROKEN in part for part in parts)
         assert parts[-1] == "", "nothing is held back behind a whole character"
@@ -74,60 +75,60 @@ def test_text_comes_whole_and_without_a_broken_character(name: str, request: pyt
 def test_characters_that_are_cut_into_bytes(byte_level: Tokenizer, pieces: Tokenizer, fallback: Tokenizer) -> None:
     text = "漢字🙂龘𪚥é" * 20
     for tokenizer in (byte_level, pieces, fallback):
-        parts = spoken(tokenizer, byte_ids(tokenizer, text.encode()))
+        parts = streamed(tokenizer, byte_ids(tokenizer, text.encode()))
         assert "".join(parts) == text
         assert not any(BROKEN in part for part in parts)
         assert parts[:8] == ["", "", "漢", "", "", "字", "", ""], "each character as soon as it is complete"
 
 
 def test_random_ids_never_break_a_character_and_lose_nothing(byte_level: Tokenizer) -> None:
-    """Tokens of whole and of half characters in any order: what is broken stays so, and only then is told so."""
+    """Random tokens of whole and partial characters: U+FFFD comes out only when no later token can complete it."""
     draw = random.Random(5)
     (mark,) = byte_ids(byte_level, b"!")
     for length in [3] * 100 + [40] * 20 + [300] * 3:
         ids = [draw.randrange(byte_level.vocab_size) for _ in range(length)]
-        parts = spoken(byte_level, ids)
+        parts = streamed(byte_level, ids)
         assert "".join(parts) == byte_level.decode(ids)
         for at in range(0, length, 10):
-            told = "".join(parts[: at + 1])
-            assert byte_level.decode([*ids[: at + 1], mark]).startswith(told), "never taken back"
+            returned = "".join(parts[: at + 1])
+            assert byte_level.decode([*ids[: at + 1], mark]).startswith(returned), "never changed afterwards"
 
 
 @pytest.mark.parametrize("name", ["byte_level", "pieces"])
 def test_random_bytes(name: str, request: pytest.FixtureRequest) -> None:
-    """Garbage of lead bytes, continuation bytes and letters, also long runs of it."""
+    """Random lead bytes, continuation bytes and letters, and long runs of each."""
     tokenizer: Tokenizer = request.getfixturevalue(name)
     draw = random.Random(6)
-    kinds = [b"\x80", b"\xbf", b"\xe4", b"\xf0\x9f", b"\xff", b"a", "漢".encode(), "漢".encode()[:2], "🙂".encode()]
+    fragments = [b"\x80", b"\xbf", b"\xe4", b"\xf0\x9f", b"\xff", b"a", "漢".encode(), "漢".encode()[:2], "🙂".encode()]
     for length in [4] * 100 + [30] * 30 + [200] * 4:
-        ids = byte_ids(tokenizer, b"".join(draw.choice(kinds) for _ in range(length)))
-        assert "".join(spoken(tokenizer, ids)) == tokenizer.decode(ids)
-    for kind in kinds:
-        ids = byte_ids(tokenizer, kind * 100)
-        assert "".join(spoken(tokenizer, ids)) == tokenizer.decode(ids)
+        ids = byte_ids(tokenizer, b"".join(draw.choice(fragments) for _ in range(length)))
+        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+    for fragment in fragments:
+        ids = byte_ids(tokenizer, fragment * 100)
+        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 def test_a_replacement_character_that_is_text(byte_level: Tokenizer) -> None:
     ids = byte_ids(byte_level, f"a{BROKEN}b{BROKEN}{BROKEN}漢{BROKEN}".encode())
-    assert "".join(spoken(byte_level, ids)) == f"a{BROKEN}b{BROKEN}{BROKEN}漢{BROKEN}"
+    assert "".join(streamed(byte_level, ids)) == f"a{BROKEN}b{BROKEN}{BROKEN}漢{BROKEN}"
 
 
 def test_held_back_bytes_come_at_the_end(byte_level: Tokenizer) -> None:
     ids = byte_ids(byte_level, b"ab\xe6\xbc")
-    assert spoken(byte_level, ids) == ["a", "b", "", "", BROKEN]
+    assert streamed(byte_level, ids) == ["a", "b", "", "", BROKEN]
 
 
 def test_garbage_does_not_hold_text_back_for_ever(byte_level: Tokenizer) -> None:
     stream = TextStream(byte_level)
     (continuation,) = byte_ids(byte_level, b"\x80")
-    told = "".join(stream.put(continuation) for _ in range(100))
-    assert len(told) > 90
+    returned = "".join(stream.put(continuation) for _ in range(100))
+    assert len(returned) > 90
 
 
 def test_control_tokens_are_written_out(byte_level: Tokenizer, pieces: Tokenizer) -> None:
     for tokenizer in (byte_level, pieces):
         ids = [*tokenizer.encode("今天"), tokenizer.eod_id, *tokenizer.encode("天气")]
-        parts = spoken(tokenizer, ids)
+        parts = streamed(tokenizer, ids)
         assert "".join(parts) == tokenizer.decode(ids)
         assert tokenizer.eod in parts
 
@@ -144,23 +145,23 @@ def test_what_stands_before_is_not_repeated_and_keeps_the_space(name: str, reque
         cut = draw.randrange(len(ids) + 1)
         if not is_valid(tokenizer, ids[:cut]):
             continue
-        found = tokenizer.decode(ids[:cut]) + "".join(spoken(tokenizer, ids[cut:], ids[:cut]))
+        found = tokenizer.decode(ids[:cut]) + "".join(streamed(tokenizer, ids[cut:], ids[:cut]))
         assert found == tokenizer.decode(ids)
 
 
 def test_a_space_between_prompt_and_answer(pieces: Tokenizer, fallback: Tokenizer) -> None:
     hello = 259 + PIECES.index("▁hello")
-    assert spoken(fallback, [hello, hello]) == ["hello", " hello", ""]
-    assert spoken(fallback, [hello, hello], [hello]) == [" hello", " hello", ""]
+    assert streamed(fallback, [hello, hello]) == ["hello", " hello", ""]
+    assert streamed(fallback, [hello, hello], [hello]) == [" hello", " hello", ""]
     prompt, answer = pieces.encode("the quick"), pieces.encode("brown fox")
-    assert "".join(spoken(pieces, answer)) == "brown fox"
-    assert "".join(spoken(pieces, answer, prompt)) == " brown fox"
+    assert "".join(streamed(pieces, answer)) == "brown fox"
+    assert "".join(streamed(pieces, answer, prompt)) == " brown fox"
 
 
 def test_a_character_begun_before_is_told(byte_level: Tokenizer, pieces: Tokenizer) -> None:
     for tokenizer in (byte_level, pieces):
         ids = byte_ids(tokenizer, "a漢字".encode())
-        assert "".join(spoken(tokenizer, ids[3:], ids[:3])) == "漢字"
+        assert "".join(streamed(tokenizer, ids[3:], ids[:3])) == "漢字"
 
 
 @pytest.mark.parametrize("what", ["text", "bytes", "garbage", "words"])
@@ -168,7 +169,7 @@ def test_a_character_begun_before_is_told(byte_level: Tokenizer, pieces: Tokeniz
 def test_each_token_costs_the_same(
     name: str, what: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ids decoded for a token are bounded, whatever came before."""
+    """The number of ids decoded for a token is bounded, however many came before."""
     tokenizer: Tokenizer = request.getfixturevalue(name)
     ids = {
         "text": lambda: tokenizer.encode("".join(texts(100, 4))),

@@ -1,4 +1,4 @@
-"""One class in front of all tokenizers: fingerprint, control tokens, decoding, refusals."""
+"""`Tokenizer`, the class for every tokenizer file: fingerprint, control tokens, decoding, refusals."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def settings() -> dict[str, Any]:
 
 
 def variant(folder: Path, change: Callable[[dict[str, Any]], Any], name: str = "tokenizer.json") -> Path:
-    """A copy of the small tokenizer with something changed."""
+    """Write a copy of the small tokenizer after `change` has modified it."""
     changed = settings()
     change(changed)
     path = folder / name
@@ -204,7 +204,7 @@ def test_folder_holds_one_of_the_kinds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "kind"),
+    ("name", "content", "error"),
     [
         ("nowhere.json", None, UsageError),
         ("vocab.txt", b"a\nb\n", UsageError),
@@ -221,11 +221,11 @@ def test_folder_holds_one_of_the_kinds(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_tokenizer_is_refused(
-    tmp_path: Path, name: str, content: bytes | None, kind: type[MegazhError]
+    tmp_path: Path, name: str, content: bytes | None, error: type[MegazhError]
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(kind, match=name) as caught:
+    with pytest.raises(error, match=name) as caught:
         load_tokenizer(tmp_path / name)
     assert "\n" not in str(caught.value)
 
@@ -360,7 +360,7 @@ def test_bytes_of_tokens_make_up_the_text(model: Path) -> None:
         tokenizer = load_tokenizer(model, front_tokens=front_tokens)
         for text in [*texts(40, 11), "龘𪚥 two  spaces"]:
             joined = b"".join(tokenizer.token_bytes(number) for number in tokenizer.encode(text))
-            assert joined == b" " + text.encode(), "SentencePiece begins a text with a space of its own"
+            assert joined == b" " + text.encode(), "SentencePiece adds a space at the beginning of a text"
 
 
 def test_bytes_of_tokens_with_byte_fallback(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training a tokenizer: ids, size, and the same bytes each time."""
+"""Training of a tokenizer: ids, vocabulary size, and the same bytes each time."""
 
 import json
 from pathlib import Path

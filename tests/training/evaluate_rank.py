@@ -12,8 +12,7 @@ from pipeline.ladder_rank import SEED
 from ranks import join_ranks, tell
 from recipes import make_recipe
 
-from megazh.index.mixture import Mixture
-from megazh.model.attention import Backend
+from megazh.model.backend import Backend
 from megazh.training.layout import make_layout
 from megazh.training.recipe import Recipe
 
@@ -25,27 +24,26 @@ PROMPT, TOKENS = "从前，小兔子", 12
 def recipe_on(manifest: str) -> Recipe:
     """Large weights, so that what is sampled depends on the model; dropout, which may not act here."""
     model = {"vocab_size": 512, "initializer_range": 0.2, "residual_dropout": 0.3}
-    return make_recipe(model=model, data={"manifest": manifest}, seq_len=64, precision="fp32")
+    return make_recipe(model=model, data={"manifest": manifest}, seq_len=64, dtype="fp32")
 
 
 def evaluate(recipe: Recipe, stages: int) -> dict[str, Any]:
     """Losses and bits per byte by limit, each found twice, and continuations by seed."""
     from megazh.pipeline.engine import make_engine, quiet
     from megazh.pipeline.module import DecoderPipeline
-    from megazh.pipeline.precision import Precision
+    from megazh.pipeline.precision import Dtype, Precision
     from megazh.tokenizer import load_tokenizer
     from megazh.training.evaluate import Validator, sample_text
     from megazh.training.optimizer import make_optimizer
+    from megazh.training.stages import work_of
 
     layout = make_layout(recipe, dist.get_world_size(), stages)
+    work = work_of(recipe, layout, Precision(Dtype.FP32, Dtype.FP32, Dtype.FP32), Backend.MASKED)
     bounds = [0, 2, 4] if stages == 2 else [0, 4]
     with quiet():
-        module = DecoderPipeline(recipe.model, bounds, Backend.MASKED, SEED, z_loss=0.5)
-    engine = make_engine(
-        module, make_optimizer(module.parameters(), recipe), layout.micro_batch_size, layout.micro_batches,
-        layout.replicas, Precision.FP32, Precision.FP32, Precision.FP32, 1.0,
-    )  # fmt: skip
-    mixture = Mixture(recipe.data.manifest, recipe.seq_len, recipe.data.packing, recipe.data.max_docs)
+        module = DecoderPipeline(work, bounds, SEED, z_loss=0.5)
+    engine = make_engine(module, make_optimizer(module.parameters(), recipe.optimizer), work, 1.0)
+    mixture = recipe.open_mixture()
     tokenizer = load_tokenizer(Path(recipe.data.manifest).parent / "tokenizer.json")
     replica = module.mpu().get_data_parallel_rank()
     found: dict[str, Any] = {"validations": [], "texts": []}

@@ -9,7 +9,6 @@ from pipeline.ladder_rank import SEED
 from ranks import run_ranks
 from training.evaluate_rank import LIMITS, PROMPT, TOKENS, recipe_on
 
-from megazh.index.mixture import Mixture
 from megazh.model.decoder import Decoder
 from megazh.model.generate import cached_forward, generate
 from megazh.tokenizer import load_tokenizer
@@ -26,7 +25,7 @@ def test_it_is_what_one_process_finds(stories: Path, tmp_path: Path, stages: int
     recipe = recipe_on(str(stories))
     model = Decoder(recipe.model, SEED).eval()
     tokenizer = load_tokenizer(stories.parent / "tokenizer.json")
-    samples = Mixture(str(stories), recipe.seq_len, recipe.data.packing, recipe.data.max_docs).validation
+    samples = recipe.open_mixture().validation
     for place, limit in enumerate(LIMITS):
         first, second = found[0]["validations"][2 * place : 2 * place + 2]
         assert first == second, "the same samples each time"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 from processes import run_command, start_command, wait_until
-from recipes import MODEL
+from recipes import MODEL, in_sections
 
 from megazh.errors import INTERRUPTED
+from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import list_checkpoints
-from megazh.training.metrics import read_metrics
 from megazh.training.schedule import learning_rate
 
 STEPS = 5
@@ -36,12 +36,12 @@ def write(stories: Path, tmp_path: Path, **changes: Any) -> None:
         "steps": STEPS,
         "learning_rate": 1e-3,
         "warmup": 2,
-        "precision": "fp32",
+        "dtype": "fp32",
         "sample_tokens": 4,
         "validation_samples": 3,
         **changes,
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(in_sections(values)))
 
 
 def command(tmp_path: Path) -> list[str | Path]:

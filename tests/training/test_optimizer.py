@@ -14,7 +14,7 @@ SHAPE = {"norm": "layernorm", "qkv_bias": True, "tie_word_embeddings": False}
 
 def test_matrices_are_decayed_norms_and_biases_are_not() -> None:
     model = Decoder(small(**SHAPE))
-    optimizer = make_optimizer(model.parameters(), make_recipe(weight_decay=0.25))
+    optimizer = make_optimizer(model.parameters(), make_recipe(weight_decay=0.25).optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay.keys() == set(names.values())
@@ -24,7 +24,7 @@ def test_matrices_are_decayed_norms_and_biases_are_not() -> None:
 
 
 def test_a_tied_matrix_is_there_once() -> None:
-    optimizer = make_optimizer(Decoder(small()).parameters(), make_recipe())
+    optimizer = make_optimizer(Decoder(small()).parameters(), make_recipe().optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert len({id(parameter) for parameter in parameters}) == len(parameters)
 
@@ -32,20 +32,20 @@ def test_a_tied_matrix_is_there_once() -> None:
 def test_frozen_parameters_are_left_out() -> None:
     model = Decoder(small())
     model.embedding.weight.requires_grad_(False)
-    optimizer = make_optimizer(model.parameters(), make_recipe())
+    optimizer = make_optimizer(model.parameters(), make_recipe().optimizer)
     assert all(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"])
 
 
 def test_a_stage_may_have_only_matrices_or_only_vectors() -> None:
     for number, decay in ((0, 0.1), (3, 0.0)):
-        optimizer = make_optimizer(make_layer(small(), number, 0).parameters(), make_recipe())
+        optimizer = make_optimizer(make_layer(small(), number, 0).parameters(), make_recipe().optimizer)
         assert [group["weight_decay"] for group in optimizer.param_groups] == [decay]
 
 
 def test_two_steps_are_those_of_the_paper() -> None:
-    recipe = make_recipe(learning_rate=0.01, betas=[0.8, 0.9], eps=1e-3, weight_decay=0.5)
+    config = make_recipe(learning_rate=0.01, betas=[0.8, 0.9], eps=1e-3, weight_decay=0.5).optimizer
     matrix, vector = (torch.nn.Parameter(torch.full(shape, 2.0)) for shape in ((1, 1), (1,)))
-    optimizer = make_optimizer([matrix, vector], recipe)
+    optimizer = make_optimizer([matrix, vector], config)
     expected = {0.5: 2.0, 0.0: 2.0}
     first = second = 0.0
     for step, gradient in enumerate((0.3, -0.7), start=1):

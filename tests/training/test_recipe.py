@@ -8,17 +8,18 @@ from recipes import make_recipe
 
 from megazh.errors import UsageError
 from megazh.training.layout import make_layout
-from megazh.training.recipe import RECIPES, Recipe, load_recipe, recipe_path
+from megazh.training.recipe import MAY_CHANGE, Recipe, fixed_keys_that_differ, keys, load_recipe
+from megazh.training.recipe_files import recipe_names, recipe_path, recipes_folder
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("_"))
+NAMES = recipe_names()
 
 
 def write(folder: Path, text: str = "", name: str = "own.yaml") -> Path:
     path = folder / name
     path.write_text(
         "model: {vocab_size: 64, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 8}\n"
-        "data: {manifest: m.yaml}\nseq_len: 16\nmicro_batch_size: 2\nglobal_batch_size: 8\nlearning_rate: 1e-3\n"
-        + text,
+        "data: {manifest: m.yaml}\nbatch: {seq_len: 16, micro_batch_size: 2, global_batch_size: 8}\n"
+        "optimizer: {learning_rate: 1e-3}\n" + text,
         encoding="utf-8",
     )
     return path
@@ -27,7 +28,7 @@ def write(folder: Path, text: str = "", name: str = "own.yaml") -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_that_come_along_work(name: str) -> None:
     recipe = load_recipe(recipe_path(name))
-    layout = make_layout(recipe, recipe.gpus or 6)
+    layout = make_layout(recipe, recipe.parallel.num_gpus or 6)
     assert layout.micro_batches >= 1
     assert recipe.total_steps >= 1
 
@@ -52,9 +53,17 @@ def test_numbers_of_the_recipes(name: str, tokens: int, layout: tuple[int, ...],
 
 def test_settings_of_the_half_billion_run() -> None:
     recipe = load_recipe(recipe_path("qwen0.5b_6x3090"))
-    assert (recipe.learning_rate, recipe.betas, recipe.weight_decay) == (5e-4, [0.9, 0.95], 0.1)
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.betas, recipe.optimizer.weight_decay) == (
+        5e-4,
+        [0.9, 0.95],
+        0.1,
+    )
     assert (recipe.model.rope_theta, recipe.model.norm_eps, recipe.model.qkv_bias) == (1e6, 1e-6, True)
-    assert (recipe.precision, recipe.grad_accum_dtype, recipe.tokens) == ("bf16", None, 30_000_000_000)
+    assert (recipe.precision.dtype, recipe.precision.grad_accum_dtype, recipe.schedule.tokens) == (
+        "bf16",
+        None,
+        30_000_000_000,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,60 +77,60 @@ def test_written_and_read_back_it_is_the_same(name: str, tmp_path: Path) -> None
 
 def test_defaults_of_one_recipe_are_not_those_of_another() -> None:
     first, second = make_recipe(), make_recipe()
-    assert (first.betas, first.sample_prompts) == ([0.9, 0.95], ["从前，"])
-    assert first.betas is not second.betas
-    assert first.sample_prompts is not second.sample_prompts
+    assert (first.optimizer.betas, first.evaluation.sample_prompts) == ([0.9, 0.95], ["从前，"])
+    assert first.optimizer.betas is not second.optimizer.betas
+    assert first.evaluation.sample_prompts is not second.evaluation.sample_prompts
 
 
 def test_tokens_and_steps_replace_each_other(tmp_path: Path) -> None:
-    path = write(tmp_path, "tokens: 1.5M\n")
+    path = write(tmp_path, "schedule: {tokens: 1.5M}\n")
     assert load_recipe(path).total_steps == -(-1_500_000 // 128)
     for setting in ("steps=7", "--steps=7"):
         recipe = load_recipe(path, [setting])
-        assert (recipe.tokens, recipe.total_steps) == (None, 7)
-    recipe = load_recipe(write(tmp_path, "steps: 9\n"), ["tokens=1k"])
-    assert (recipe.steps, recipe.tokens, recipe.total_steps) == (None, 1000, 8)
+        assert (recipe.schedule.tokens, recipe.total_steps) == (None, 7)
+    recipe = load_recipe(write(tmp_path, "schedule: {steps: 9}\n"), ["tokens=1k"])
+    assert (recipe.schedule.steps, recipe.schedule.tokens, recipe.total_steps) == (None, 1000, 8)
     for settings in (["tokens=1k", "steps=7"], ["steps=null"]):
-        with pytest.raises(UsageError, match="one of tokens and steps"):
+        with pytest.raises(UsageError, match=r"one of schedule\.tokens and schedule\.steps"):
             load_recipe(path, settings)
 
 
 def test_settings_reach_the_model(tmp_path: Path) -> None:
-    path = write(tmp_path, "steps: 9\n")
+    path = write(tmp_path, "schedule: {steps: 9}\n")
     settings = ["model.num_hidden_layers=5", "model.rope_scaling={type: linear, factor: 2}", "betas=[0.8, 0.9]"]
-    recipe = load_recipe(path, [*settings, "precision=fp16", "data.packing=concat", "max_grad_norm=0"])
+    recipe = load_recipe(path, [*settings, "dtype=fp16", "data.packing=concat", "max_grad_norm=0"])
     assert recipe.model.num_hidden_layers == 5
     assert recipe.model.rope_scaling is not None
     assert recipe.model.rope_scaling.factor == 2
-    assert (recipe.betas, recipe.precision, recipe.data.packing) == ([0.8, 0.9], "fp16", "concat")
+    assert (recipe.optimizer.betas, recipe.precision.dtype, recipe.data.packing) == ([0.8, 0.9], "fp16", "concat")
 
 
 @pytest.mark.parametrize(
     ("setting", "parts"),
     [
-        ("hidden_size=5", ["'hidden_size'", "'model.hidden_size'"]),
-        ("micro_batchsize=5", ["'micro_batchsize'", "'micro_batch_size'"]),
-        ("micro_batch_size=0", ["'micro_batch_size'", "0"]),
-        ("micro_batch_size=2.5", ["'micro_batch_size'", "2.5"]),
-        ("precision=bf61", ["'precision'", "'bf61'", "bf16"]),
-        ("betas=[0.9]", ["'betas'"]),
-        ("betas=[0.9, 1.0]", ["'betas[1]'", "1.0"]),
-        ("learning_rate=-1", ["'learning_rate'", "-1"]),
-        ("learning_rate=.nan", ["'learning_rate'"]),
-        ("tokens=30X", ["'tokens'", "30X"]),
-        ("tokens=0", ["'tokens'", "0"]),
-        ("seq_len=1", ["'seq_len'", "1"]),
+        ("precision=fp16", ["'precision' is a section", "precision.dtype, precision.grad_accum_dtype"]),
+        ("micro_batchsize=5", ["'micro_batchsize'", "'batch.micro_batch_size'"]),
+        ("micro_batch_size=0", ["'batch.micro_batch_size'", "0"]),
+        ("micro_batch_size=2.5", ["'batch.micro_batch_size'", "2.5"]),
+        ("dtype=bf61", ["'precision.dtype'", "'bf61'", "auto, fp32, bf16, fp16"]),
+        ("betas=[0.9]", ["'optimizer.betas'"]),
+        ("betas=[0.9, 1.0]", ["'optimizer.betas[1]'", "1.0"]),
+        ("learning_rate=-1", ["'optimizer.learning_rate'", "-1"]),
+        ("learning_rate=.nan", ["'optimizer.learning_rate'"]),
+        ("tokens=30X", ["'schedule.tokens'", "30X"]),
+        ("tokens=0", ["'schedule.tokens'", "0"]),
+        ("seq_len=1", ["'batch.seq_len'", "1"]),
         ("stage_bounds=[0, 2]", ["stage_bounds [0, 2]", "0 to 4", "2 blocks"]),
         ("stage_bounds=[0, 3, 2, 4]", ["stage_bounds", "rising"]),
         ("stage_bounds=[1, 4]", ["stage_bounds", "0 to 4"]),
         ("stage_bounds=[]", ["stage_bounds"]),
         ("stage_bounds=[0, 2, 2, 4]", ["stage_bounds", "rising"]),
         ("data.max_docs=1", ["'data.max_docs'", "1"]),
-        ("zero_stage=4", ["'zero_stage'", "4"]),
+        ("zero_stage=4", ["'parallel.zero_stage'", "4"]),
     ],
 )
 def test_settings_that_cannot_work(tmp_path: Path, setting: str, parts: list[str]) -> None:
-    path = write(tmp_path, "steps: 9\n")
+    path = write(tmp_path, "schedule: {steps: 9}\n")
     with pytest.raises(UsageError) as caught:
         load_recipe(path, [setting])
     message = str(caught.value)
@@ -131,7 +140,7 @@ def test_settings_that_cannot_work(tmp_path: Path, setting: str, parts: list[str
 
 @pytest.mark.parametrize("bounds", [[0, 4], [0, 1, 4], [0, 1, 2, 3, 4]])
 def test_bounds_by_hand(bounds: list[int]) -> None:
-    assert make_recipe(stage_bounds=bounds).stage_bounds == bounds
+    assert make_recipe(stage_bounds=bounds).parallel.stage_bounds == bounds
 
 
 def test_unknown_recipe_names_those_that_there_are() -> None:
@@ -139,7 +148,7 @@ def test_unknown_recipe_names_those_that_there_are() -> None:
         recipe_path("qwen")
     assert all(name in str(caught.value) for name in ("qwen", "demo", "minillm_1.4b"))
     assert "_pretrain" not in str(caught.value)
-    assert recipe_path("minillm_1.4b") == RECIPES / "minillm_1.4b.yaml"
+    assert recipe_path("minillm_1.4b") == recipes_folder() / "minillm_1.4b.yaml"
     assert recipe_path("some/where.yaml") == Path("some/where.yaml")
 
 
@@ -147,3 +156,30 @@ def test_unknown_recipe_names_those_that_there_are() -> None:
 def test_steps_are_rounded_up(changes: dict[str, Any], steps: int) -> None:
     recipe: Recipe = make_recipe(**{"steps": None, **changes})
     assert (recipe.batch_tokens, recipe.total_steps) == (128, steps)
+
+
+def test_every_key_has_a_docstring_and_a_last_name_of_its_own() -> None:
+    names = [key for key, _ in keys()]
+    assert all(field.description for _, field in keys())
+    last = [name.rpartition(".")[2] for name in names]
+    twice = {name for name in last if last.count(name) > 1}
+    assert twice == set(), "the last name is enough on the command line"
+
+
+def test_whether_a_key_may_change_is_said_at_its_field() -> None:
+    free = {key for key, field in keys() if MAY_CHANGE in field.metadata}
+    assert {"schedule.steps", "optimizer.learning_rate", "parallel.num_gpus", "evaluation.sample_prompts"} <= free
+    assert not free & {"model.hidden_size", "schedule.seed", "batch.global_batch_size", "precision.dtype"}
+    before = make_recipe()
+    assert list(fixed_keys_that_differ(before, make_recipe(steps=20, learning_rate=1.0, num_gpus=3))) == []
+    changed = make_recipe(model={"hidden_size": 64}, seed=7, steps=20)
+    assert list(fixed_keys_that_differ(before, changed)) == [("model.hidden_size", 32, 64), ("schedule.seed", 42, 7)]
+
+
+def test_a_key_of_another_section_is_named_with_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path, "schedule: {steps: 9}\nwarmup: 3\n")
+    with pytest.raises(UsageError, match=r"own\.yaml:6: unknown key 'warmup'; did you mean 'schedule\.warmup'\?"):
+        load_recipe(path)
+    path = write(tmp_path, "schedule: {steps: 9}\nparallel: {gpus: 3}\n")
+    with pytest.raises(UsageError, match=r"unknown key 'parallel\.gpus'; did you mean 'parallel\.num_gpus'\?"):
+        load_recipe(path)

@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 from processes import Finished, run_command, start_command, wait_until
+from recipes import in_sections
 
 from megazh.config import from_mapping
 from megazh.errors import INTERRUPTED
 from megazh.pipeline.costs import LayerCosts
 from megazh.pipeline.split import best_bounds
+from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import STATE, list_checkpoints, read_manifest
-from megazh.training.metrics import read_metrics
 from megazh.training.weights import load_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -46,7 +47,7 @@ RECIPE = {
     "validation_samples": 5,
     "sample_tokens": 4,
     "max_grad_norm": 0.5,
-    "precision": "fp32",
+    "dtype": "fp32",
 }
 
 
@@ -54,11 +55,11 @@ RECIPE = {
 def recipe(stories: Path, tmp_path: Path) -> Path:
     """A recipe on an index of 200 stories."""
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, "data": {"manifest": str(stories)}}))
+    path.write_text(yaml.safe_dump(in_sections({**RECIPE, "data": {"manifest": str(stories)}})))
     return path
 
 
-class Lives:
+class Attempts:
     """Runs of one layout."""
 
     def __init__(self, recipe: Path, folder: Path, ranks: int, stages: int, settings: list[str]) -> None:
@@ -72,13 +73,13 @@ class Lives:
         }
 
     def to_the_end(self, run: Path) -> Finished:
-        """A life that ends by itself, and well."""
+        """An attempt that ends by itself, and well."""
         finished = run_command([*self._command, "-r", run], 240, self._env, self._folder)
         assert finished.returncode == 0, finished
         return finished
 
     def ended_by(self, number: signal.Signals, run: Path, step: int) -> int:
-        """A life that gets a signal once `step` is done; returns the steps that are recorded then."""
+        """An attempt that gets a signal once `step` is done; returns the steps that are recorded then."""
         with start_command([*self._command, "-r", run], self._env, self._folder) as running:
             wait_until(
                 lambda: steps_of(run) >= step or running.process.poll() is not None, 240, f"step {step} of {run}"
@@ -147,15 +148,15 @@ def _load(path: Path) -> Any:
     [(1, 1, []), (2, 2, ["model.tie_word_embeddings=false", "activation_checkpointing=true"]), (4, 2, [])],
 )
 def test_the_same_bits_after_a_kill(recipe: Path, tmp_path: Path, ranks: int, stages: int, settings: list[str]) -> None:
-    lives = Lives(recipe, tmp_path, ranks, stages, settings)
+    attempts = Attempts(recipe, tmp_path, ranks, stages, settings)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    lives.to_the_end(whole)
-    lost = lives.ended_by(signal.SIGKILL, broken, EVERY + 2)
+    attempts.to_the_end(whole)
+    lost = attempts.ended_by(signal.SIGKILL, broken, EVERY + 2)
     kept = read_manifest(newest(broken)).step
     assert EVERY <= kept <= lost < STEPS
     assert kept % EVERY == 0
     (broken / "checkpoints" / ".step_00000099.unfinished" / STATE).mkdir(parents=True)
-    finished = lives.to_the_end(broken)
+    finished = attempts.to_the_end(broken)
     assert f"resumed at step {kept} of {STEPS}" in finished.stdout
     assert [path.name for path in (broken / "checkpoints").glob(".*")] == []
     assert_same(whole, broken)
@@ -163,10 +164,10 @@ def test_the_same_bits_after_a_kill(recipe: Path, tmp_path: Path, ranks: int, st
 
 def test_the_same_bits_after_ctrl_c_and_a_kill_in_bf16(recipe: Path, tmp_path: Path) -> None:
     """With stages cut by the clock; what is measured in between may not move the layers of a run that is under way."""
-    lives = Lives(recipe, tmp_path, 2, 2, ["precision=bf16", "stage_costs=measured"])
+    attempts = Attempts(recipe, tmp_path, 2, 2, ["dtype=bf16", "stage_costs=measured"])
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    lives.to_the_end(whole)
-    lives.ended_by(signal.SIGINT, broken, 2)
+    attempts.to_the_end(whole)
+    attempts.ended_by(signal.SIGINT, broken, 2)
     stopped = read_manifest(newest(broken))
     assert 2 <= stopped.step < STEPS
     assert steps_of(broken) == stopped.step, "the step that was being done is saved"
@@ -174,7 +175,7 @@ def test_the_same_bits_after_ctrl_c_and_a_kill_in_bf16(recipe: Path, tmp_path: P
     values = json.loads(note.read_text())
     values["costs"]["embedding"] = values["costs"]["block"] * 100
     note.write_text(json.dumps(values))
-    assert best_bounds(from_mapping(values["costs"], LayerCosts, "").units(BLOCKS), 2) != stopped.bounds
-    lives.ended_by(signal.SIGKILL, broken, stopped.step + EVERY + 1)
-    lives.to_the_end(broken)
+    assert best_bounds(from_mapping(values["costs"], LayerCosts, "").parts(BLOCKS), 2) != stopped.bounds
+    attempts.ended_by(signal.SIGKILL, broken, stopped.step + EVERY + 1)
+    attempts.to_the_end(broken)
     assert_same(whole, broken)

@@ -9,7 +9,8 @@ from made_runs import add_checkpoint, make_run, write_recipe
 
 from megazh.errors import DataError, UsageError
 from megazh.model.generate import SamplingOptions
-from megazh.training.run_folder import RunFolder
+from megazh.run.folder import RunFolder
+from megazh.training.recipe import run_recipe
 from megazh.training.sample import TextModel, open_model
 
 GREEDY = SamplingOptions(temperature=0.0)
@@ -28,7 +29,7 @@ def written(model: TextModel, options: SamplingOptions = GREEDY, count: int = 40
 
 
 def test_the_newest_checkpoint_or_the_one_that_is_named(run: RunFolder) -> None:
-    add_checkpoint(run, run.recipe(), 12)
+    add_checkpoint(run, run_recipe(run), 12)
     (run.checkpoints / ".step_00000013.unfinished").mkdir()
     newest, named, older = (open_model(run.path, name) for name in (None, "step_00000012", "step_00000006"))
     assert torch.equal(newest.model.embedding.weight, named.model.embedding.weight)
@@ -97,7 +98,7 @@ def test_the_end_of_a_document_ends_the_text_unless_it_is_ignored(run: RunFolder
 def test_no_run_no_checkpoint_no_such_checkpoint(run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere: not the folder of a run: "):
         open_model(tmp_path / "nowhere")
-    add_checkpoint(run, run.recipe(), 12)
+    add_checkpoint(run, run_recipe(run), 12)
     with pytest.raises(UsageError, match=r"no checkpoint 'step_7'; there are step_00000006, step_00000012$"):
         open_model(run.path, "step_7")
     with pytest.raises(UsageError, match=r"no checkpoint '\.\./checkpoints/step_00000006'"):

@@ -55,11 +55,11 @@ def test_warmup_fits_a_run_of_one_step() -> None:
 
 
 def test_warmup_longer_than_the_run_is_refused_with_the_numbers() -> None:
-    with pytest.raises(UsageError, match=r"2,000 steps is longer than the run of 600"):
+    with pytest.raises(UsageError, match=r"schedule\.warmup=2000: longer than the run of 600"):
         warmup_steps(600, 2000)
 
 
 @pytest.mark.parametrize("warmup", [-1, -0.5, 1.5, math.nan, math.inf])
 def test_warmup_that_is_neither_is_refused(warmup: float) -> None:
-    with pytest.raises(UsageError, match="fraction of the steps"):
+    with pytest.raises(UsageError, match="share of the steps"):
         warmup_steps(600, warmup)

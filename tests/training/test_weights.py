@@ -10,9 +10,9 @@ from made_runs import add_checkpoint, make_run, write_manifest, write_recipe
 
 from megazh.errors import DataError
 from megazh.model.decoder import Decoder
+from megazh.run.folder import RunFolder
 from megazh.training.checkpoint_list import STATE
-from megazh.training.recipe import Recipe
-from megazh.training.run_folder import RunFolder
+from megazh.training.recipe import Recipe, run_recipe
 from megazh.training.weights import load_decoder, load_tensors
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def layer(checkpoint: Path, number: int) -> Path:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_is_the_one_that_was_saved(run: RunFolder, tied: bool, dtype: torch.dtype) -> None:
-    recipe = run.recipe()
+    recipe = run_recipe(run)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"tie_word_embeddings": tied})})
     found = load_decoder(add_checkpoint(run, recipe, 9, dtype), recipe, CPU)
     expected = Decoder(recipe.model, seed=9).to(dtype)
@@ -51,11 +51,11 @@ def test_the_model_is_the_one_that_was_saved(run: RunFolder, tied: bool, dtype: 
 
 def test_a_layer_that_the_manifest_does_not_name(checkpoint: Path, run: RunFolder) -> None:
     layer(checkpoint, 2).unlink()
-    write_manifest(checkpoint, 6, run.recipe())
+    write_manifest(checkpoint, 6, run_recipe(run))
     with pytest.raises(
-        DataError, match=r"layer_02-model_states\.pt: missing in .*: the checkpoint is of another model"
+        DataError, match=r"layer_02-model_states\.pt: missing in .*: the checkpoint belongs to another model"
     ):
-        load_decoder(checkpoint, run.recipe(), CPU)
+        load_decoder(checkpoint, run_recipe(run), CPU)
 
 
 def test_a_file_that_has_changed(checkpoint: Path, run: RunFolder) -> None:
@@ -64,12 +64,12 @@ def test_a_file_that_has_changed(checkpoint: Path, run: RunFolder) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"{path}: wrong content"):
-        load_decoder(checkpoint, run.recipe(), CPU)
+        load_decoder(checkpoint, run_recipe(run), CPU)
 
 
 @pytest.mark.parametrize("change", [{"hidden_size": 64}, {"intermediate_size": 96}, {"qkv_bias": True}])
 def test_weights_of_another_shape(checkpoint: Path, run: RunFolder, change: dict[str, object]) -> None:
-    recipe = run.recipe()
+    recipe = run_recipe(run)
     other: Recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=change)})
     with pytest.raises(DataError, match=r"layer_0\d-model_states\.pt: does not fit the model: ") as refusal:
         load_decoder(checkpoint, other, CPU)
@@ -93,9 +93,9 @@ def test_code_in_a_file_is_not_run(checkpoint: Path, run: RunFolder, tmp_path: P
         path.write_bytes(pickle.dumps({"weight": Harmful(made)}, protocol=2))
     else:
         torch.save({"weight": Harmful(made)}, path)
-    write_manifest(checkpoint, 6, run.recipe())
+    write_manifest(checkpoint, 6, run_recipe(run))
     with pytest.raises(DataError, match=rf"{path}: not a checkpoint file: ") as refusal:
-        load_decoder(checkpoint, run.recipe(), CPU)
+        load_decoder(checkpoint, run_recipe(run), CPU)
     assert "\n" not in str(refusal.value)
     assert not made.exists()
 

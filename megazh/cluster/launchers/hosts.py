@@ -1,0 +1,93 @@
+"""Launch the ranks of a job on several hosts, by DeepSpeed's launcher through pdsh and ssh."""
+
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from megazh.cluster.hostfile import Host, read_hostfile
+from megazh.cluster.launchers.local import free_port
+from megazh.errors import UsageError, WorkerError
+from megazh.training.preflight import Job
+
+
+def launch(job: Job) -> int:
+    """Run DeepSpeed's launcher to its end; returns the exit code.
+
+    It decides how its ranks end: on a signal they do not get to save.
+
+    Raises:
+        UsageError: as `command`.
+        WorkerError: the launcher failed.
+    """
+    process = subprocess.Popen(command(job))
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        process.send_signal(signal.SIGINT)  # then wait: this process holds the lock of the run folder
+
+    before = {each: signal.signal(each, forward) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        code = process.wait()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    if code:
+        raise WorkerError(
+            f"DeepSpeed's launcher ended with exit code {code}; the output of the ranks is above; run the same command "
+            "again to resume from the last checkpoint"
+        )
+    return 0
+
+
+def command(job: Job) -> list[str]:
+    """The command that launches a job on the hosts of its hostfile; see `deepspeed_command`."""
+    assert job.hostfile is not None
+    slots = None if job.devices.ids is None else [int(slot) for slot in job.devices.ids]
+    return deepspeed_command(job.hostfile, read_hostfile(job.hostfile), slots, free_port(), job.arguments)
+
+
+def deepspeed_command(
+    hostfile: Path, hosts: Sequence[Host], slots: Sequence[int] | None, port: int, arguments: Sequence[str]
+) -> list[str]:
+    """The command by which DeepSpeed's launcher runs `python -m megazh ARGUMENTS` on several hosts, one rank per slot.
+
+    It reaches the hosts by ssh without a password, through pdsh, and needs this folder and this Python under the same
+    paths on each. Ranks find RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in their environment.
+
+    Args:
+        hostfile: the file that DeepSpeed reads.
+        hosts: the hosts in it; see `megazh.cluster.hostfile.read_hostfile`.
+        slots: GPUs to use on each host, as nvidia-smi numbers them; None: all slots.
+        port: a port that is free on the first host.
+        arguments: arguments of `megazh` in each rank.
+
+    Raises:
+        UsageError: a host lacks a slot, or pdsh is missing.
+    """
+    for host in hosts:
+        missing = [slot for slot in slots or () if slot >= host.slots]
+        if missing:
+            raise UsageError(
+                f"-g {','.join(map(str, missing))}: host {host.name} has slots 0 to {host.slots - 1} ({hostfile})"
+            )
+    if shutil.which("pdsh") is None:
+        raise UsageError(
+            f"-H {hostfile}: several hosts are reached through pdsh, which is not installed (Debian, Ubuntu: "
+            "apt-get install pdsh)"
+        )
+    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
+    if slots is not None:
+        words += ["--include", "@".join(f"{host.name}:{','.join(map(str, slots))}" for host in hosts)]
+    # Without --force_multi DeepSpeed takes a single host, whichever it is, for this machine.
+    words += ["--force_multi", "--master_port", str(port), "--no_local_rank", "--module", "megazh"]
+    return words + [_for_remote_shell(argument) for argument in arguments]
+
+
+def _for_remote_shell(argument: str) -> str:
+    """Quote an argument for the shells of the hosts; DeepSpeed quotes only those with a space, and not completely."""
+    return re.sub(r"([\\$`])", r"\\\1", argument) if " " in argument else shlex.quote(argument)

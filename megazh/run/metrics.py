@@ -1,0 +1,283 @@
+"""Metrics of a run: a line per step on the terminal, metrics.jsonl, and TensorBoard."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import TypeAdapter
+
+from megazh.errors import DataError, UsageError
+from megazh.files import write_atomic
+from megazh.progress import duration
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+_GIB = 1 << 30
+_TAG_LENGTH = 40
+_UNITS = ((1, ""), (1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T"))
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step. Numbers need not be finite."""
+
+    step: int
+    """Number of the optimizer step, from 1."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    tokens: int
+    """Tokens that the run has consumed so far."""
+    loss: float
+    """Mean loss over the trained tokens of this step, in nats per token."""
+    learning_rate: float
+    grad_norm: float
+    step_seconds: float
+    tokens_per_second: float
+    tokens_per_second_per_gpu: float
+    """Tokens per second and GPU; per rank on the CPU."""
+    mfu: float | None
+    """Model FLOPs utilization, 1 at the cards' peak; None where the peak is not known."""
+    memory_bytes: int | None
+    """Largest number of bytes allocated so far on any GPU; None on the CPU."""
+    memory_reserved: int | None
+    """Largest number of bytes that torch's allocator has held on any GPU; None on the CPU."""
+    data_seconds: float
+    """Part of `step_seconds` spent waiting for samples, on the slowest rank."""
+    skipped: bool
+    """Whether the optimizer skipped the step because a gradient was not finite."""
+    eta_seconds: float
+    loss_scale: float | None = None
+    """Dynamic loss scale; only with fp16."""
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """One pass over the validation side."""
+
+    step: int
+    """Optimizer steps done before the pass; 0 for the untrained model."""
+    tokens: int
+    """Tokens that training has consumed so far."""
+    loss: float
+    bits_per_byte: float | None
+    samples: int
+    """Samples evaluated."""
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """A continuation that the model generated."""
+
+    step: int
+    prompt: str
+    text: str
+    """Continuation, without the prompt."""
+
+
+_KINDS: dict[str, TypeAdapter[Any]] = {
+    "step": TypeAdapter(StepRecord),
+    "validation": TypeAdapter(ValidationRecord),
+    "sample": TypeAdapter(SampleRecord),
+}
+
+
+class Metrics:
+    """Records a run on the terminal, in `folder/metrics.jsonl` and in `folder/tensorboard`.
+
+    On resume, records after `first_step` are dropped: they belong to steps that the interruption lost. Records of
+    `first_step` itself stay.
+
+    Args:
+        folder: the run folder.
+        first_step: optimizer steps in the checkpoint that the run resumes from; 0 for a new run.
+        quiet: write nothing at all (every rank but one).
+
+    Raises:
+        DataError: metrics.jsonl is damaged.
+    """
+
+    def __init__(self, folder: Path, first_step: int, quiet: bool) -> None:
+        self._last_step = first_step
+        self._quiet = quiet
+        if quiet:
+            return
+        from torch.utils.tensorboard import (
+            SummaryWriter,  # takes a second to import, which readers of metrics need not wait for
+        )
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS
+        if first_step and path.exists():
+            _drop_after(path, first_step)
+        self._file = open(path, "ab" if first_step else "wb")  # noqa: SIM115 (closed by close)
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step + 1 if first_step else 0)
+
+    def step(self, record: StepRecord) -> None:
+        """Record an optimizer step.
+
+        Raises:
+            ValueError: the step is recorded already.
+        """
+        if record.step <= self._last_step:
+            raise ValueError(f"step {record.step} comes after step {self._last_step}")
+        self._last_step = record.step
+        if self._quiet:
+            return
+        _print(_step_line(record))
+        self._append("step", record)
+        scalars = {
+            "train/loss": record.loss,
+            "train/lr": record.learning_rate,
+            "train/grad_norm": record.grad_norm,
+            "train/loss_scale": record.loss_scale,
+            "train/skipped": float(record.skipped),
+            "train/tokens": record.tokens,
+            "speed/tokens_per_second": record.tokens_per_second,
+            "speed/tokens_per_second_per_gpu": record.tokens_per_second_per_gpu,
+            "speed/mfu": record.mfu,
+            "speed/step_seconds": record.step_seconds,
+            "speed/data_seconds": record.data_seconds,
+            "memory/allocated_gib": None if record.memory_bytes is None else record.memory_bytes / _GIB,
+            "memory/reserved_gib": None if record.memory_reserved is None else record.memory_reserved / _GIB,
+        }
+        self._add_scalars(scalars, record.step)
+
+    def validation(self, step: int, tokens: int, loss: float, bits_per_byte: float | None, samples: int) -> None:
+        """Record a validation; see `ValidationRecord`."""
+        if self._quiet:
+            return
+        record = ValidationRecord(step, tokens, loss, bits_per_byte, samples)
+        bits = "" if bits_per_byte is None else f" | {bits_per_byte:.4f} bits/byte"
+        _print(f"validation after step {step} | {_compact(tokens)} tok | loss {loss:.4f}{bits} | {samples:,} samples")
+        self._append("validation", record)
+        self._add_scalars({"validation/loss": loss, "validation/bits_per_byte": bits_per_byte}, step)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Record a sampled continuation; see `SampleRecord`."""
+        if self._quiet:
+            return
+        prompt, text = (each.encode("utf-8", "replace").decode() for each in (prompt, text))  # no lone surrogates
+        _print(f"sample after step {step} | {_one_line(prompt)} → {_one_line(text)}")
+        self._append("sample", SampleRecord(step, prompt, text))
+        shown = "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())  # TensorBoard reads Markdown
+        self._board.add_text(f"sample/{_one_line(prompt)[:_TAG_LENGTH]}", shown, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        """Close the files; nothing can be recorded afterwards."""
+        if not self._quiet:
+            self._file.close()
+            self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, kind: str, record: StepRecord | ValidationRecord | SampleRecord) -> None:
+        values = {"kind": kind, **{name: _json_value(value) for name, value in dataclasses.asdict(record).items()}}
+        self._file.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def _add_scalars(self, scalars: dict[str, float | None], step: int) -> None:
+        for tag, value in scalars.items():
+            if value is not None:
+                self._board.add_scalar(tag, value, step)
+        self._board.flush()  # else a killed process loses the points that are still queued
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read the records of the run in `folder`, oldest first.
+
+    A record holds the fields of `StepRecord`, `ValidationRecord` or `SampleRecord` and, under "kind", "step",
+    "validation" or "sample". An incomplete last line (a crash, or a run that is just writing it) is left out.
+
+    Raises:
+        UsageError: the folder holds no metrics.jsonl.
+        DataError: a line is none of these records.
+    """
+    path = folder / METRICS
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give the folder of a run that has taken a step")
+    return [record for _, record in _read(path)]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Rewrite metrics.jsonl without records after `step` and without an incomplete last line."""
+    kept = b"".join(line + b"\n" for line, record in _read(path) if record["step"] <= step)
+    if kept != path.read_bytes():
+        write_atomic(path, kept)
+
+
+def _read(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line of metrics.jsonl with the record that it holds."""
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+            kind = values.pop("kind")
+            record = _KINDS[kind].validate_python(values)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if number == len(lines):  # incomplete, or the empty string behind the last newline
+                return
+            raise DataError(
+                f"{path}: line {number:,} is no record of a step, a validation or a sample; repair it, or move the "
+                "file away to go on without the history"
+            ) from None
+        yield line, {"kind": kind, **dataclasses.asdict(record)}
+
+
+def _json_value(value: object) -> object:
+    """Write nan and inf, which JSON lacks, as text that `float` and pydantic read back."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_line(record: StepRecord) -> str:
+    unit = "rank" if record.memory_bytes is None else "GPU"
+    each = f"({_compact(record.tokens_per_second_per_gpu)}/{unit})"
+    parts = [
+        f"step {record.step:>{len(str(record.steps))}}/{record.steps}",
+        f"{_compact(record.tokens):>5} tok",
+        f"loss {record.loss:<7.4f}",
+        f"lr {record.learning_rate:.2e}",
+        f"norm {record.grad_norm:<5.2f}",
+        f"{_compact(record.tokens_per_second):>5} tok/s {each:<12}",
+    ]
+    if record.loss_scale is not None:
+        parts.append(f"scale {record.loss_scale:<5.0f}")
+    if record.mfu is not None:
+        parts.append(f"MFU {record.mfu:>5.1%}")
+    if record.memory_bytes is not None:
+        parts.append(f"{record.memory_bytes / _GIB:>4.1f} GiB")
+    parts.append(f"ETA {duration(record.eta_seconds) if math.isfinite(record.eta_seconds) else '?'}")
+    if record.skipped:
+        parts.append("skipped: not finite")
+    return " | ".join(parts)
+
+
+def _compact(number: float) -> str:
+    """Format a number with about three digits: 950, 11.2k, 1.97M, 30.0B."""
+    if not math.isfinite(number) or (abs(number) < 1000 and number == int(number)):
+        return f"{number:.0f}"
+    scale, unit = next((pair for pair in _UNITS if abs(number) < 999.5 * pair[0]), _UNITS[-1])
+    number /= scale
+    digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
+    return f"{number:.{digits}f}{unit}"
+
+
+def _one_line(text: str) -> str:
+    """Put text on one line of a terminal: no line breaks, no control characters."""
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+
+
+def _print(line: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal without Chinese gets question marks, not a crash
+    sys.stdout.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,54 @@
+"""The closing lines of a complete run: losses, samples, time, and how to go on."""
+
+import shlex
+from collections.abc import Iterator
+
+from megazh.run.folder import RunFolder
+from megazh.run.metrics import METRICS, read_metrics
+from megazh.run.plot import plot_losses
+
+_SAMPLES = 2
+
+
+def describe_end(
+    run: RunFolder, steps: int, flops_per_step: float, prompt: str, longer: str, anew: str
+) -> Iterator[str]:
+    """The lines that sum up a complete run. Draws its plot.
+
+    Args:
+        run: the run's folder.
+        steps: optimizer steps of the run.
+        flops_per_step: floating-point operations per step, the count behind MFU.
+        prompt: a prompt for the printed `megazh sample` command.
+        longer: the command that trains on, twice as long.
+        anew: the command that starts another run of the same recipe.
+    """
+    records = read_metrics(run.path)
+    trained = [record for record in records if record["kind"] == "step"]
+    validations = [record for record in records if record["kind"] == "validation"]
+    samples = [record for record in records if record["kind"] == "sample"]
+    yield ""
+    yield f"{run.path}: complete, {steps:,} steps"
+    if not trained:
+        yield f"{'metrics':<12}no steps are in {run.path / METRICS}"
+        return
+    yield f"{'loss':<12}{trained[0]['loss']:.4f} at step {trained[0]['step']}, {trained[-1]['loss']:.4f} at the end"
+    if validations:
+        first, last = validations[0], validations[-1]
+        yield (
+            f"{'validation':<12}{first['loss']:.4f} before, {last['loss']:.4f} after; "
+            f"{first['bits_per_byte']:.3f} and {last['bits_per_byte']:.3f} bits per byte"
+        )
+    for sample in samples[-_SAMPLES:]:
+        yield f"{'sample':<12}{sample['prompt']}|{' '.join(sample['text'].split())}"
+    plot_losses(run.path, run.plot)
+    yield f"{'plot':<12}{run.plot}"
+    seconds = sum(record["step_seconds"] for record in trained)
+    operations = flops_per_step * len(trained) / 1e12
+    yield f"{'time':<12}{seconds:.0f} s in {len(trained)} steps, {operations:.1f} TFLOP"
+    yield ""
+    yield "go on:"
+    yield f"  {shlex.join(['megazh', 'sample', str(run.path), prompt])}"
+    yield f"  {shlex.join(['tensorboard', '--logdir', str(run.path / 'tensorboard')])}"
+    yield f"  {longer}    # train on, twice as long"
+    yield f"  {anew}    # start another run"

@@ -1,0 +1,172 @@
+"""Layers of settings: YAML files that include one another and `key=value` on top, each value with its origin.
+
+The values are those of a configuration model (`megazh.config`); `from_mapping` validates them in the end.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from megazh.config import Loader, dotted_fields, nested_model, read_mapping, unknown_key
+from megazh.errors import UsageError
+
+COMMAND_LINE = "command line"
+"""Origin of a `key=value` setting."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Values as they were written, nested as the model is, and where each was written."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    """`FILE:LINE` or "command line" of each dotted key; may name keys that a later layer replaced."""
+
+    def origin(self, key: str) -> str | None:
+        """The place where the value of a dotted key was written; None where it was not."""
+        value: Any = self.values
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return None
+            value = value[part]
+        return self.origins.get(key)
+
+
+def read_layers(
+    path: Path | str, alternatives: Sequence[tuple[str, str]] = (), inside: Sequence[Path] = ()
+) -> Settings:
+    """Read a YAML file on top of those that its key `include` names.
+
+    `include: base.yaml`, or a list of files, relative to the including file. Files included later override earlier
+    ones, and the file itself overrides all of them, key by key, also inside nested mappings.
+
+    Args:
+        path: the file.
+        alternatives: pairs of dotted keys of which a recipe needs one: a layer that gives one drops the other from
+            the layers below.
+        inside: the files that include this one, outermost first.
+
+    Raises:
+        UsageError: as `read_mapping`, and for a file that includes itself.
+    """
+    path = Path(path)
+    if path.resolve() in inside:
+        raise UsageError(f"{path}: includes itself, by way of {', '.join(file.name for file in inside)}")
+    values, lines = read_mapping(path)
+    include = values.pop("include", [])
+    names = [include] if isinstance(include, str) else include
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{path}: key 'include': expected the name of a file or a list of such, found {include!r}")
+    below = Settings()
+    for name in names:
+        below = _stacked(below, read_layers(path.parent / name, alternatives, [*inside, path.resolve()]), alternatives)
+    return _stacked(below, Settings(values, {key: f"{path}:{line}" for key, line in lines.items()}), alternatives)
+
+
+def override(
+    settings: Settings, assignments: Sequence[str], model: type[BaseModel], alternatives: Sequence[tuple[str, str]] = ()
+) -> Settings:
+    """Apply `key=value` settings; values are YAML, and a unique last name is enough for a key.
+
+    `learning_rate=3e-4` is `optimizer.learning_rate=3e-4` where no other section has a key of that name.
+
+    Args:
+        settings: the layers below.
+        assignments: `key=value` or `--key=value`, later ones winning.
+        model: the model whose keys are meant.
+        alternatives: as in `read_layers`; both given on the command line stay.
+
+    Raises:
+        UsageError: no `=`, not valid YAML, or a key that is unknown, ambiguous or a section; names the candidates.
+    """
+    above = Settings()
+    for text in assignments:
+        written, equals, value_text = text.removeprefix("--").partition("=")
+        if not equals:
+            raise UsageError(
+                f"'{text}': expected key=value, such as {[name for name, _ in dotted_fields(model)][-1]}=..."
+            )
+        key = resolve_key(written, model)
+        try:
+            value = yaml.load(value_text, Loader=Loader)
+        except (yaml.YAMLError, ValueError):
+            raise UsageError(f"'{text}': the value is not valid YAML") from None
+        section = _section(key, model)
+        if section is not None and not isinstance(value, dict):
+            keys = ", ".join(f"{key}.{name}" for name in section.model_fields)
+            raise UsageError(f"'{text}': '{key}' is a section; give one of its keys: {keys}")
+        origins = dict.fromkeys((key, *_keys_in(value, key)), COMMAND_LINE)
+        above = _stacked(above, Settings(_nested(key, value), origins))
+    return _stacked(settings, above, alternatives)
+
+
+def resolve_key(key: str, model: type[BaseModel]) -> str:
+    """The dotted key that `key` means: itself, or the only one that ends in it.
+
+    Raises:
+        UsageError: no key ends in it, or several do; names the candidates.
+    """
+    known = [name for name, _ in dotted_fields(model)]
+    if key in known:
+        return key
+    candidates = [name for name in known if key and name.endswith(f".{key}")]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise UsageError(f"key '{key}' is ambiguous: give one of {', '.join(candidates)}")
+    raise UsageError(unknown_key(key, model, list(model.model_fields)))
+
+
+def _section(key: str, model: type[BaseModel]) -> type[BaseModel] | None:
+    """The model of a key that is a whole section; None for a plain value or an optional mapping."""
+    annotation = dict(dotted_fields(model))[key].annotation
+    return annotation if isinstance(annotation, type) and nested_model(annotation) is annotation else None
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _keys_in(value: Any, prefix: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield f"{prefix}.{name}"
+            yield from _keys_in(inner, f"{prefix}.{name}")
+
+
+def _stacked(below: Settings, above: Settings, alternatives: Sequence[tuple[str, str]] = ()) -> Settings:
+    """One layer on top of another."""
+    values = below.values
+    for one, other in [*alternatives, *((other, one) for one, other in alternatives)]:
+        if _has(above.values, one) and not _has(above.values, other):
+            values = _without(values, other)
+    return Settings(_merged(values, above.values), {**below.origins, **above.origins})
+
+
+def _has(values: Any, key: str) -> bool:
+    first, _, rest = key.partition(".")
+    return isinstance(values, dict) and first in values and (not rest or _has(values[first], rest))
+
+
+def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
+    first, _, rest = key.partition(".")
+    if not _has(values, key):
+        return values
+    if rest:
+        return {**values, first: _without(values[first], rest)}
+    return {name: value for name, value in values.items() if name != first}
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return {**below, **above, **both}

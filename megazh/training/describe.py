@@ -1,0 +1,70 @@
+"""The lines that describe a run before it starts: layout, batch, length, stages, kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from megazh.model.backend import why_not_fused
+from megazh.model.counts import parameter_counts
+from megazh.pipeline.costs import costs_by_flops
+from megazh.pipeline.memory import stage_parameters
+from megazh.training.recipe import Device, Kernels, Recipe, StageCosts
+from megazh.training.stages import bounds_for, describe_parts, memory_by_stage, work_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from megazh.pipeline.precision import Precision
+    from megazh.training.preflight import Job
+
+
+def describe_job(job: Job, detailed: bool = False) -> Iterator[str]:
+    """The lines that say what is about to run; `detailed` adds a table of the stages, cut by FLOPs."""
+    recipe, layout = job.recipe, job.layout
+    unit = "GPUs" if job.device is Device.CUDA else "CPU processes"
+    counts = parameter_counts(recipe.model)
+    tokens = recipe.total_steps * recipe.batch_tokens
+    yield f"{'run':<12}{job.run.path}"
+    yield f"{'model':<12}{counts.total:,} parameters, {counts.blocks} layers x {recipe.model.hidden_size}"
+    yield (
+        f"{'layout':<12}{layout.ranks} {unit} = {layout.stages} stages x {layout.replicas} replicas, "
+        f"{job.precision.compute}"
+    )
+    yield (
+        f"{'batch':<12}{layout.micro_batch_size} x {layout.micro_batches} micro-batches x {layout.replicas} replicas x "
+        f"{recipe.batch.seq_len} = {recipe.batch_tokens:,} tokens per step"
+    )
+    yield f"{'length':<12}{recipe.total_steps:,} steps, {tokens:,} tokens"
+    if detailed:
+        yield from describe_stages(job)
+
+
+def describe_stages(job: Job) -> Iterator[str]:
+    """A table of the stages: parts, parameters, share of FLOPs, memory."""
+    recipe, parallel = job.recipe, job.recipe.parallel
+    limit = parallel.memory_limit_gib * 2**30 if parallel.memory_limit_gib else None
+    work = work_of(recipe, job.layout, job.precision)
+    costs = costs_by_flops(work)
+    bounds = parallel.stage_bounds or bounds_for(work, costs, limit)
+    parts = costs.parts(recipe.model.num_hidden_layers)
+    if job.device is Device.CUDA and parallel.stage_bounds is None and parallel.stage_costs is not StageCosts.FLOPS:
+        yield "stages by FLOPs; the run measures its layers first, and may cut elsewhere:"
+    yield "stage  holds                          parameters   FLOPs   memory"
+    memory = memory_by_stage(work, bounds)
+    for stage, (begin, end) in enumerate(pairwise(bounds)):
+        yield (
+            f"{stage:>5}  {describe_parts(recipe, begin, end):<28} {stage_parameters(recipe.model, begin, end):>12,}  "
+            f"{sum(parts[begin:end]) / sum(parts):>5.1%}  {memory[stage].total / 2**30:>5.1f} GiB"
+        )
+
+
+def describe_kernels(recipe: Recipe, device: torch.device, precision: Precision, stages: int) -> str:
+    """What computes blocks and loss on this GPU; where it is not Triton's kernels, why not."""
+    if recipe.parallel.kernels is Kernels.TORCH:
+        return "torch's, as kernels=torch says"
+    if reason := why_not_fused(recipe.model, device, precision.compute.torch):
+        return f"torch's, slower than Triton's: {reason}"
+    recorded = recipe.parallel.cuda_graph and stages == 1 and precision.sums_in_place
+    return "Triton's, a micro-batch recorded as one CUDA graph" if recorded else "Triton's"

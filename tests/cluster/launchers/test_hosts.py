@@ -1,0 +1,59 @@
+"""Launching on several hosts: what is refused, and what the shells of the hosts make of the arguments."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from processes import run_command
+
+from megazh.cluster.hostfile import Host
+from megazh.cluster.launchers.hosts import deepspeed_command
+from megazh.errors import UsageError
+
+
+def test_slots_that_a_host_has_not_are_named() -> None:
+    with pytest.raises(UsageError, match="-g 4,5: host small has slots 0 to 3"):
+        deepspeed_command(Path("hosts"), [Host("big", 8), Host("small", 4)], [1, 4, 5], 29500, [])
+
+
+def test_several_hosts_need_pdsh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UsageError, match="apt-get install pdsh"):
+        deepspeed_command(Path("hosts"), [Host("a", 1), Host("b", 1)], None, 29500, [])
+
+
+@pytest.mark.slow
+def test_deepspeed_runs_the_command_on_each_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an ssh and a pdsh that stay on this machine; the shells of the hosts are real."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "ssh").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    (tools / "pdsh").write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\n"
+        "at = sys.argv.index('-w')\nhosts = sys.argv[at + 1].split(',')\nline = ' '.join(sys.argv[at + 2:])\n"
+        "codes = [subprocess.run(['sh', '-c', line.replace('%n', str(n))]).returncode for n in range(len(hosts))]\n"
+        "sys.exit(max(codes))\n"
+    )
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=2\nb slots=2\n")
+    awkward = ["$HOME/a b", "it's;echo", '"x" `y`']
+    port = socket.create_server(("127.0.0.1", 0))
+    arguments = deepspeed_command(hostfile, [Host("a", 2), Host("b", 2)], [1], port.getsockname()[1], awkward)
+    port.close()
+    # In place of megazh, a module that writes down what it was given.
+    arguments[arguments.index("megazh")] = "tell"
+    (tmp_path / "tell.py").write_text(
+        "import json, os, sys\nnames = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR')\n"
+        "json.dump([sys.argv[1:], [os.environ[name] for name in names]], open(os.environ['RANK'] + '.json', 'w'))\n"
+    )
+    finished = run_command(arguments, 120, {"DS_ACCELERATOR": "cpu"}, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    for rank in range(2):
+        told = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert told == [awkward, [str(rank), "2", "0", "127.0.0.1"]]

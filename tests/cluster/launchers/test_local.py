@@ -1,0 +1,282 @@
+"""Starting ranks: what they find, which death is reported, and that nothing is left of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from processes import Finished, Running, run_command, start_command, wait_until
+
+from megazh.cluster.launchers.local import run_ranks
+from megazh.errors import UsageError
+
+DRIVER = """
+import json, sys
+from pathlib import Path
+from megazh.cluster.launchers import local
+settings = json.loads(sys.argv[1])
+for name, seconds in settings.pop("seconds").items():
+    setattr(local, name, seconds)
+sys.exit(local.run_ranks(log_folder=Path("logs"), **settings))
+"""
+RANK = "import os, sys, time, signal\nrank = int(os.environ['RANK'])\n"
+AGAIN = "run the same command again to resume from the last checkpoint"
+
+
+def command(script: str, ranks: int, gpu_ids: list[str] | None = None, seconds: dict[str, float] | None = None, **more):
+    settings = {
+        "arguments": ["-c", RANK + script],
+        "ranks": ranks,
+        "env": more.pop("env", {}),
+        "gpu_ids": gpu_ids,
+        "labels": [f"rank {rank} (stage {rank})" for rank in range(ranks)],
+        "seconds": seconds or {},
+    }
+    return [sys.executable, "-c", DRIVER, json.dumps(settings)]
+
+
+def launch(
+    tmp_path: Path, script: str, ranks: int = 3, environ: dict[str, str | None] | None = None, **more
+) -> Finished:
+    return run_command(command(script, ranks, **more), 30, environ, tmp_path)
+
+
+@contextmanager
+def running(tmp_path: Path, script: str, ranks: int = 2, **more) -> Iterator[Running]:
+    """Started, and every rank has made its file `ready_N`."""
+    script = f"{script}\nopen(f'ready_{{rank}}', 'w').close()\nwhile True: time.sleep(0.05)"
+    with start_command(command(script, ranks, **more), cwd=tmp_path) as started:
+        wait_until(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in range(ranks)), 20, "all ranks ready")
+        yield started
+
+
+def test_ranks_find_what_torch_distributed_wants(tmp_path: Path) -> None:
+    script = "import json; json.dump(dict(os.environ), open(f'{rank}.json', 'w'))"
+    foreign = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "PMI_RANK": "3", "RANK": "9", "WORLD_SIZE": "9"}
+    environ = {**foreign, "SLURM_JOB_ID": "17", "OMP_NUM_THREADS": None}
+    finished = launch(tmp_path, script, environ=environ, env={"OWN": "1"})
+    assert (finished.returncode, finished.stderr) == (0, "")
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    for rank, values in enumerate(found):
+        assert (values["RANK"], values["LOCAL_RANK"]) == (str(rank), str(rank))
+        assert (values["WORLD_SIZE"], values["LOCAL_WORLD_SIZE"]) == ("3", "3")
+        assert (values["MASTER_ADDR"], values["OWN"]) == ("127.0.0.1", "1")
+        assert (values["CUDA_VISIBLE_DEVICES"], values["DS_ACCELERATOR"]) == ("", "cpu")
+        assert values["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 3))
+        assert values["PATH"].startswith(str(Path(sys.executable).parent))
+        assert not {"SLURM_PROCID", "SLURM_NTASKS", "PMI_RANK"} & set(values)
+        assert values["SLURM_JOB_ID"] == "17"
+    assert len({values["MASTER_PORT"] for values in found}) == 1
+
+
+def test_ranks_see_the_chosen_gpus_as_nvidia_smi_counts(tmp_path: Path) -> None:
+    script = "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['CUDA_DEVICE_ORDER'], os.environ['OMP_NUM_THREADS'])"
+    finished = launch(tmp_path, script, 2, {"CUDA_VISIBLE_DEVICES": "4,5", "OMP_NUM_THREADS": "7"}, gpu_ids=["1", "3"])
+    assert finished.stdout == "1,3 PCI_BUS_ID 7\n"
+    assert (tmp_path / "logs" / "rank_1.log").read_text() == "1,3 PCI_BUS_ID 7\n"
+
+
+def test_rank_0_is_on_the_terminal_and_the_others_are_in_logs(tmp_path: Path) -> None:
+    script = "print('out', rank); print('warning', rank, file=sys.stderr)"
+    finished = launch(tmp_path, script)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "out 0\n", "warning 0\n")
+    logs = [(tmp_path / "logs" / f"rank_{rank}.log").read_text() for rank in range(3)]
+    assert logs[0] == "warning 0\n"
+    assert sorted(logs[1].splitlines()) == ["out 1", "warning 1"]
+    launch(tmp_path, script)
+    assert (tmp_path / "logs" / "rank_0.log").read_text() == "warning 0\n" * 2, "an earlier run's log is kept"
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_says_what_is_wrong_is_quoted_once(tmp_path: Path, rank: int, code: int) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / f"rank_{rank}.log").write_text("error: of an earlier run\n")
+    script = f"""
+if rank == {rank}: print('error: no such key', file=sys.stderr); sys.exit({code})
+time.sleep(30)"""
+    begin = time.monotonic()
+    finished = launch(tmp_path, script)
+    assert (finished.returncode, finished.stderr) == (code, "error: no such key\n")
+    assert time.monotonic() - begin < 4, "the others did not end at once"
+
+
+def test_an_error_of_an_earlier_run_is_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_0.log").write_text("error: of an earlier run\n")
+    finished = launch(tmp_path, "print('disk gone', file=sys.stderr); sys.exit(5)", 1)
+    assert finished.returncode == 5
+    assert "earlier" not in finished.stderr
+    assert "rank 0 (stage 0) ended with exit code 5 (disk gone)" in finished.stderr
+
+
+def test_the_first_death_is_the_cause(tmp_path: Path) -> None:
+    script = """
+if rank == 1: sys.exit('out of things')
+while os.path.exists('/proc/%d' % os.getppid()):
+    time.sleep(0.01)
+    if any('out of things' in open(f'logs/rank_{n}.log').read() for n in (1,)):
+        time.sleep(0.02)
+        raise ConnectionError('peer has gone')"""
+    finished = launch(tmp_path, script, 4)
+    assert finished.returncode == 1
+    assert finished.stderr == (
+        "error: rank 1 (stage 1) ended with exit code 1 (out of things); all ranks ended; its last output is in "
+        f"logs/rank_1.log; {AGAIN}\n"
+    )
+
+
+def test_of_a_traceback_the_exception_is_quoted(tmp_path: Path) -> None:
+    script = """
+def prefixed(kind, error, trace):
+    import traceback
+    for line in ''.join(traceback.format_exception(kind, error, trace)).splitlines():
+        print('[rank0]:', line, file=sys.stderr)
+    print('[W1122 comm.cpp:1] not destroyed', file=sys.stderr)
+sys.excepthook = prefixed
+print('loading', file=sys.stderr)
+raise ValueError('seven stages')"""
+    finished = launch(tmp_path, script, 1)
+    shown, line = finished.stderr.splitlines()
+    assert shown == "loading"
+    assert line.startswith("error: rank 0 (stage 0) ended with exit code 1 (ValueError: seven stages); all ranks ended")
+    assert finished.returncode == 1
+
+
+def test_a_killed_rank_is_named_with_its_stage(tmp_path: Path) -> None:
+    finished = launch(tmp_path, "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(30)")
+    assert finished.returncode == 5
+    assert finished.stderr == (
+        "error: rank 1 (stage 1) was killed by signal 9 (out of memory?); all ranks ended; its last output is in "
+        f"logs/rank_1.log; {AGAIN}\n"
+    )
+
+
+def test_ranks_that_do_not_heed_sigterm_are_killed(tmp_path: Path) -> None:
+    script = """
+if rank == 0:
+    while not os.path.exists('deaf'): time.sleep(0.01)
+    sys.exit(7)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open('deaf', 'w').close()
+time.sleep(60)"""
+    with start_command(command(script, 2, seconds={"_END_SECONDS": 0.5}), cwd=tmp_path) as started:
+        finished = started.wait(10)
+        assert started.descendants() == []
+    assert finished.returncode == 5
+    assert "ended with exit code 7" in finished.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_lets_the_ranks_save(tmp_path: Path, number: signal.Signals) -> None:
+    script = """
+def save(*_):
+    time.sleep(0.5)
+    open(f'saved_{rank}', 'w').close()
+    sys.exit(130 if rank else 0)
+signal.signal(signal.SIGINT, save)"""
+    with running(tmp_path, script) as started:
+        started.process.send_signal(number)
+        finished = started.wait(10)
+        assert started.descendants() == []
+    assert finished.returncode == 130
+    assert (tmp_path / "saved_0").exists()
+    assert (tmp_path / "saved_1").exists()
+    assert finished.stderr.splitlines()[-1] == f"interrupted; {AGAIN}"
+
+
+def test_ctrl_c_before_the_ranks_listen_ends_them(tmp_path: Path) -> None:
+    with running(tmp_path, "if rank: signal.signal(signal.SIGINT, signal.SIG_IGN)") as started:
+        started.process.send_signal(signal.SIGINT)
+        finished = started.wait(10)
+    assert finished.returncode == 130
+    assert "Traceback" not in finished.stderr
+
+
+def test_the_second_ctrl_c_kills(tmp_path: Path) -> None:
+    with running(tmp_path, "signal.signal(signal.SIGINT, signal.SIG_IGN)") as started:
+        started.process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            started.process.wait(0.5)
+        started.process.send_signal(signal.SIGINT)
+        assert started.wait(5).returncode == 130
+        assert started.descendants() == []
+
+
+def test_ranks_that_do_not_save_in_time_are_killed_and_named(tmp_path: Path) -> None:
+    script = "if rank: signal.signal(signal.SIGINT, signal.SIG_IGN)\nelse: signal.signal(2, lambda *_: sys.exit(0))"
+    with running(tmp_path, script, seconds={"_SAVE_SECONDS": 0.5}) as started:
+        started.process.send_signal(signal.SIGINT)
+        finished = started.wait(10)
+    assert finished.returncode == 130
+    assert "rank 1 (stage 1) did not end within" in finished.stderr
+
+
+def test_a_rank_that_fails_to_save_is_reported(tmp_path: Path) -> None:
+    script = """
+def save(*_):
+    print('error: disk full', file=sys.stderr)
+    sys.exit(5)
+if rank: signal.signal(signal.SIGINT, save)
+else: signal.signal(signal.SIGINT, signal.SIG_IGN)"""
+    with running(tmp_path, script) as started:
+        started.process.send_signal(signal.SIGINT)
+        finished = started.wait(10)
+    assert finished.returncode == 5
+    assert finished.stderr.splitlines()[-1] == "error: disk full"
+
+
+def test_ranks_die_with_a_killed_launcher(tmp_path: Path) -> None:
+    with running(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 3) as started:
+        assert len(started.descendants()) == 4
+        started.process.kill()
+        wait_until(lambda: not started.descendants(), 5, "no rank left")
+
+
+def test_what_a_rank_started_ends_with_it(tmp_path: Path) -> None:
+    script = "import subprocess; subprocess.Popen(['sleep', '60'])"
+    with start_command(command(script, 2), cwd=tmp_path) as started:
+        assert started.wait(10).returncode == 0
+        assert started.descendants() == []
+
+
+def test_another_port_is_tried_where_the_first_is_taken(tmp_path: Path) -> None:
+    script = """
+if rank == 0:
+    with open('ports', 'a') as file: print(os.environ['MASTER_PORT'], file=file)
+    if len(open('ports').readlines()) < 3:
+        sys.exit('The server socket has failed to listen: code: -98, name: EADDRINUSE')
+while not os.path.exists('ports') or len(open('ports').readlines()) < 3: time.sleep(0.01)"""
+    finished = launch(tmp_path, script, 2)
+    assert finished.returncode == 0, finished.stderr
+    assert len(set((tmp_path / "ports").read_text().split())) == 3
+
+
+def test_a_port_that_is_never_free_is_an_error(tmp_path: Path) -> None:
+    script = "open('starts', 'a').write('x'); sys.exit('name: EADDRINUSE')"
+    finished = launch(tmp_path, script, 1)
+    assert finished.returncode == 1
+    assert (tmp_path / "starts").read_text() == "xxx"
+    assert finished.stderr.count("error:") == 1
+
+
+def test_rank_0_can_listen_on_the_port(tmp_path: Path) -> None:
+    script = """
+import socket
+server = socket.create_server(('', int(os.environ['MASTER_PORT'])))
+print(server.getsockname()[1] == int(os.environ['MASTER_PORT']))"""
+    assert launch(tmp_path, script, 1).stdout == "True\n"
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_copies_of_the_launcher_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "6")
+    with pytest.raises(UsageError, match=f"{name}=6.*start this command once"):
+        run_ranks(["-c", "open('started', 'w')"], 1, {}, None, tmp_path)
+    assert not list(tmp_path.iterdir())

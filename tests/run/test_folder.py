@@ -1,0 +1,103 @@
+"""The folder of a run: enough to go on without the data, and no going on with something else."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from recipes import make_recipe
+
+from megazh.errors import DataError, MegazhError, UsageError
+from megazh.index.prepare import prepare
+from megazh.run.folder import DESCRIPTION, RunFolder
+from megazh.tokenizer import load_tokenizer
+from megazh.training.recipe import Recipe, run_recipe
+
+
+def recipe_on(manifest: Path, **changes: Any) -> Recipe:
+    """The small recipe on this data."""
+    data = {"manifest": str(manifest), **changes.pop("data", {})}
+    return make_recipe(**{"seq_len": 64, "data": data, **changes, "model": {"vocab_size": 512}})
+
+
+@pytest.fixture
+def run(stories: Path, tmp_path: Path) -> RunFolder:
+    """A run that has begun."""
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.exists
+    recipe = recipe_on(stories)
+    folder.begin(recipe.to_yaml(), recipe.open_mixture())
+    return folder
+
+
+@pytest.fixture
+def own_stories(stories: Path, tmp_path: Path) -> Path:
+    """The same data elsewhere, to be changed."""
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(stories.parent, folder)
+    return folder / stories.name
+
+
+def again(run: RunFolder, recipe: Recipe) -> None:
+    """Start the run again with this recipe."""
+    run.begin(recipe.to_yaml(), recipe.open_mixture())
+
+
+def test_it_holds_the_recipe_the_tokenizer_and_what_was_read(run: RunFolder, stories: Path) -> None:
+    recipe, info = recipe_on(stories), run.info()
+    assert run.exists
+    assert run_recipe(run) == recipe
+    (corpus,) = info.corpora
+    counts = len(recipe.open_mixture().corpora[0].training), len(recipe.open_mixture().corpora[0].validation)
+    assert (corpus.training_documents, corpus.validation_documents) == counts
+    assert sum(counts) == 200
+    assert (info.mixture, info.mixture_seed) == (str(stories), 1)
+    text = "从前，小兔子住在森林里。"
+    assert run.tokenizer().encode(text) == load_tokenizer(stories.parent / "tokenizer.json").encode(text)
+
+
+def test_the_same_data_may_move(run: RunFolder, own_stories: Path) -> None:
+    again(run, recipe_on(own_stories))
+    assert run_recipe(run).data.manifest == str(own_stories)
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"validation": {"fraction": 0.3, "salt": "other"}}])
+def test_another_order_or_split_is_refused(run: RunFolder, own_stories: Path, change: dict[str, Any]) -> None:
+    own_stories.write_text(yaml.safe_dump({**yaml.safe_load(own_stories.read_text()), **change}))
+    with pytest.raises(UsageError, match="is not what the run was begun with"):
+        again(run, recipe_on(own_stories))
+
+
+def test_another_corpus_is_refused(run: RunFolder, tmp_path: Path) -> None:
+    other = prepare(tmp_path / "other", 400, 2, None, story_count=150, say=lambda line: None)
+    with pytest.raises(UsageError, match="the run was begun with another tokenizer"):
+        again(run, recipe_on(other))
+
+
+def test_the_tokenizer_serves_without_the_data_but_not_changed(run: RunFolder, stories: Path) -> None:
+    copy = run.path / "tokenizer.json"
+    assert copy.read_bytes() == (stories.parent / "tokenizer.json").read_bytes()
+    copy.write_bytes(copy.read_bytes().replace(b"1", b"2", 1))
+    with pytest.raises(DataError, match=f"{copy}: wrong content"):
+        run.tokenizer()
+    copy.unlink()
+    with pytest.raises(DataError, match=f"{copy}: missing"):
+        run.tokenizer()
+
+
+@pytest.mark.parametrize("damaged", [None, "", "[]", "{}", '{"format_version": 1, "corpora": 3}'])
+def test_a_damaged_description_is_named(run: RunFolder, damaged: str | None) -> None:
+    path = run.path / DESCRIPTION
+    path.unlink() if damaged is None else path.write_text(damaged)
+    with pytest.raises(DataError) as refusal:
+        run.info()
+    assert str(path) in str(refusal.value)
+
+
+def test_a_description_of_a_later_format_is_refused(run: RunFolder) -> None:
+    path = run.path / DESCRIPTION
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
+    with pytest.raises(MegazhError, match="format_version"):
+        run.info()

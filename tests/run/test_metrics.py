@@ -1,0 +1,324 @@
+"""The record of a run: the console line, metrics.jsonl and TensorBoard, over crashes and resumes."""
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megazh.errors import DataError, UsageError
+from megazh.run.metrics import Metrics, StepRecord, read_metrics
+
+
+def record(step: int, **changes: Any) -> StepRecord:
+    values: dict[str, Any] = {
+        "step": step,
+        "steps": 600,
+        "tokens": step * 16_384,
+        "loss": 4.0 - step / 100,
+        "learning_rate": 4.87e-4,
+        "grad_norm": 0.83,
+        "step_seconds": 1.46,
+        "tokens_per_second": 11_200.0,
+        "tokens_per_second_per_gpu": 5600.0,
+        "mfu": 0.413,
+        "memory_bytes": round(18.2 * 2**30),
+        "memory_reserved": 20 * 2**30,
+        "data_seconds": 0.002,
+        "skipped": False,
+        "eta_seconds": 192.0,
+    }
+    return StepRecord(**{**values, **changes})
+
+
+def write_run(folder: Path, last: int, first_step: int = 0, loss: float | None = None) -> None:
+    """Steps up to `last`, a validation and a sample after every second."""
+    with Metrics(folder, first_step, quiet=False) as metrics:
+        for step in range(first_step + 1, last + 1):
+            metrics.step(record(step) if loss is None else record(step, loss=loss))
+            if step % 2 == 0:
+                metrics.validation(step, step * 16_384, 2.5, 1.25, 400)
+                metrics.sample(step, "从前", "有一只小猫")
+
+
+def recorded(folder: Path) -> list[tuple[str, int]]:
+    return [(each["kind"], each["step"]) for each in read_metrics(folder)]
+
+
+def points(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows of a scalar, all points."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+@pytest.fixture
+def metrics_file(tmp_path: Path) -> Path:
+    write_run(tmp_path, 4)
+    return tmp_path / "metrics.jsonl"
+
+
+def test_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(tmp_path, 119, quiet=False) as metrics:
+        metrics.step(record(120, loss=2.3141))
+        metrics.validation(120, 1_966_080, 2.2915, 1.0834, 1400)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 120/600 | 1.97M tok | loss 2.3141  | lr 4.87e-04 | norm 0.83  | 11.2k tok/s (5.60k/GPU)  "
+        "| MFU 41.3% | 18.2 GiB | ETA 0:03:12",
+        "validation after step 120 | 1.97M tok | loss 2.2915 | 1.0834 bits/byte | 1,400 samples",
+    ]
+
+
+def test_console_lines_are_aligned_over_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(tmp_path, 0, quiet=False) as metrics:
+        metrics.step(record(1, loss=11.9314, grad_norm=14.25, tokens_per_second=999_600.0))
+        metrics.step(record(30, mfu=0.085, tokens_per_second=950.0, memory_bytes=2**30))
+        metrics.step(record(600, tokens_per_second_per_gpu=12_345.0))
+    bars = [[i for i, character in enumerate(line) if character == "|"] for line in _lines(capsys)]
+    assert len(bars) == 3
+    assert bars[0] == bars[1] == bars[2]
+
+
+def test_console_line_on_a_cpu_leaves_out_what_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(tmp_path, 0, quiet=False) as metrics:
+        metrics.step(record(7, mfu=None, memory_bytes=None, memory_reserved=None))
+    (line,) = _lines(capsys)
+    assert "(5.60k/rank)" in line
+    assert not any(word in line for word in ("MFU", "GiB", "GPU", "scale", "skipped"))
+
+
+def test_skipped_step_and_loss_scale_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(tmp_path, 0, quiet=False) as metrics:
+        metrics.step(record(1, skipped=True, grad_norm=math.inf, loss_scale=65536.0))
+    (line,) = _lines(capsys)
+    assert "norm inf" in line
+    assert "scale 65536" in line
+    assert line.endswith("skipped: not finite")
+
+
+def test_sample_is_one_harmless_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(tmp_path, 0, quiet=False) as metrics:
+        metrics.sample(0, "从前", "有一只\n小猫\x1b[2J\ud83d它")
+    (line,) = _lines(capsys)
+    assert line == "sample after step 0 | 从前 → 有一只 小猫 [2J?它"
+    assert read_metrics(tmp_path)[0]["text"] == "有一只\n小猫\x1b[2J?它"
+
+
+def test_terminal_that_has_no_chinese(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+    with Metrics(tmp_path, 0, quiet=False) as metrics:
+        metrics.sample(0, "从前", "a cat")
+    assert terminal.getvalue() == b"sample after step 0 | ?? ? a cat\n"
+    assert read_metrics(tmp_path)[0]["prompt"] == "从前"
+
+
+def test_lines_lie_in_both_files_before_the_end(tmp_path: Path) -> None:
+    with Metrics(tmp_path, 0, quiet=False) as metrics:
+        for step in (1, 2, 3):
+            metrics.step(record(step))
+        lines = (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+        assert [step for step, _ in points(tmp_path, "train/loss")] == [1, 2, 3]
+
+
+def test_reads_back_what_was_recorded(metrics_file: Path) -> None:
+    records = read_metrics(metrics_file.parent)
+    assert [(each["kind"], each["step"]) for each in records] == [
+        ("step", 1),
+        ("step", 2),
+        ("validation", 2),
+        ("sample", 2),
+        ("step", 3),
+        ("step", 4),
+        ("validation", 4),
+        ("sample", 4),
+    ]
+    kind = records[0].pop("kind")
+    assert kind == "step"
+    assert StepRecord(**records[0]) == record(1)
+    assert records[2] == {
+        "kind": "validation",
+        "step": 2,
+        "tokens": 32_768,
+        "loss": 2.5,
+        "bits_per_byte": 1.25,
+        "samples": 400,
+    }
+
+
+def test_quiet_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(tmp_path / "run", 0, quiet=True) as metrics:
+        metrics.step(record(1))
+        metrics.validation(1, 1, 2.0, 1.0, 1)
+        metrics.sample(1, "a", "b")
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_drops_what_the_checkpoint_does_not_hold(metrics_file: Path) -> None:
+    folder = metrics_file.parent
+    write_run(folder, 5, first_step=2, loss=1.0)
+    assert recorded(folder) == [
+        ("step", 1),
+        ("step", 2),
+        ("validation", 2),
+        ("sample", 2),
+        ("step", 3),
+        ("step", 4),
+        ("validation", 4),
+        ("sample", 4),
+        ("step", 5),
+    ]
+    losses = [each["loss"] for each in read_metrics(folder) if each["kind"] == "step"]
+    assert losses == [3.99, 3.98, 1.0, 1.0, 1.0]
+
+
+def test_resume_hides_the_lost_points_from_tensorboard(metrics_file: Path) -> None:
+    folder = metrics_file.parent
+    write_run(folder, 3, first_step=2, loss=1.0)
+    assert [step for step, _ in points(folder, "train/loss")] == [1, 2, 3]
+    assert points(folder, "train/loss")[2] == (3, 1.0)
+    assert points(folder, "validation/loss") == [(2, 2.5)]  # that after step 4 was lost
+
+
+def test_resume_after_torn_tensorboard_file(metrics_file: Path) -> None:
+    folder = metrics_file.parent
+    (events,) = (folder / "tensorboard").iterdir()
+    events.write_bytes(events.read_bytes()[:-9])
+    write_run(folder, 5, first_step=3, loss=1.0)
+    assert [step for step, _ in points(folder, "train/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_new_run_in_a_used_folder_begins_with_nothing(metrics_file: Path) -> None:
+    folder = metrics_file.parent
+    with Metrics(folder, 0, quiet=False) as metrics:
+        metrics.validation(0, 0, 11.9, 4.0, 400)
+        metrics.step(record(1, loss=1.0))
+    assert recorded(folder) == [("validation", 0), ("step", 1)]
+    assert points(folder, "train/loss") == [(1, 1.0)]
+    assert [step for step, _ in points(folder, "validation/loss")] == [0]
+
+
+def test_resume_without_the_file_makes_one(tmp_path: Path) -> None:
+    write_run(tmp_path, 3, first_step=2)
+    assert recorded(tmp_path) == [("step", 3)]
+
+
+@pytest.mark.parametrize("lost", [1, 2, 20, 50])
+def test_torn_last_line_is_left_out_and_dropped_on_resume(metrics_file: Path, lost: int) -> None:
+    whole = recorded(metrics_file.parent)
+    metrics_file.write_bytes(metrics_file.read_bytes()[:-lost])
+    kept = whole if lost == 1 else whole[:-1]  # without its line end only, the record itself is there
+    assert recorded(metrics_file.parent) == kept
+    write_run(metrics_file.parent, 5, first_step=4)
+    assert recorded(metrics_file.parent) == [*kept, ("step", 5)]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"not json",
+        b"",
+        b"[1]",
+        b'"step"',
+        b'{"step": 3}',
+        b'{"kind": "other", "step": 3}',
+        b'{"kind": ["step"]}',
+        b'{"kind": "sample", "step": "x", "prompt": "", "text": ""}',
+        b'{"kind": "validation", "step": 3, "loss": 1.0}',
+        b"\xff\xfe",
+    ],
+)
+def test_bad_line_is_named(metrics_file: Path, bad: bytes) -> None:
+    lines = metrics_file.read_bytes().split(b"\n")
+    metrics_file.write_bytes(b"\n".join([*lines[:2], bad, *lines[2:]]))
+    with pytest.raises(DataError, match=r"metrics\.jsonl: line 3 is no record"):
+        read_metrics(metrics_file.parent)
+    before = metrics_file.read_bytes()
+    with pytest.raises(DataError, match="line 3"):
+        Metrics(metrics_file.parent, 2, quiet=False)
+    assert metrics_file.read_bytes() == before
+
+
+def test_bad_last_line_that_is_whole_is_an_error(metrics_file: Path) -> None:
+    with open(metrics_file, "ab") as file:
+        file.write(b"{}\n")
+    with pytest.raises(DataError, match="line 9 "):
+        read_metrics(metrics_file.parent)
+
+
+def test_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        read_metrics(tmp_path)
+
+
+def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    odd = record(
+        1,
+        loss=math.nan,
+        grad_norm=math.inf,
+        tokens_per_second=math.inf,
+        tokens_per_second_per_gpu=math.nan,
+        mfu=math.nan,
+        eta_seconds=math.inf,
+        loss_scale=-math.inf,
+    )
+    with Metrics(tmp_path, 0, quiet=False) as metrics:
+        metrics.step(odd)
+        metrics.validation(1, 16_384, math.nan, math.inf, 3)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    for line in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines():
+        json.loads(line, parse_constant=refuse)
+    step, validation = read_metrics(tmp_path)
+    assert math.isnan(step["loss"])
+    assert step["grad_norm"] == step["eta_seconds"] == math.inf
+    assert step["loss_scale"] == -math.inf
+    assert math.isnan(validation["loss"])
+    ((number, loss),) = points(tmp_path, "train/loss")
+    assert number == 1
+    assert math.isnan(loss)
+
+
+def test_tensorboard_has_the_scalars_and_the_text(metrics_file: Path) -> None:
+    events = EventAccumulator(str(metrics_file.parent / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "speed/tokens_per_second",
+        "speed/tokens_per_second_per_gpu",
+        "speed/mfu",
+        "memory/allocated_gib",
+        "memory/reserved_gib",
+        "validation/loss",
+        "validation/bits_per_byte",
+    } <= set(tags["scalars"])
+    assert "train/loss_scale" not in tags["scalars"]
+    assert points(metrics_file.parent, "memory/reserved_gib")[0] == (1, 20.0)
+    (tag,) = tags["tensors"]
+    (text,) = {event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)}
+    assert "从前有一只小猫" in text
+
+
+def test_step_that_is_recorded_already_is_refused(tmp_path: Path) -> None:
+    with Metrics(tmp_path, 5, quiet=False) as metrics:
+        with pytest.raises(ValueError, match="step 5 comes after step 5"):
+            metrics.step(record(5))
+        metrics.step(record(6))
+        with pytest.raises(ValueError, match="step 6"):
+            metrics.step(record(6))
+    assert recorded(tmp_path) == [("step", 6)]
+
+
+def _lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.splitlines()

@@ -1,0 +1,56 @@
+"""The closing lines of a complete run, against numbers worked out by hand."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from made_runs import make_run, write_metrics, write_recipe
+
+from megazh.run.folder import RunFolder
+from megazh.run.summary import describe_end
+
+LONGER, ANEW = "the longer one", "the new one"
+
+
+@pytest.fixture
+def run(stories: Path, tmp_path: Path) -> RunFolder:
+    """A complete run of six steps."""
+    found = make_run(tmp_path / "a run", write_recipe(tmp_path / "mini.yaml", stories))
+    write_metrics(found, 6, seconds=0.5)
+    return found
+
+
+def closing_lines(run: RunFolder) -> list[str]:
+    """The lines of a run whose steps take half a TFLOP each."""
+    return list(describe_end(run, 6, 0.5e12, "it's 从前", LONGER, ANEW))
+
+
+def test_end_of_a_run(run: RunFolder) -> None:
+    lines = closing_lines(run)
+    assert lines[1:] == [
+        f"{run.path}: complete, 6 steps",
+        "loss        4.0000 at step 1, 1.5000 at the end",
+        "validation  5.0000 before, 2.5000 after; 4.000 and 2.000 bits per byte",
+        "sample      问1|二 二",
+        "sample      问2|三",
+        f"plot        {run.plot}",
+        "time        3 s in 6 steps, 3.0 TFLOP",
+        "",
+        "go on:",
+        lines[-4],
+        lines[-3],
+        f"  {LONGER}    # train on, twice as long",
+        f"  {ANEW}    # start another run",
+    ]
+    assert shlex.split(lines[-4]) == ["megazh", "sample", str(run.path), "it's 从前"], "quoted for a shell"
+    assert shlex.split(lines[-3]) == ["tensorboard", "--logdir", str(run.path / "tensorboard")]
+    assert run.plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_end_of_a_run_without_validation(run: RunFolder) -> None:
+    metrics = run.path / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines() if '"kind": "validation"' not in line]
+    metrics.write_text("\n".join(kept) + "\n")
+    lines = closing_lines(run)
+    assert not any(line.startswith("validation") for line in lines)
+    assert "loss        4.0000 at step 1, 1.5000 at the end" in lines

@@ -1,0 +1,48 @@
+"""The cut of a run: one decision for all ranks, the recipe's own cut before the measured one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from recipes import make_recipe
+from training.cut_rank import RANKS, RECIPE, clock
+
+from megazh.pipeline.split import best_bounds
+from megazh.training.cut import agree_on_bounds, memory_limit
+from megazh.training.layout import make_layout
+from megazh.training.recipe import Device, Recipe
+from megazh.training.stages import work_of
+
+CPU = torch.device("cpu")
+
+
+def agreed(recipe: Recipe, stages: int) -> list[int]:
+    """Bounds of so many stages without replicas, decided in this process."""
+    return agree_on_bounds(recipe, work_of(recipe, make_layout(recipe, stages, stages), FP32), CPU)
+
+
+FP32 = make_recipe(dtype="fp32").precision.on(Device.CPU)
+
+
+@pytest.mark.slow
+def test_all_ranks_take_the_bounds_of_the_first(tmp_path: Path) -> None:
+    found = run_ranks(Path(__file__).parent / "cut_rank.py", RANKS, [], tmp_path, timeout=90)
+    blocks = RECIPE.model.num_hidden_layers
+    own = [best_bounds(clock(rank).parts(blocks), RANKS) for rank in range(RANKS)]
+    assert own[0] != own[1], "each would have decided otherwise"
+    assert [rank["bounds"] for rank in found] == [own[0]] * RANKS
+
+
+def test_one_stage_has_everything() -> None:
+    assert agreed(make_recipe(model={"num_hidden_layers": 5}), 1) == [0, 7]
+
+
+def test_a_cut_by_hand_is_taken() -> None:
+    recipe = make_recipe(model={"num_hidden_layers": 5}, stage_bounds=[0, 1, 7], stage_costs="measured")
+    assert agreed(recipe, 2) == [0, 1, 7]
+
+
+def test_only_a_recipe_limits_memory_on_the_cpu() -> None:
+    assert memory_limit(make_recipe(), CPU) is None
+    assert memory_limit(make_recipe(memory_limit_gib=1.5), CPU) == 1.5 * 2**30

@@ -1,0 +1,86 @@
+"""The checks before a start: what a run may be resumed as, and that the job records the layout that runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipes import make_recipe
+
+from megazh.errors import UsageError
+from megazh.run.folder import RunFolder
+from megazh.training.preflight import Devices, Job, Request, check_resume, make_job
+from megazh.training.recipe import Device, Recipe, run_recipe
+
+
+def job_of(run: RunFolder, recipe: Recipe, ranks: int = 1, request: Request | None = None) -> Job:
+    """A job in this run folder, on the CPU."""
+    return make_job(request or Request(), recipe, run.path, Path("data_index"), Devices(Device.CPU, ranks, None))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """The folder of a run that was started with the small recipe."""
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run")
+    folder.config.write_text(job_of(folder, make_recipe()).recipe.to_yaml(), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 20},
+        {"steps": None, "tokens": 4096},
+        {"learning_rate": 1e-4, "warmup": 3.0, "min_lr_ratio": 0.5, "weight_decay": 0.0, "max_grad_norm": 0.0},
+        {"micro_batch_size": 4, "activation_checkpointing": True, "pipe_parallel_size": 1},
+        {"checkpoint_every": 3, "sample_prompts": ["小狗"], "stage_costs": "flops"},
+        {"workers": 0, "stories": 7, "manifest": "moved.yaml"},
+    ],
+)
+def test_what_may_change_is_accepted(run: RunFolder, changes: dict[str, Any]) -> None:
+    recipe = make_recipe(**changes)
+    check_resume(job_of(run, recipe))
+    assert recipe != make_recipe()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "old", "new"),
+    [
+        ({"seed": 43}, "schedule.seed", 42, 43),
+        ({"z_loss": 0.1}, "optimizer.z_loss", 0.0, 0.1),
+        ({"seq_len": 32}, "batch.seq_len", 16, 32),
+        ({"global_batch_size": 16}, "batch.global_batch_size", 8, 16),
+        ({"betas": [0.9, 0.99]}, "optimizer.betas", [0.9, 0.95], [0.9, 0.99]),
+        ({"dtype": "fp32"}, "precision.dtype", "bf16", "fp32"),
+        ({"packing": "concat"}, "data.packing", "best_fit", "concat"),
+        ({"workers": 1, "max_docs": 5}, "data.max_docs", None, 5),
+    ],
+)
+def test_what_decides_the_result_may_not_change(
+    run: RunFolder, changes: dict[str, Any], key: str, old: object, new: object
+) -> None:
+    with pytest.raises(UsageError) as refusal:
+        check_resume(job_of(run, make_recipe(**changes)))
+    assert str(refusal.value).startswith(f"{run.path}: the run was begun with {key}={old}, and this one has {new}; ")
+    assert str(refusal.value).endswith("another folder with -r")
+
+
+def test_another_model_is_refused(run: RunFolder) -> None:
+    recipe = make_recipe(model={"num_hidden_layers": 3, "qkv_bias": True})
+    with pytest.raises(UsageError, match=r"model\.num_hidden_layers=2, and this one has 3"):
+        check_resume(job_of(run, recipe))
+
+
+def test_the_layout_that_runs_is_in_the_recipe(run: RunFolder) -> None:
+    """Whatever the recipe says, `-p` and the devices decide, and config.yaml records that."""
+    recipe = make_recipe(num_gpus=6, pipe_parallel_size=1)
+    job = job_of(run, recipe, ranks=4, request=Request(stages=2))
+    run.config.write_text(job.recipe.to_yaml(), encoding="utf-8")
+    parallel = run_recipe(run).parallel
+    assert (parallel.num_gpus, parallel.pipe_parallel_size, parallel.device) == (4, 2, "cpu")
+    assert (job.layout.ranks, job.layout.stages, job.layout.replicas) == (4, 2, 2)
+
+
+def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"{tmp_path}: not the folder of a run: config.yaml is missing"):
+        run_recipe(RunFolder(tmp_path))

@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Profile a training step, kernel by kernel, on one GPU.
+
+    python tools/bench/profile_step.py
+
+Engine and loop are those of a run; the documents are made up, as in `train.py`.
+"""
+
+import argparse
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+try:
+    import torch
+    from train_data import make_mixture
+
+    from megazh.cli import run
+    from megazh.cli.options import count, standalone
+    from megazh.errors import UsageError
+    from megazh.run.folder import RunFolder
+    from megazh.training.layout import make_layout
+    from megazh.training.recipe import load_recipe
+    from megazh.training.recipe_files import recipe_path
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}; run 'bash jobs/setup.sh' once, then use .venv/bin/python (or activate .venv)")
+
+EXAMPLES = """examples:
+  python tools/bench/profile_step.py
+  python tools/bench/profile_step.py --set kernels=torch --json before.json
+  python tools/bench/profile_step.py --seq-len 8192 --micro-batch-size 2 --document-tokens 20000
+
+Times are those of one step by the profiler's clock on the GPU; "nothing runs" is the rest of the wall-clock time."""
+WARM_UP = 3
+
+GROUPS = (
+    ("attention, forward", ("_attention_forward", "flash_fwd", "fmha_cutlassF", "flash_fprop")),
+    ("attention, backward", ("_attention_backward", "flash_bwd", "fmha_cutlassB", "flash_bprop")),
+    ("norm", ("_norm_forward", "_norm_backward", "rms_norm", "layer_norm", "vectorized_layer")),
+    ("rotation", ("_rotate",)),
+    ("SwiGLU", ("_swiglu_forward", "_swiglu_backward", "silu")),
+    ("cross entropy", ("_cross_entropy",)),
+    ("embedding", ("_embedding_gradient", "embedding", "indexSelect", "sort", "Sort")),
+    ("products", ("gemm", "cutlass", "nvjet", "xmma", "splitK", "gemv")),
+    ("optimizer", ("multi_tensor_apply", "FusedAdam", "fused_adam", "adam")),
+    ("communication", ("nccl",)),
+    ("copies", ("Memcpy", "memcpy", "Memset", "memset", "copy", "Copy")),
+)  # fmt: skip
+"""Group of a kernel by a part of its name; the first match counts."""
+
+
+def group_of(kernel: str) -> str:
+    """The row that a kernel belongs to."""
+    return next((group for group, names in GROUPS if any(name in kernel for name in names)), "elementwise and others")
+
+
+def call(arguments: argparse.Namespace) -> None:
+    """Train a few steps, and profile one."""
+    if not torch.cuda.is_available():
+        raise UsageError("torch sees no GPU, and this tool measures nothing else; run it on a machine with one")
+    with tempfile.TemporaryDirectory(prefix="megazh-profile-") as name:
+        profile(arguments, Path(name))
+
+
+def profile(arguments: argparse.Namespace, folder: Path) -> None:
+    """Train and profile in this process, as the only rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    from megazh.run.metrics import Metrics
+    from megazh.training.loop import Trainer
+    from megazh.training.stop import StopRequest
+    from megazh.training.worker import join
+
+    settings = [
+        f"seq_len={arguments.seq_len}", f"micro_batch_size={arguments.micro_batch_size}", f"steps={WARM_UP + 1}",
+        f"global_batch_size={arguments.micro_batch_size * arguments.micro_batches}", "pipe_parallel_size=1",
+        *arguments.settings,
+    ]  # fmt: skip
+    own = [
+        f"data.manifest={folder / 'mixture.yaml'}", "stories=null", "gradient_accumulation_steps=null", "num_gpus=1",
+        "device=cuda",
+    ]  # fmt: skip
+    recipe = load_recipe(recipe_path(arguments.recipe), [*settings, *own])
+    tokens = (WARM_UP + 3) * recipe.batch_tokens
+    make_mixture(folder, tokens, recipe.model.vocab_size, arguments.document_tokens, 0)
+    run_folder = RunFolder(folder / "run")
+    run_folder.begin(recipe.to_yaml(), recipe.open_mixture())
+    trainer = Trainer(run_folder, recipe, make_layout(recipe, 1), join("cuda"), StopRequest())
+    with Metrics(folder / "run", 0, quiet=True) as metrics:
+        for _ in range(WARM_UP):
+            trainer.take_step(metrics)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            begun = time.perf_counter()
+            trainer.take_step(metrics)
+            torch.cuda.synchronize()
+            wall = (time.perf_counter() - begun) * 1e3
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels[event.name].append(event.time_range.elapsed_us() / 1e3)
+    report(arguments, kernels, wall, recipe.batch_tokens)
+    torch.distributed.destroy_process_group()
+
+
+def report(arguments: argparse.Namespace, kernels: dict[str, list[float]], wall: float, tokens: int) -> None:
+    """Print the time of each group, then of the kernels that take most."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for name, times in kernels.items():
+        groups[group_of(name)] += times
+    print(
+        f"{arguments.recipe} {' '.join(arguments.settings)}: one step of {tokens:,} tokens, {arguments.micro_batches} "
+        f"micro-batches, {torch.cuda.get_device_name()}: {wall:.1f} ms"
+    )
+    rows = [(name, len(times), sum(times)) for name, times in groups.items()]
+    rows.append(("nothing runs", 0, max(0.0, wall - sum(total for _, _, total in rows))))
+    for name, calls, total in sorted(rows, key=lambda row: -row[2]):
+        print(f"{name:<26} {calls:>7} {total:>9.2f} ms {total / wall:>7.1%}")
+    print(f"the {arguments.kernels} kernels that take most:")
+    most = sorted(kernels.items(), key=lambda item: -sum(item[1]))[: arguments.kernels]
+    for name, times in most:
+        print(f"{sum(times):>9.2f} ms {len(times):>6} x {sum(times) / len(times) * 1e3:>9.1f} us  {name[:110]}")
+    if arguments.json:
+        found = {"wall_ms": wall, "tokens": tokens, "groups": rows, "kernels": {k: [len(v), sum(v)] for k, v in most}}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = standalone("profile a training step, kernel by kernel, on one GPU", EXAMPLES)
+    add = found.add_argument
+    add("--recipe", default="qwen0.5b_6x3090_dp", metavar="NAME", help="model and settings (default: %(default)s)")
+    add("--seq-len", type=count, default=1024, metavar="N", help="tokens per row (default: 1024)")
+    add("--micro-batch-size", type=count, default=16, metavar="N", help="rows per micro-batch (default: 16)")
+    add("--micro-batches", type=count, default=4, metavar="N", help="micro-batches per step (default: 4)")
+    add("--document-tokens", type=float, default=500.0, metavar="N", help="mean length of a document (default: 500)")
+    add("--kernels", type=count, default=25, metavar="N", help="number of kernels to list (default: 25)")
+    add("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    add("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the recipe")
+    found.set_defaults(call=call)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(run(parser().parse_args()))
