@@ -3,25 +3,13 @@
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
 
+from megazh.cluster.cuda import Torch, describe_torch
 from megazh.errors import UsageError
 from megazh.training.preflight import Devices
 from megazh.training.recipe import Device
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-
-class Torch(NamedTuple):
-    """What torch reports about itself and the machine."""
-
-    version: str
-    cuda: str | None
-    """CUDA version that torch is built for; None: built without CUDA."""
-    gpus: int
-    """Number of GPUs that torch can use, among those that CUDA_VISIBLE_DEVICES shows."""
-    failure: str = ""
-    """torch's reason why it can use none; empty where it gives none."""
 
 
 def parse_gpu_list(text: str) -> list[int]:
@@ -77,20 +65,6 @@ def choose_devices(device: str | None, gpus: str | None, count: int | None, want
         raise UsageError(f"-n {count}: there are {len(available)} GPUs ({_names(available)}); give a smaller -n")
     taken = available[: count or wanted or len(available)]
     return Devices(Device.CUDA, len(taken), tuple(taken))
-
-
-def describe_torch() -> Torch:
-    """Ask torch about CUDA and GPUs; takes seconds, since torch is imported."""
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    failure = ""
-    if torch.version.cuda is not None and not gpus:
-        try:
-            torch.cuda.init()
-        except Exception as error:  # drivers raise many types
-            failure = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return Torch(torch.__version__, torch.version.cuda, gpus, failure)
 
 
 def nvidia_card(root: Path = Path("/")) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megazh.cluster import gpus
-from megazh.cluster.gpus import Torch, choose_devices, nvidia_card, parse_gpu_list
+from megazh.cluster.cuda import Torch
+from megazh.cluster.gpus import choose_devices, nvidia_card, parse_gpu_list
 from megazh.errors import UsageError
 from megazh.training.preflight import Devices
 from megazh.training.recipe import Device

@@ -15,7 +15,7 @@ from made_runs import RECIPE, make_run, write_metrics, write_recipe
 
 from megazh.cli import main
 from megazh.cluster import gpus
-from megazh.cluster.gpus import Torch
+from megazh.cluster.cuda import Torch
 from megazh.cluster.launchers import local
 from megazh.cluster.start import start
 from megazh.demo.stories import write_stories

@@ -49,7 +49,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
 def test_memory_is_measured_of_each_stage_of_a_layout_that_is_not_there(stages: int, tmp_path: Path) -> None:
     written = tmp_path / "memory.json"
     result = tool(
-        "stage_memory.py", "demo", "-n", 6, "-p", stages, "--device", "cpu", "--json", written, "precision=bf16",
+        "stage_memory.py", "demo", "-n", 6, "-p", stages, "--device", "cpu", "--json", written, "dtype=bf16",
         "micro_batch_size=1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -1,0 +1,57 @@
+"""CUDA without torch: what the driver's answers mean, and that the version file is torch's own."""
+
+import ctypes
+
+import pytest
+import torch
+
+from megazh.cluster.cuda import describe_torch, usable_gpus
+
+
+class Driver:
+    """Stands in for libcuda: its version, its GPUs, and a function that fails."""
+
+    def __init__(self, version: int = 13000, gpus: int = 6, fails: str = "") -> None:
+        self._version, self._gpus, self._fails = version, gpus, fails
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self._answer("cuInit", None, 0)
+
+    def cuDriverGetVersion(self, number: object) -> int:  # noqa: N802
+        return self._answer("cuDriverGetVersion", number, self._version)
+
+    def cuDeviceGetCount(self, number: object) -> int:  # noqa: N802
+        return self._answer("cuDeviceGetCount", number, self._gpus)
+
+    def cuGetErrorString(self, code: int, text: object) -> int:  # noqa: N802
+        ctypes.cast(text, ctypes.POINTER(ctypes.c_char_p))[0] = f"error number {code}".encode()  # type: ignore[arg-type]
+        return 0
+
+    def _answer(self, name: str, number: object, value: int) -> int:
+        if name == self._fails:
+            return 803
+        if number is not None:
+            ctypes.cast(number, ctypes.POINTER(ctypes.c_int))[0] = value  # type: ignore[arg-type]
+        return 0
+
+
+def test_version_and_cuda_are_those_of_torch() -> None:
+    found = describe_torch()
+    assert (found.version, found.cuda) == (torch.__version__, torch.version.cuda)
+    assert found.gpus == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+@pytest.mark.parametrize(("version", "cuda"), [(13000, "13.0"), (13000, "13.2"), (13010, "12.8"), (12020, "12.9")])
+def test_a_driver_serves_its_major_version_and_older_ones(version: int, cuda: str) -> None:
+    assert usable_gpus(Driver(version), cuda) == (6, "")
+
+
+def test_an_older_driver_is_named_with_both_versions() -> None:
+    gpus, failure = usable_gpus(Driver(12080), "13.0")
+    assert gpus == 0
+    assert failure == "the NVIDIA driver is too old: it supports CUDA 12.8, and this torch needs CUDA 13.0"
+
+
+@pytest.mark.parametrize("name", ["cuInit", "cuDriverGetVersion", "cuDeviceGetCount"])
+def test_an_error_of_the_driver_is_its_own_text(name: str) -> None:
+    assert usable_gpus(Driver(fails=name), "13.0") == (0, "error number 803")
