@@ -83,7 +83,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_json(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer.json of 1,000 ids, trained on `corpus`."""
-    from megazh.corpus.pieces import ReadOptions
+    from megazh.corpus.options import ReadOptions
     from megazh.corpus.sources import find_sources
     from megazh.tokenizer.train import train_tokenizer
 

@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megazh.corpus import pieces, reader
-from megazh.corpus.pieces import ReadOptions, TextDocuments, cut, piece_sources
+from megazh.corpus.options import ReadOptions, TextDocuments
+from megazh.corpus.pieces import cut, piece_sources
 from megazh.corpus.reader import read_piece
 from megazh.corpus.sources import Format, find_sources
 from megazh.index.writer import IndexWriter

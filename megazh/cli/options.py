@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megazh.corpus.sources import Format
 
 if TYPE_CHECKING:
-    from megazh.corpus.pieces import ReadOptions
+    from megazh.corpus.options import ReadOptions
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
@@ -52,7 +52,7 @@ def share(text: str) -> float:
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """Add the options for input files and for the documents in them."""
-    from megazh.corpus.pieces import ReadOptions, TextDocuments
+    from megazh.corpus.options import ReadOptions, TextDocuments
 
     parser.add_argument(
         "--input",
@@ -85,7 +85,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 def reading(options: argparse.Namespace) -> "ReadOptions":
     """The values of the options that `add_reading` adds."""
-    from megazh.corpus.pieces import ReadOptions, TextDocuments
+    from megazh.corpus.options import ReadOptions, TextDocuments
 
     return ReadOptions(options.text_key, TextDocuments(options.text_documents), options.max_document_bytes)
 

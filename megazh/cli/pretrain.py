@@ -50,7 +50,7 @@ def add_to(commands: Subparsers) -> None:
 
 def _pretrain(options: argparse.Namespace) -> None:
     from megazh.cluster.start import start
-    from megazh.corpus.pieces import TextDocuments
+    from megazh.corpus.options import TextDocuments
     from megazh.training.preflight import Request
 
     inputs, settings = _apart(options.input, options.settings)

@@ -6,13 +6,13 @@ Where the cuts fall depends on the sources and the options alone, never on the n
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megazh.corpus.options import ReadOptions, TextDocuments
 from megazh.corpus.sources import Format, Source
 from megazh.errors import DataError, UsageError
 
@@ -22,31 +22,6 @@ _OVERLAP = 1 << 10  # a blank line with more white space than this may be missed
 ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, SystemError)
 """Exceptions that pyarrow raises for damaged files; ValueError and SystemError come from damage deep inside a file."""
 BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
-
-
-class TextDocuments(StrEnum):
-    """Where a document ends in a plain-text file."""
-
-    FILE = "file"
-    """At the end of the file: one document per file."""
-    BLANK_LINES = "blank-lines"
-    """At a blank line: one that is empty or holds only ASCII white space."""
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How the documents in a source are found."""
-
-    text_key: str = "text"
-    """Key (JSONL) or column (Parquet, Arrow) of the text; `a.b` reaches into nested objects and structs."""
-    text_documents: TextDocuments = TextDocuments.FILE
-    """Where a document ends in a plain-text file."""
-    max_document_bytes: int = 64_000_000
-    """Longest document in bytes of UTF-8; a longer one is rejected."""
-
-    def max_raw_bytes(self, format: Format) -> int:
-        """Longest record in bytes that is held in memory whole; JSON takes up to six bytes for a byte of text."""
-        return (6 if format is Format.JSONL else 1) * self.max_document_bytes + _BLOCK
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megazh.corpus.pieces import Piece, ReadOptions, piece_sources
+from megazh.corpus.options import ReadOptions
+from megazh.corpus.pieces import Piece, piece_sources
 from megazh.corpus.sources import Source
 from megazh.errors import DataError, WorkerError
 from megazh.index.metadata import Files

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from megazh.config import from_mapping
-from megazh.corpus.pieces import ReadOptions, cut, piece_size, piece_sources
+from megazh.corpus.options import ReadOptions
+from megazh.corpus.pieces import cut, piece_size, piece_sources
 from megazh.corpus.sources import Format, Source, find_sources
 from megazh.errors import DataError, MegazhError, UsageError, WorkerError
 from megazh.files import locked, write_atomic

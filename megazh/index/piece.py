@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megazh.corpus.pieces import Piece, ReadOptions
+from megazh.corpus.options import ReadOptions
+from megazh.corpus.pieces import Piece
 from megazh.corpus.reader import read_piece
 from megazh.corpus.sources import Source
 from megazh.errors import DataError

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megazh.config import Config
-from megazh.corpus.pieces import ReadOptions
+from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import Format, Source
 from megazh.errors import DataError
 from megazh.files import known_sha256, sha256_file

@@ -11,7 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from megazh.config import Config
-from megazh.corpus.pieces import ReadOptions, TextDocuments, cut, piece_size, piece_sources
+from megazh.corpus.options import ReadOptions, TextDocuments
+from megazh.corpus.pieces import cut, piece_size, piece_sources
 from megazh.corpus.reader import read_piece
 from megazh.corpus.sources import Format, Source, find_sources
 from megazh.demo.stories import write_stories

@@ -43,6 +43,13 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.RMSNorm(config.hidden_size, config.norm_eps)
 
 
+class _Linear(nn.Linear):
+    """A linear layer whose weights `initialize` sets; torch would draw others first, from the global generator."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as they are."""
+
+
 class SelfAttention(nn.Module):
     """Query-key-value projection in one product, rotation, attention within documents, output projection."""
 
@@ -51,8 +58,8 @@ class SelfAttention(nn.Module):
         self._layer = layer
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_size
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.attention_width, config.hidden_size, bias=False)
+        self.qkv_proj = _Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.o_proj = _Linear(config.attention_width, config.hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Attend within documents: (batch, seq, hidden) to (batch, seq, hidden)."""
@@ -71,8 +78,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self._gated = config.mlp is Mlp.SWIGLU
         width = config.intermediate_size
-        self.up_proj = nn.Linear(config.hidden_size, 2 * width if self._gated else width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.up_proj = _Linear(config.hidden_size, 2 * width if self._gated else width, bias=False)
+        self.down_proj = _Linear(width, config.hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the MLP: (batch, seq, hidden) to (batch, seq, hidden). For SwiGLU, `up_proj` gives gate, then up."""
@@ -117,8 +124,7 @@ def make_layer(config: ModelConfig, number: int, seed: int | None) -> nn.Module:
     """
     last = config.num_hidden_layers
     layer: nn.Module
-    # On the meta device, torch does not draw initial weights of its own from the global generator.
-    with torch.device("meta"):
+    with torch.device("cpu" if seed is not None else "meta"):
         if number == 0:
             layer = Embedding(config)
         elif number <= last:
@@ -128,7 +134,6 @@ def make_layer(config: ModelConfig, number: int, seed: int | None) -> nn.Module:
         else:
             layer = Head(config)
     if seed is not None:
-        layer.to_empty(device="cpu")
         initialize(layer, config, number, seed)
     return layer
 

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import logging
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,11 +62,22 @@ def use_no_compiled_operators() -> None:
     On the CPU DeepSpeed would build an all-reduce of its own at its first start: minutes with g++, an error without
     it, and a lock that makes every later start hang where the first one was killed. Without it, gloo does the work.
     On GPUs this spares the search for a CUDA toolkit, and its warnings.
+
+    DeepSpeed also imports its Muon to see whether an optimizer is one, and torch prepares to compile that at its
+    import, for seconds. megazh's optimizers never are: empty stand-ins answer the question.
     """
     import deepspeed.ops
 
     # The table of operators that can be built. DeepSpeed fills it at its first use, and then takes it as it is.
     deepspeed.ops.__compatible_ops__ = {}
+    stand_ins = {
+        "muon_optimizer.MuonWithAuxAdam": type("Muon", (torch.optim.Optimizer,), {}),
+        "original_muon.muon_update": None,
+    }
+    for name, stand_in in stand_ins.items():
+        module, _, attribute = name.partition(".")
+        sys.modules[f"deepspeed.runtime.zero.muon.{module}"] = made = types.ModuleType(module)
+        setattr(made, attribute, stand_in)
 
 
 @contextlib.contextmanager

@@ -114,6 +114,8 @@ class DecoderPipeline(PipelineModule):
         if self.config.tie_word_embeddings and last in numbers:
             numbers = numbers - {last} | {0}  # the embedding first: it takes longest
         self._layers.begin(sorted(numbers))
+        # torch.optim imports this at its first use, which takes seconds: here it overlaps with the layers' threads.
+        import torch._dynamo  # noqa: F401
 
     @property
     def is_first(self) -> bool:

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from megazh.corpus.pieces import ReadOptions, cut, piece_size, piece_sources
+from megazh.corpus.options import ReadOptions
+from megazh.corpus.pieces import cut, piece_size, piece_sources
 from megazh.corpus.reader import read_piece
 from megazh.corpus.sources import Source
 from megazh.errors import DataError, UsageError

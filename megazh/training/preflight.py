@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megazh.corpus.pieces import TextDocuments
+from megazh.corpus.options import TextDocuments
 from megazh.errors import UsageError
 from megazh.pipeline.precision import Dtype, Precision, check_deepspeed_version, check_engine
 from megazh.run.folder import ANOTHER_RUN, RunFolder

@@ -14,16 +14,16 @@ class Driver:
     def __init__(self, version: int = 13000, gpus: int = 6, fails: str = "") -> None:
         self._version, self._gpus, self._fails = version, gpus, fails
 
-    def cuInit(self, flags: int) -> int:  # noqa: N802
+    def cuInit(self, flags: int) -> int:
         return self._answer("cuInit", None, 0)
 
-    def cuDriverGetVersion(self, number: object) -> int:  # noqa: N802
+    def cuDriverGetVersion(self, number: object) -> int:
         return self._answer("cuDriverGetVersion", number, self._version)
 
-    def cuDeviceGetCount(self, number: object) -> int:  # noqa: N802
+    def cuDeviceGetCount(self, number: object) -> int:
         return self._answer("cuDeviceGetCount", number, self._gpus)
 
-    def cuGetErrorString(self, code: int, text: object) -> int:  # noqa: N802
+    def cuGetErrorString(self, code: int, text: object) -> int:
         ctypes.cast(text, ctypes.POINTER(ctypes.c_char_p))[0] = f"error number {code}".encode()  # type: ignore[arg-type]
         return 0
 

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from textdata import Read, gz, json_lines, read_files, texts, use_small_blocks, write_arrow, write_parquet, zst
 
-from megazh.corpus.pieces import ReadOptions, TextDocuments, cut, piece_size
+from megazh.corpus.options import ReadOptions, TextDocuments
+from megazh.corpus.pieces import cut, piece_size
 from megazh.corpus.reader import read_piece
 from megazh.corpus.sources import Format, Source, find_sources
 from megazh.errors import DataError

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from textdata import gz, json_lines, read_files, texts, write_arrow, write_parquet, zst
 
-from megazh.corpus.pieces import ReadOptions, TextDocuments, cut, piece_sources
+from megazh.corpus.options import ReadOptions, TextDocuments
+from megazh.corpus.pieces import cut, piece_sources
 from megazh.corpus.reader import read_piece
 from megazh.corpus.records import Reason
 from megazh.corpus.sources import Format, find_sources

@@ -22,7 +22,7 @@ from textdata import (
     write_parquet,
 )
 
-from megazh.corpus.pieces import ReadOptions, TextDocuments
+from megazh.corpus.options import ReadOptions, TextDocuments
 from megazh.errors import BusyError, DataError, MegazhError, UsageError
 from megazh.files import locked
 from megazh.index.build import Request, Summary, build_index

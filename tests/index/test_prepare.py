@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from textdata import index_bytes, json_lines, texts, write_parquet
 
-from megazh.corpus.pieces import TextDocuments
+from megazh.corpus.options import TextDocuments
 from megazh.errors import BusyError, DataError, UsageError
 from megazh.files import locked
 from megazh.index import prepare as module

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from textdata import is_one_line_error, json_lines, megazh, texts, tokenizer_path, write_parquet
 
-from megazh.corpus.pieces import ReadOptions
+from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import find_sources
 from megazh.errors import UsageError
 from megazh.tokenizer import load_tokenizer

@@ -31,7 +31,7 @@ try:
 
     from megazh.cli import run
     from megazh.cli.options import count, standalone
-    from megazh.corpus.pieces import ReadOptions, TextDocuments
+    from megazh.corpus.options import ReadOptions, TextDocuments
     from megazh.errors import WorkerError
     from megazh.files import cache_dir
     from megazh.tokenizer import load_tokenizer

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from megazh.corpus.pieces import ReadOptions, cut, piece_size, piece_sources
+from megazh.corpus.options import ReadOptions
+from megazh.corpus.pieces import cut, piece_size, piece_sources
 from megazh.corpus.reader import read_piece
 from megazh.corpus.sources import find_sources
 from megazh.errors import DataError
