@@ -2,14 +2,24 @@
 # Everything that must pass: lint, types and tests. Starts from a bare clone; needs no GPU.
 #
 #   bash jobs/run_tests.sh                       ruff, mypy and all tests
+#   bash jobs/run_tests.sh --quick               ruff, mypy and the tests that start no run, in under three minutes
+#   bash jobs/run_tests.sh --quick tests/index   the same, with these arguments for pytest
 #   bash jobs/run_tests.sh tests/index -k mpi    only pytest, with these arguments
+#
+# --quick leaves out tests with the markers ranks, slow, mpi and slurm (see pyproject.toml).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-PATH=$PATH:/usr/sbin:/sbin # where Debian puts slurmctld, and an ordinary user's PATH does not look
+PATH=$PATH:/usr/sbin:/sbin # Debian's folder of slurmctld, which is not in an ordinary user's PATH
+
+quick=()
+if [[ ${1:-} == --quick ]]; then
+    quick=(-m "not ranks and not slow and not mpi and not slurm")
+    shift
+fi
 
 # Debian packages that tests need; without them those tests are skipped.
 packages=()
-command -v slurmctld > /dev/null || packages+=(slurm-wlm)
+((${#quick[@]})) || command -v slurmctld > /dev/null || packages+=(slurm-wlm)
 if [[ -z ${MEGAZH_PYTHON:-} && ! -x .venv/bin/python ]]; then
     python3 -c 'import ensurepip' 2> /dev/null || packages+=(python3-venv)
 fi
@@ -37,7 +47,7 @@ TORCH_EXTENSIONS_DIR=$(mktemp -d) || exit
 export TORCH_EXTENSIONS_DIR
 trap 'rm -rf "$TORCH_EXTENSIONS_DIR"' EXIT
 
-if (($#)); then
+if (($# && ! ${#quick[@]})); then
     "$python" -m pytest "$@"
     exit
 fi
@@ -46,6 +56,6 @@ failed=()
 "$python" -m ruff format --check . || failed+=("ruff format --check")
 "$python" -m mypy || failed+=("mypy")
 ((${#failed[@]})) && printf 'FAILED: %s\n' "${failed[@]}" # before the tests, whose summary comes last
-"$python" -m pytest
+"$python" -m pytest "${quick[@]}" "$@"
 tests=$?
 ((tests == 0 && ${#failed[@]} == 0))

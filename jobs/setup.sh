@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Make the Python environment of this repository, or find it made, and print the path of its interpreter.
+# Make the Python environment of this repository if it is not there yet, and print the path of its interpreter.
 #
 #   python=$(bash jobs/setup.sh [--dev] [--mpi] [--bench])
 #
-# First use makes .venv with the versions that requirements/*.txt pin; later calls only look and return. What is
-# installed is stamped part by part, so extras add up, a changed requirement file installs that part again, and an
-# interrupted setup goes on where it was. Everything but the path goes to stderr; pip's own output to .venv/setup.log.
+# The first call makes .venv with the versions that requirements/*.txt pin; later calls find it complete and return. Each
+# installed part leaves a stamp: extras add up, a changed requirement file installs its part again, and an interrupted
+# setup continues where it was. Everything but the path goes to stderr, and pip's own output to .venv/setup.log.
 #
-# MEGAZH_PYTHON=/path/to/python   use this interpreter as it is: nothing is installed, what it lacks is named. megazh
-#                                 is then taken from the repository: export PYTHONPATH=<repository root>.
+# MEGAZH_PYTHON=/path/to/python   use this interpreter as it is: nothing is installed, and missing modules are named.
+#                                 megazh itself comes from the repository: export PYTHONPATH=<repository root>.
 # MEGAZH_TORCH=REQUIREMENT        install this in place of the pinned torch: a wheel file or a pip requirement. Without
 #                                 a GPU, 'torch==2.13.0+cpu' (from whatever index pip is told to use) saves gigabytes.
-#                                 It is remembered: later calls need not repeat it.
+#                                 Later calls remember it.
 set -euo pipefail
 exec 3>&1 1>&2 # stdout carries the path and nothing else
 
@@ -52,7 +52,7 @@ fail() { # CODE MESSAGE; the codes are those of megazh/errors.py
     exit "$1"
 }
 
-# What the stamp of a part says when the part is up to date.
+# Content of the stamp of a part that is up to date.
 wanted() {
     local files=()
     case $1 in
@@ -94,27 +94,27 @@ make_part() {
     rm -f "$stamps/$part"
     case $part in
         venv) make_venv ;;
-        # On its own and first: it is by far the largest, and what it pulls in must keep to the pins.
+        # First and on its own: it is by far the largest, and its own dependencies must keep to the pins.
         torch) pip_install "${want#own choice: }" --constraint "$requirements/base.txt" "${want#own choice: }" ;;
-        # Without its operators, and as on a machine without GPUs: where there are some, its build fails for want of a
-        # CUDA toolkit, even though it compiles nothing.
+        # Without its operators, and as on a machine without GPUs: with GPUs its build asks for a CUDA toolkit, although
+        # it compiles nothing.
         deepspeed)
             DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip_install DeepSpeed --no-build-isolation --requirement \
                 "$requirements/deepspeed.txt"
             ;;
-        # The pinned setuptools of the environment builds it, so that nothing unpinned comes in.
+        # Built by the pinned setuptools of the environment, so that nothing unpinned comes in.
         megazh) pip_install megazh --no-deps --no-build-isolation --editable "$root" ;;
         dev)
             pip_install "requirements/dev.txt" --requirement "$requirements/dev.txt"
             pip_install "requirements/dev-no-deps.txt" --no-deps --requirement "$requirements/dev-no-deps.txt"
-            # For its interpreter. The CUDA builds of torch bring the Triton that they were built for.
+            # For its interpreter. CUDA builds of torch bring the Triton that they were built for.
             "$venv/bin/python" -c 'import triton' 2> /dev/null ||
                 pip_install triton --no-deps --requirement "$requirements/triton.txt"
             ;;
         *) pip_install "requirements/$part.txt" --requirement "$requirements/$part.txt" ;;
     esac
     mkdir -p "$stamps"
-    echo "$want" > "$stamps/.$part" # written last and in one move: no stamp, not done
+    echo "$want" > "$stamps/.$part" # written last and atomically: without a stamp, the part is not done
     mv "$stamps/.$part" "$stamps/$part"
 }
 
@@ -149,13 +149,13 @@ pip_install() { # WHAT PIP-ARGUMENTS...
 
 use_own_python() {
     local own extra missing
-    local modules=(numpy numba pyarrow orjson pydantic yaml tqdm xxhash tokenizers tiktoken sentencepiece fastokens
+    local modules=(numpy numba pyarrow orjson pydantic yaml tqdm xxhash tokenizers tiktoken sentencepiece
         matplotlib tensorboard torch deepspeed)
     for extra in "$@"; do
         case $extra in
-            dev) modules+=(pytest pytest_timeout hypothesis ruff mypy megatron.core triton) ;;
+            dev) modules+=(fastokens pytest pytest_timeout hypothesis ruff mypy megatron.core triton) ;;
             mpi) modules+=(mpi4py) ;;
-            bench) modules+=(gigatoken datasets) ;;
+            bench) modules+=(fastokens gigatoken datasets) ;;
         esac
     done
     own=$(type -P "$MEGAZH_PYTHON") || true

@@ -167,7 +167,9 @@ def from_mapping(
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()
+        # An unknown key first: a key that is missing may be the one that was meant.
+        first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
         place = (origins or {}).get(".".join(part for part in first["loc"] if isinstance(part, str)), where)
         raise UsageError(f"{place}: {_describe(first, model)}") from None
 

@@ -1,4 +1,4 @@
-"""The errors that a user meets, each with the exit code that a script can act on.
+"""The errors that a user meets, each with an exit code for scripts.
 
 ====  =======================================================================
 code  meaning
@@ -7,7 +7,7 @@ code  meaning
 1     an unexpected failure (a bug: the traceback is shown)
 2     wrong usage: an option, a config key or a combination that cannot work
 3     bad data: a file is damaged, foreign, changed, or has too many bad lines
-4     busy: another process is at the same thing; try again when it is done
+4     busy: another process is at the same work; try again when it is done
 5     a worker, a rank or the machine failed; finished work is kept, run again
 130   stopped by Ctrl-C; finished work is kept, run again
 ====  =======================================================================
@@ -33,13 +33,13 @@ class DataError(MegazhError):
 
 
 class BusyError(MegazhError):
-    """Another process holds what this one needs."""
+    """Another process holds a file or folder that this one needs."""
 
     exit_code = 4
 
 
 class WorkerError(MegazhError):
-    """A worker process, a rank or the machine (disk, memory) failed; running again goes on from there."""
+    """A worker process, a rank or the machine (disk, memory) failed; running again continues from there."""
 
     exit_code = 5
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks that die with their holder, and the cache folder."""
+"""Atomic writes, locks that end with their holder, remembered file hashes, and the cache folder."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ from pathlib import Path
 from megazh.errors import BusyError, DataError
 from megazh.progress import Progress
 
-_BLOCK = 1 << 18  # stays in the cache between reading and hashing
+_BLOCK = 1 << 18  # stays in the processor's cache between reading and hashing
 _LARGE = 1 << 31
 
 
@@ -27,10 +27,12 @@ def fsync_directory(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes, durable: bool = True) -> None:
-    """Write `data` so that `path` holds either what it held before or all of it: temporary name, fsync, rename.
+    """Write a file so that `path` holds either its old content or all of `data`: temporary name, fsync, rename.
 
     Args:
-        durable: flush to disk before the rename. Without it, a power cut (but no kill) may leave an empty file.
+        path: the file; its folder is made if need be.
+        data: its new content.
+        durable: whether to flush to disk before the rename; without, a power cut (but no kill) may leave an empty file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -51,7 +53,7 @@ def write_atomic(path: Path, data: bytes, durable: bool = True) -> None:
 
 
 def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as hex; `on_bytes` is called with the size of each block read."""
+    """Compute the SHA-256 of a file as hex; `on_bytes` is called with the size of each block read."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as file:
@@ -67,8 +69,8 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     """Hold an exclusive lock on the file `path` (made if need be); the kernel drops it when this process dies.
 
     Args:
-        path: the lock file; it says who holds it.
-        busy: the error message when another process holds the lock; without it, wait for as long as that takes.
+        path: the lock file; it names the holder.
+        busy: error message if another process holds the lock; None waits until it is free.
 
     Raises:
         BusyError: the lock is held and `busy` is given.
@@ -78,7 +80,7 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
         try:
             file = open(path, "a+")  # noqa: SIM115 (closed below: the lock lives as long as the file)
         except FileNotFoundError:
-            continue  # removed in between
+            continue  # removed between mkdir and open
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
@@ -103,7 +105,7 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
 
 
 def cache_dir() -> Path:
-    """Where derived files are kept that may be deleted at any time: `MEGAZH_CACHE`, or `~/.cache/megazh`."""
+    """The folder of derived files that may be deleted at any time: `MEGAZH_CACHE`, or `~/.cache/megazh`."""
     if named := os.environ.get("MEGAZH_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megazh"
@@ -112,8 +114,8 @@ def cache_dir() -> Path:
 def check_sha256(path: Path, expected: str) -> None:
     """Check that the content of `path` has the SHA-256 `expected`.
 
-    A file that passed is remembered in the cache folder by name, inode, size and times, so that the
-    next process does not read it again; `remember_sha256` does the same for a file whose writer knows its hash.
+    The hash is remembered in the cache folder by name, inode, size and times of the file, so that the next process
+    does not read it again; `remember_sha256` does the same for a file whose writer knows its hash.
 
     Raises:
         DataError: the content differs.
@@ -124,9 +126,9 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def known_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as hex, from memory (see `check_sha256`) where the file has not changed since.
+    """Return the SHA-256 of a file as hex, remembered (see `check_sha256`) if the file has not changed since.
 
-    Large files show their own progress, unless `on_bytes` is given for it.
+    Hashing a large file shows progress, unless `on_bytes` is given.
     """
     found = _remembered(path)
     if found is not None:
@@ -137,16 +139,16 @@ def known_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> s
             found = sha256_file(path, progress.advance)
     else:
         found = sha256_file(path, on_bytes)
-    if _signature(path) == before:  # else it changed under the hashing
+    if _signature(path) == before:  # otherwise it changed while it was hashed
         remember_sha256(path, found)
     return found
 
 
 def remember_sha256(path: Path, digest: str) -> None:
-    """Note that the file as it lies there has this SHA-256; without a writable cache folder nothing is noted."""
+    """Remember the SHA-256 of a file in its present state; without a writable cache folder, do nothing."""
     with contextlib.suppress(OSError):
         note = json.dumps({**_signature(path), "sha256": digest}).encode()
-        write_atomic(_note_path(path), note, durable=False)  # a damaged note counts as none
+        write_atomic(_note_path(path), note, durable=False)  # a damaged note is ignored
 
 
 def _remembered(path: Path) -> str | None:

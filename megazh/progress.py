@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar with rate and ETA, or a line now and then where the output is a log file."""
+"""Progress on the terminal: a bar with rate and ETA, or a line every half minute where the output is a log file."""
 
 import sys
 import time
@@ -10,18 +10,18 @@ _LOG_SECONDS = 30.0
 
 
 class Progress:
-    """Counts bytes of source, and tokens where there are any; writes to stderr.
+    """Counts bytes of input, and tokens if any, and shows them on stderr.
 
     Args:
         what: the word in front of the bar.
-        total: bytes to go through.
-        quiet: write nothing (all ranks but one).
+        total: number of bytes to process.
+        quiet: write nothing (every rank but one).
     """
 
     def __init__(self, what: str, total: int, quiet: bool = False) -> None:
         self._what, self._total, self._quiet = what, total, quiet
         self._done = self._tokens = 0
-        self._begin = self._told = time.monotonic()
+        self._begin = self._printed = time.monotonic()
         terminal = sys.stderr.isatty() and not quiet
         self._bar = (
             tqdm(total=total, unit="B", unit_scale=True, desc=what, dynamic_ncols=True, leave=False)
@@ -30,7 +30,7 @@ class Progress:
         )
 
     def advance(self, size: int, tokens: int = 0) -> None:
-        """So many bytes more are done, and so many tokens."""
+        """Count `size` more bytes and `tokens` more tokens as done."""
         self._done += size
         self._tokens += tokens
         seconds = time.monotonic() - self._begin
@@ -38,8 +38,8 @@ class Progress:
             if self._tokens:
                 self._bar.set_postfix_str(f"{_scaled(self._tokens / max(seconds, 1e-9))}tok/s", refresh=False)
             self._bar.update(size)
-        elif not self._quiet and time.monotonic() - self._told >= _LOG_SECONDS:
-            self._told = time.monotonic()
+        elif not self._quiet and time.monotonic() - self._printed >= _LOG_SECONDS:
+            self._printed = time.monotonic()
             left = seconds * (self._total - self._done) / max(self._done, 1)
             rate = f", {_scaled(self._tokens / seconds)}tok/s" if self._tokens else ""
             sys.stderr.write(
@@ -65,6 +65,6 @@ def _scaled(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Format seconds as h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -3,28 +3,29 @@
 #
 #   sbatch slurm/pretrain_6x3090.sh
 #
-# Its own options go in front, options of jobs/run_pretrain.sh behind; both win over those below. On a node without GPUs:
+# Options of sbatch go before the file name, options of jobs/run_pretrain.sh behind it; both override those below. On a
+# node without GPUs:
 #
 #   sbatch --gres=none --time=1:00:00 slurm/pretrain_6x3090.sh --device cpu -c demo
 #
-# What a cluster wants besides (partition, account) goes on the sbatch line, too. Submitted again, the run goes on from
-# its last checkpoint.
+# Options that your cluster needs (partition, account) go on the sbatch line, too. Submit the same line again to resume
+# the run from its last checkpoint.
 
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=1
-# One task: it starts a rank for each GPU itself.
+# One task, which starts one rank per GPU itself.
 #SBATCH --ntasks=1
 #SBATCH --gres=gpu:6
 #SBATCH --cpus-per-task=12
 #SBATCH --mem=96G
 #SBATCH --time=2-00:00:00
-# In the folder that sbatch is called from: Slurm makes no folders, and a job without a log just fails.
+# In the folder from which sbatch is called: Slurm makes no folders, and a job that cannot open its log fails.
 #SBATCH --output=slurm-%x-%j.out
-# Two minutes before the time is up the ranks are told to save and to end.
+# Two minutes before the time limit the ranks are signalled to save and end.
 #SBATCH --signal=B:TERM@120
 set -euo pipefail
 
-# Slurm runs a copy of this file; where the original lies it tells.
+# Slurm runs a copy of this file; scontrol knows the path of the original.
 original=$(scontrol show job "${SLURM_JOB_ID:-}" 2> /dev/null | sed -n 's/^ *Command=//p' || true)
 for root in "${original%/slurm/pretrain_6x3090.sh*}" "${SLURM_SUBMIT_DIR:-$PWD}" ""; do
     [[ -n $root && -f $root/jobs/run_pretrain.sh ]] && break

@@ -1,4 +1,4 @@
-"""What all tests share: a cache folder of their own, a small corpus, a small tokenizer, a Slurm cluster."""
+"""Fixtures of all tests: a private cache folder, a small corpus, a small tokenizer, a Slurm cluster."""
 
 import json
 import os
@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SlurmCluster, why_not
+from slurm_cluster import SlurmCluster, why_unavailable
 
-# Triton's kernels run on the CPU, in its interpreter: what they compute is tested everywhere, their speed nowhere. Read
-# when Triton is imported, whoever does that first.
+# Run Triton's kernels on the CPU, in Triton's interpreter, so that their results (not their speed) are tested on every
+# machine. Triton reads the variable when it is imported, so it is set before any test imports Triton.
 os.environ["TRITON_INTERPRET"] = "1"
 
 _COMMON = (
@@ -27,8 +27,8 @@ _RARE = ["Ünïcödé", "e\u0301", "🙂", "龘", "3.14", "2024年", "\u3000", "
 
 @pytest.fixture(autouse=True, scope="session")
 def _private_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Caches outside the user's home, and no trace of a launcher that the tests themselves run under."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: children would ignore it, too
+    """Keep caches out of the user's home, and hide the launcher that the tests themselves may run under."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a background job ignores it, and its children inherit that
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEGAZH_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -40,7 +40,7 @@ def _private_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 
 def make_texts(count: int, seed: int = 0, words: int = 120) -> list[str]:
-    """Documents of Chinese and English made-up text, of about `words` words, the same for the same arguments."""
+    """Made-up documents in Chinese and English, of about `words` words each; equal arguments give equal documents."""
     choose = random.Random(seed)
     chinese = ["".join(choose.choices(_COMMON, k=choose.choice((1, 2, 2, 3, 4)))) for _ in range(600)]
     english = _ENGLISH.split()
@@ -61,7 +61,7 @@ def make_texts(count: int, seed: int = 0, words: int = 120) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    """One document a line, under the key `text`."""
+    """Write one document per line, under the key `text`; returns the path."""
     with open(path, "w", encoding="utf-8") as file:
         for text in texts:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
@@ -102,8 +102,8 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """A running Slurm cluster of two nodes with seven pretended RTX 3090s each."""
-    if reason := why_not():
+    """A running Slurm cluster of two nodes with seven simulated RTX 3090s each."""
+    if reason := why_unavailable():
         pytest.skip(reason)
     with SlurmCluster() as cluster:
         yield cluster

@@ -1,4 +1,4 @@
-"""A tiny recipe as a file, and a run folder made by hand, with the weights of a model that has learned nothing."""
+"""A tiny recipe file, and run folders made without training, whose checkpoints hold the weights of untrained models."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ RECIPE: dict[str, Any] = {
 
 
 def write_recipe(path: Path, manifest: Path | None = None, **changes: Any) -> Path:
-    """Write the tiny recipe to `path`; on data that is there where `manifest` is given, else on stories to be made."""
+    """Write the tiny recipe to `path`, for the data of `manifest` or else for stories that the run makes itself."""
     values = {**RECIPE, **changes, "model": {**RECIPE["model"], **changes.get("model", {})}}
     if manifest is not None:
         values["data"] = {"manifest": str(manifest)}
@@ -50,7 +50,7 @@ def write_recipe(path: Path, manifest: Path | None = None, **changes: Any) -> Pa
 
 
 def make_run(path: Path, recipe: Path, step: int = 6, dtype: torch.dtype = torch.float32) -> RunFolder:
-    """A run of one stage in the folder `path`, with a checkpoint of `step` as training writes it, but no optimizer."""
+    """Make the run folder `path` of one stage, with a checkpoint of `step` that lacks only the optimizer state."""
     run, values = RunFolder(path), load_recipe(recipe)
     run.begin(values.to_yaml(), values.open_mixture())
     add_checkpoint(run, values, step, dtype)
@@ -58,7 +58,7 @@ def make_run(path: Path, recipe: Path, step: int = 6, dtype: torch.dtype = torch
 
 
 def add_checkpoint(run: RunFolder, recipe: Recipe, step: int, dtype: torch.dtype = torch.float32) -> Path:
-    """Save initial weights, other ones for each step."""
+    """Save a checkpoint of initial weights, different ones for each step; returns its path."""
     model = Decoder(recipe.model, seed=step).to(dtype)
     blocks = len(model.blocks)
     layers = {0: model.embedding, **dict(enumerate(model.blocks, 1)), blocks + 1: model.norm}
@@ -73,7 +73,7 @@ def add_checkpoint(run: RunFolder, recipe: Recipe, step: int, dtype: torch.dtype
 
 
 def write_manifest(checkpoint: Path, step: int, recipe: Recipe) -> None:
-    """Write the manifest of the files that lie in a checkpoint."""
+    """Write the manifest for the files that a checkpoint holds."""
     files = [
         {
             "name": f"{STATE}/{file.name}",
@@ -99,13 +99,28 @@ def write_manifest(checkpoint: Path, step: int, recipe: Recipe) -> None:
 
 
 def write_metrics(run: RunFolder, steps: int, seconds: float = 0.5) -> None:
-    """Metrics of a run of so many steps: losses 4, 3.5, 3 and so on, two validations, three samples."""
+    """Write the metrics of a run of `steps` steps: losses 4, 3.5, 3 and so on, two validations, three samples."""
     with Metrics(run.path, 0, quiet=False) as metrics:
         metrics.validation(0, 0, 5.0, 4.0, 4)
         for step in range(1, steps + 1):
-            loss = 4.5 - step / 2
             metrics.step(
-                StepRecord(step, steps, step * 256, loss, 1e-3, 1.0, seconds, 1.0, 1.0, None, None, None, 0.0, False, 0)
+                StepRecord(
+                    step=step,
+                    steps=steps,
+                    tokens=step * 256,
+                    loss=4.5 - step / 2,
+                    learning_rate=1e-3,
+                    grad_norm=1.0,
+                    step_seconds=seconds,
+                    tokens_per_second=1.0,
+                    tokens_per_second_per_gpu=1.0,
+                    mfu=None,
+                    memory_bytes=None,
+                    memory_reserved=None,
+                    data_seconds=0.0,
+                    skipped=False,
+                    eta_seconds=0,
+                )
             )
         metrics.validation(steps, steps * 256, 2.5, 2.0, 4)
         for number, text in enumerate(["一", "二\n二", "三"]):

@@ -1,4 +1,4 @@
-"""Start commands so that nothing of them outlives a test: each has a time limit, and all its descendants are ended."""
+"""Run commands that leave nothing behind: each has a time limit, and all its descendants are killed at the end."""
 
 import contextlib
 import os
@@ -7,14 +7,15 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that has ended; `returncode` is negative where a signal ended it."""
+    """A command that has ended; `returncode` is negative if a signal ended it."""
 
     returncode: int
     stdout: str
@@ -22,7 +23,7 @@ class Finished:
 
 
 class Running:
-    """A command that runs; use it through `start_command`."""
+    """A running command; made by `start_command`."""
 
     def __init__(self, process: subprocess.Popen[bytes], mark: str, stdout: Path, stderr: Path) -> None:
         self.process = process
@@ -30,11 +31,11 @@ class Running:
         self._stdout, self._stderr = stdout, stderr
 
     def descendants(self) -> list[int]:
-        """Process ids of all that the command started and that still live, itself included."""
+        """Ids of the living processes among the command and its descendants."""
         return marked_processes(self._mark)
 
     def wait(self, timeout: float) -> Finished:
-        """Wait for the end. Raises AssertionError, with what was printed, where it does not come in time."""
+        """Wait for the end. Raises AssertionError, with the output so far, after `timeout` seconds."""
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -53,18 +54,18 @@ class Running:
 def start_command(
     args: Sequence[str | Path], env: Mapping[str, str | None] | None = None, cwd: Path | None = None
 ) -> Iterator[Running]:
-    """Start a command in a process group of its own; at the end of the block all that is left of it is killed.
+    """Start a command in a process group of its own; when the block ends, it and all its descendants are killed.
 
     Args:
-        env: variables to add to this process's own; None removes one.
+        env: variables to add to this process's environment; None removes one.
     """
-    # mpirun's proxies and Slurm's steps leave the group, but not the environment.
+    # mpirun's proxies and Slurm's steps leave the process group, but keep the environment.
     mark = f"MEGAZH_TEST_COMMAND={uuid.uuid4().hex}"
     environment = {**os.environ, **(env or {}), **dict([mark.split("=")])}
     environment = {name: value for name, value in environment.items() if value is not None}
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
-        # Files, not pipes: a left-over process that holds a pipe open would make the reader wait for it.
+        # Files, not pipes: a process left over that holds a pipe open would make the reader wait.
         with open(stdout, "wb") as out, open(stderr, "wb") as err:
             process = subprocess.Popen(
                 [str(arg) for arg in args],
@@ -91,7 +92,7 @@ def run_command(
     env: Mapping[str, str | None] | None = None,
     cwd: Path | None = None,
 ) -> Finished:
-    """Run a command to its end; see `start_command`. Raises AssertionError where it takes longer than `timeout`."""
+    """Run a command to its end; see `start_command`. Raises AssertionError after `timeout` seconds."""
     with start_command(args, env, cwd) as running:
         return running.wait(timeout)
 
@@ -101,14 +102,14 @@ def marked_processes(mark: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            with contextlib.suppress(OSError):  # ended meanwhile, or of another user
+            with contextlib.suppress(OSError):  # it has ended meanwhile, or belongs to another user
                 if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
     return sorted(found)
 
 
 def kill_marked(mark: str) -> None:
-    """Kill all processes that carry `mark`, again until none is left."""
+    """Kill all processes with `mark` in their environment, and repeat until none is left."""
     deadline = time.monotonic() + 10
     while (pids := marked_processes(mark)) and time.monotonic() < deadline:
         for pid in pids:
@@ -117,8 +118,14 @@ def kill_marked(mark: str) -> None:
         time.sleep(0.02)
 
 
-def wait_until(condition, timeout: float, what: str):
-    """The first true value of `condition()`. Raises AssertionError naming `what` where none comes in time."""
+def wait_until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
+    """Wait for a true value of `condition()`, and return it. Raises AssertionError after `timeout` seconds.
+
+    Args:
+        condition: called every 10 ms.
+        timeout: seconds to wait.
+        what: description of the condition, for the error.
+    """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if value := condition():

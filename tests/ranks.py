@@ -1,4 +1,4 @@
-"""Start the ranks of a script, and read what each of them has found."""
+"""Start the ranks of a script, and collect the results of each rank."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ sys.exit(run_ranks(arguments, ranks, {}, None, Path(logs)))
 
 @contextlib.contextmanager
 def start_ranks(script: Path, ranks: int, arguments: Sequence[object], folder: Path) -> Iterator[Running]:
-    """Start `script FOLDER ARGUMENTS` on CPU ranks; at the end of the block they are ended."""
+    """Start `script FOLDER ARGUMENTS` on CPU ranks; they are killed when the block ends."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.dumps([[str(script), str(folder), *map(str, arguments)], ranks, str(folder / "logs")])
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
@@ -35,7 +35,10 @@ def start_ranks(script: Path, ranks: int, arguments: Sequence[object], folder: P
 def run_ranks(
     script: Path, ranks: int, arguments: Sequence[object], folder: Path, timeout: float
 ) -> list[dict[str, Any]]:
-    """Like `start_ranks`, to the end, which must be a good one; returns what each rank gave to `tell`."""
+    """Run `script FOLDER ARGUMENTS` on CPU ranks to the end; returns what each rank gave to `save_results`.
+
+    Raises AssertionError, with all logs, if a rank fails or `timeout` seconds have passed.
+    """
     with start_ranks(script, ranks, arguments, folder) as running:
         finished = running.wait(timeout)
     logs = "".join(log.read_text() for log in sorted((folder / "logs").glob("*.log")))
@@ -43,17 +46,16 @@ def run_ranks(
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def tell(folder: Path, found: dict[str, Any]) -> None:
-    """Hand this rank's finds, tensors and plain values, to `run_ranks`."""
-    torch.save(found, folder / f"rank_{os.environ['RANK']}.pt")
+def save_results(folder: Path, results: dict[str, Any]) -> None:
+    """Hand the results of this rank, tensors and plain values, to `run_ranks`."""
+    torch.save(results, folder / f"rank_{os.environ['RANK']}.pt")
 
 
 def join_ranks() -> None:
-    """Join the other ranks, as a rank of a run does."""
+    """Join the process group, as a rank of a run does."""
     import deepspeed
-    from megazh.pipeline.operators import use_no_compiled_operators
 
-    from megazh.pipeline.engine import quiet
+    from megazh.pipeline.engine import quiet, use_no_compiled_operators
 
     torch.set_num_threads(1)
     use_no_compiled_operators()

@@ -1,4 +1,4 @@
-"""A small recipe for tests, changed by the last names of its keys."""
+"""A small recipe for tests; keys to change are given by their last names, such as `seq_len`."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ MODEL = {
 
 
 def in_sections(values: dict[str, Any]) -> dict[str, Any]:
-    """Put flat keys, such as `steps`, into their sections; sections given as mappings stay."""
+    """Put flat keys, such as `steps`, into their sections; sections that are given as mappings are kept."""
     sections: dict[str, Any] = {}
     for name, value in values.items():
         if name in Recipe.model_fields and isinstance(value, dict):
@@ -28,7 +28,7 @@ def in_sections(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_recipe(**changes: Any) -> Recipe:
-    """A recipe of 8 samples of 16 tokens per step, two at a time; `model` is merged, other keys are replaced."""
+    """A recipe of 8 samples of 16 tokens per step, 2 per micro-batch; `model` is merged, other keys are replaced."""
     values = {
         "data": {"manifest": "m.yaml"},
         "seq_len": 16,

@@ -1,4 +1,4 @@
-"""A private Slurm cluster on this machine: two nodes with pretended CPUs and GPUs, no munge, no systemd, no root."""
+"""A private Slurm cluster on this machine: two nodes with simulated CPUs and GPUs, without munge, systemd or root."""
 
 import contextlib
 import getpass
@@ -16,12 +16,13 @@ from processes import Finished, kill_marked, run_command
 
 _START_SECONDS = 20.0
 _STOP_SECONDS = 10.0
-# In a namespace of its own a node has its name: `hostname` says it, and jobs that look up a node's name find it.
+# Each node runs in a namespace with its own host name, so that `hostname` prints the node's name and jobs can resolve
+# the names of all nodes.
 _NODE_IN_NAMESPACE = 'mount --bind "$1" /etc/hosts && hostname "$2" && exec setpriv --pdeathsig KILL slurmd -D -N "$2"'
 
 
-def why_not() -> str:
-    """Why no cluster can be started here; empty where one can."""
+def why_unavailable() -> str:
+    """Reason why no cluster can be started here; empty if one can."""
     missing = [name for name in ("slurmctld", "slurmd", "srun", "sbatch") if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} missing (Debian: apt-get install slurm-wlm)"
@@ -29,19 +30,19 @@ def why_not() -> str:
 
 
 class SlurmCluster:
-    """A cluster that lives as long as the `with` block.
+    """A cluster that runs until the `with` block ends.
 
-    Everything listens on the loopback address only, since its `auth/none` believes every caller. Memory and CPUs are
-    only booked, not enforced. GPUs are links to /dev/null: a job gets CUDA_VISIBLE_DEVICES and nothing behind it.
+    Its daemons listen on the loopback address only, since `auth/none` trusts every caller. Memory and CPUs are booked
+    but not enforced. GPUs are links to /dev/null: a job gets CUDA_VISIBLE_DEVICES, but no device.
 
     Args:
-        nodes: how many, named n1, n2 and so on.
-        gpus: of type 3090, a node.
-        cpus: a node; even.
+        nodes: number of nodes; they are named n1, n2 and so on.
+        gpus: GPUs per node, of type 3090.
+        cpus: CPUs per node; an even number.
 
     Attributes:
-        folder: with slurm.conf, the logs and the state; removed at the end.
-        env: what commands must have in their environment to find the cluster.
+        folder: folder of slurm.conf, logs and state; removed at the end.
+        env: environment variables that commands need to find the cluster.
     """
 
     def __init__(self, nodes: int = 2, gpus: int = 7, cpus: int = 48) -> None:
@@ -75,7 +76,7 @@ class SlurmCluster:
         deadline = time.monotonic() + timeout
         state = ""
         while time.monotonic() < deadline:
-            # Not `sbatch --wait`, which looks every ten seconds.
+            # `sbatch --wait` would look only every ten seconds.
             state = self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").stdout.strip()
             if state in ended:
                 return state
@@ -83,7 +84,7 @@ class SlurmCluster:
         raise AssertionError(f"job {job} is {state or 'unknown'} after {timeout} s")
 
     def stop(self) -> None:
-        """Cancel all jobs, end the daemons and whatever they started, and remove the folder."""
+        """Cancel all jobs, end the daemons and all that they started, and remove the folder."""
         with contextlib.suppress(Exception):
             if self._daemons and all(daemon.poll() is None for daemon in self._daemons):
                 self._cancel_all()
@@ -114,7 +115,7 @@ class SlurmCluster:
             (folder / "spool" / node).mkdir(parents=True)
             (folder / "tmp" / node).mkdir(parents=True)
         for number in range(self._gpus):
-            # Slurm wants a device file per GPU, and takes the GPU's index from the number in the name.
+            # Slurm requires a device file per GPU, and takes the GPU's index from the number in the name.
             (folder / "dev" / f"nvidia{number}").symlink_to("/dev/null")
         hosts = Path("/etc/hosts").read_text() if Path("/etc/hosts").exists() else "127.0.0.1 localhost\n"
         (folder / "hosts").write_text(f"{hosts.rstrip()}\n127.0.0.1 {' '.join(self.nodes)}\n")
@@ -145,7 +146,7 @@ class SlurmCluster:
             "MpiDefault": "pmi2",
             "ReturnToService": 2,
             "KillWait": 5,
-            "SlurmdParameters": "config_overrides",  # believe the CPUs and the memory below
+            "SlurmdParameters": "config_overrides",  # trust the numbers of CPUs and memory below
             "SchedulerType": "sched/backfill",
             "SchedulerParameters": "batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1",
             "SelectType": "select/cons_tres",
@@ -168,16 +169,16 @@ class SlurmCluster:
         )
 
     def _start(self) -> None:
-        # SIGKILL on the death of this process: even a killed test run leaves no daemon.
-        die = ["setpriv", "--pdeathsig", "KILL"]
-        self._spawn([*die, "slurmctld", "-D", "-c", "-i"])
+        # The daemons get SIGKILL when this process dies, so that a killed test run leaves none behind.
+        dying_along = ["setpriv", "--pdeathsig", "KILL"]
+        self._spawn([*dying_along, "slurmctld", "-D", "-c", "-i"])
         namespace = _namespace()
         for node in self.nodes:
             if namespace:
                 hosts = str(self.folder / "hosts")
                 self._spawn([*namespace, "bash", "-c", _NODE_IN_NAMESPACE, "bash", hosts, node])
             else:
-                self._spawn([*die, "slurmd", "-D", "-N", node])
+                self._spawn([*dying_along, "slurmd", "-D", "-N", node])
         deadline = time.monotonic() + _START_SECONDS
         states: list[str] = []
         while time.monotonic() < deadline:
@@ -203,7 +204,7 @@ class SlurmCluster:
 
 
 def _namespace() -> list[str]:
-    """The command that gives a node its own host name and hosts file; empty where the kernel refuses."""
+    """Command prefix that gives a node its own host name and hosts file; empty if the kernel refuses it."""
     for options in (["--mount", "--uts"], ["--user", "--map-current-user", "--keep-caps", "--mount", "--uts"]):
         command = ["unshare", *options]
         if subprocess.run([*command, "true"], capture_output=True).returncode == 0:
@@ -212,7 +213,7 @@ def _namespace() -> list[str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nothing listens on."""
+    """Ports on the loopback address that nothing listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

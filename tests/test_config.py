@@ -1,4 +1,4 @@
-"""YAML configuration: what is refused, and how it is said."""
+"""YAML configuration: values that are read, and the messages for those that are refused."""
 
 from enum import StrEnum
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks, and the memory of hashes."""
+"""Atomic writes, locks, and remembered hashes."""
 
 import hashlib
 import os
@@ -123,7 +123,7 @@ def test_lock_without_message_waits(tmp_path: Path) -> None:
 
 
 def test_lock_follows_a_replaced_file(tmp_path: Path) -> None:
-    """Whoever waited on a lock file that its holder removed must lock the new one."""
+    """A process that waited on a lock file which its holder has removed must lock the new file."""
     lock = tmp_path / "lock"
     entered = threading.Event()
     leave = threading.Event()
@@ -146,7 +146,7 @@ def test_lock_follows_a_replaced_file(tmp_path: Path) -> None:
 
 
 def test_lock_survives_the_removal_of_its_folder(tmp_path: Path) -> None:
-    """A build that ends takes its folder away while another waits at its lock."""
+    """A build that ends removes its folder, while another build waits for the lock in it."""
     lock = tmp_path / "folder" / "lock"
     failure: list[BaseException] = []
 

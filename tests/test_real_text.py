@@ -1,6 +1,6 @@
-"""Real text in four file forms, with planted dirt: one process, two workers and two ranks give the same bytes.
+"""Real text in four file formats with bad lines added: one process, two workers and two ranks give the same bytes.
 
-Runs where the project's sample data lies beside the checkout, else it is skipped.
+Skipped unless the project's sample data lies beside the checkout.
 """
 
 import json
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-_DIRT = (
+_ADDED_LINES = (
     b'{"text": "cut off',
     b'{"txt": "another key"}',
     b'{"text": null}',
@@ -39,11 +39,11 @@ _DIRT = (
 )
 
 
-def _dirty(path: Path) -> bytes:
-    """The lines of a JSONL file with dirt between them: 7 bad lines, 2 empty documents, blank lines."""
+def _with_added_lines(path: Path) -> bytes:
+    """The lines of a JSONL file with others in between: 7 bad lines, 2 empty documents, blank lines."""
     lines = path.read_bytes().splitlines()
-    for number, line in enumerate(_DIRT):
-        lines.insert(number * len(lines) // len(_DIRT), line)
+    for number, line in enumerate(_ADDED_LINES):
+        lines.insert(number * len(lines) // len(_ADDED_LINES), line)
     return b"\xef\xbb\xbf" + b"\n".join(lines)
 
 
@@ -51,8 +51,8 @@ def _dirty(path: Path) -> bytes:
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real") / "raw"
     folder.mkdir()
-    (folder / "english.jsonl").write_bytes(_dirty(PRETRAIN / "english.jsonl"))
-    (folder / "lctt.jsonl.zst").write_bytes(zst(_dirty(PRETRAIN / "lctt_tech_articles.jsonl"), frames=3))
+    (folder / "english.jsonl").write_bytes(_with_added_lines(PRETRAIN / "english.jsonl"))
+    (folder / "lctt.jsonl.zst").write_bytes(zst(_with_added_lines(PRETRAIN / "lctt_tech_articles.jsonl"), frames=3))
     (folder / "poetry.jsonl.gz").write_bytes(gz((PRETRAIN / "tang_poetry.jsonl").read_bytes(), members=2))
     (folder / "d2l.jsonl").write_bytes((PRETRAIN / "d2l_zh.jsonl").read_bytes())
     (folder / "classical_modern.parquet").write_bytes((PRETRAIN / "classical_modern.parquet").read_bytes())

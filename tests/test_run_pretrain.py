@@ -1,4 +1,4 @@
-"""`jobs/run_pretrain.sh`: which Python it runs, with what, and where."""
+"""`jobs/run_pretrain.sh`: the Python that it runs, its arguments, and the folder that it runs in."""
 
 import shutil
 import sys
@@ -8,7 +8,7 @@ from processes import run_command
 
 JOBS = Path(__file__).parents[1] / "jobs"
 
-# Passes setup's check, and tells what it is called with.
+# A Python that passes the check of setup.sh, and prints its folder, PYTHONPATH and arguments.
 PYTHON = f"""#!/bin/bash
 [[ $1 == - ]] && exec {sys.executable} "$@"
 printf '%s\\n' "$PWD" "$PYTHONPATH" "$@"

@@ -1,4 +1,4 @@
-"""Layers of settings: files that include one another, `key=value` on top, and where each value was written."""
+"""Layers of settings: files that include one another, `key=value` on top, and the place of each value."""
 
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def test_includes_that_cannot_work_name_the_file(tmp_path: Path, files: dict[str
 def test_settings_are_yaml_and_reach_inside(settings: list[str], expected: dict[str, Any]) -> None:
     values = {"seed": 1, "validation": {"fraction": 0.1}}
     assert override(Settings(values), settings, Plan).values == expected
-    assert values == {"seed": 1, "validation": {"fraction": 0.1}}, "what was given stays as it was"
+    assert values == {"seed": 1, "validation": {"fraction": 0.1}}, "the given mapping is not changed"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`jobs/setup.sh`: what it prints, and what it refuses; without network, and without making an environment."""
+"""`jobs/setup.sh`: its output and refusals; without network, and without making an environment."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ SETUP = Path(__file__).parents[1] / "jobs" / "setup.sh"
 
 
 def setup(python: str | Path, *options: str):
-    """Run it with MEGAZH_PYTHON, from the root folder, so that nothing is found by chance."""
+    """Run `jobs/setup.sh OPTIONS` with MEGAZH_PYTHON, in `/`, so that nothing is found by chance."""
     return run_command(["bash", SETUP, *options], env={"MEGAZH_PYTHON": str(python)}, cwd=Path("/"))
 
 
@@ -38,7 +38,7 @@ def test_a_bare_interpreter_is_told_what_it_lacks(bare: Path) -> None:
     (line,) = finished.stderr.splitlines()
     lacking = line.removeprefix(f"error: setup: MEGAZH_PYTHON={bare} lacks ").partition(";")[0].split()
     assert {"numpy", "torch", "deepspeed", "tensorboard", "mpi4py"} <= set(lacking)
-    assert "pytest" not in lacking, "asked for without --dev"
+    assert "pytest" not in lacking, "required although --dev is not given"
     assert "requirements/" in line, "the remedy"
     assert not list(bare.parents[1].glob("lib/*/site-packages/*")), "something was installed"
 

@@ -93,8 +93,13 @@ class Worker:
         """
         if task.piece is None:
             return self._try_fast(setup)
-        encoder = self._encoder(setup, task.fast)
-        assert encoder is not None, "the fast encoder is used only after it was tried"
+        try:
+            encoder = self._encoder(setup, task.fast)
+            assert encoder is not None, "the fast encoder is used only after it was tried"
+        except ImportError as error:  # it was tried on one worker only, and this one runs on another host
+            if not task.fast:
+                raise
+            return Result(task.piece.key, failure=str(error))
         try:
             return encode_piece(setup, task.piece, task.sources, encoder, samples=task.fast)
         except EncoderFailedError as error:

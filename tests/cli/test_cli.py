@@ -1,4 +1,4 @@
-"""The command line: help, exit codes, Ctrl-C, and the tool that is the same as the command."""
+"""The command line: help, exit codes, Ctrl-C, and the tool that does the same as the command."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""`megazh plan`: its options and settings reach the plan, and what cannot work is one line."""
+"""`megazh plan`: its options and settings reach the plan, and an error is one line."""
 
 import pytest
 

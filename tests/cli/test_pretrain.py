@@ -1,4 +1,4 @@
-"""`megazh pretrain` as a user meets it: options, refusals, and runs that end, are stopped, die, and go on."""
+"""`megazh pretrain` as a user sees it: options, refusals, and runs that complete, are interrupted, fail, and resume."""
 
 import contextlib
 import os
@@ -32,8 +32,8 @@ AGAIN = "run the same command again to resume from the last checkpoint"
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
-    """Requests that reach `start`, which starts nothing."""
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The requests that reach `start`, which is replaced and starts nothing."""
     found: list[Request] = []
 
     def start(one: Request) -> int:
@@ -68,7 +68,7 @@ def pretrain(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, s
 )
 def test_settings_stand_anywhere(
     capsys: pytest.CaptureFixture[str],
-    asked: list[Request],
+    requests: list[Request],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     line: str,
@@ -77,16 +77,16 @@ def test_settings_stand_anywhere(
     monkeypatch.chdir(tmp_path)
     Path("there=1.jsonl").touch()
     assert pretrain(capsys, line) == (0, "", "")
-    (one,) = asked
+    (one,) = requests
     assert one == Request(**expected)
 
 
 @pytest.mark.parametrize(
     "line", ["-t gpt", "-n 0", "-n two", "-p 0", "--learning_rate 1e-3", "--device tpu", "-i", "steps"]
 )
-def test_a_line_that_cannot_be_read(capsys: pytest.CaptureFixture[str], asked: list[Request], line: str) -> None:
+def test_a_line_that_cannot_be_read(capsys: pytest.CaptureFixture[str], requests: list[Request], line: str) -> None:
     code, out, err = pretrain(capsys, line)
-    assert (code, out, asked) == (2, "", [])
+    assert (code, out, requests) == (2, "", [])
     assert "usage: megazh" in err
 
 
@@ -139,14 +139,14 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def env() -> dict[str, str | None]:
-    """What a terminal has."""
+    """The environment of a terminal."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": None}
 
 
 @pytest.fixture(scope="module")
 def complete(here: Path, env: dict[str, str | None]) -> Finished:
-    """A run from nothing to its end, in `runs/mini`."""
+    """The command of a complete run, in `runs/mini`."""
     finished = run_command(PRETRAIN, 240, env, here)
     assert finished.returncode == 0, finished
     return finished
@@ -161,17 +161,18 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def recorded(run: Path) -> int:
-    """Steps that a run has recorded so far; also where its last line is being written."""
+    """Number of steps that a run has recorded so far; the last line may be incomplete."""
     path = run / "metrics.jsonl"
     return path.read_text().count('"kind": "step"') if path.exists() else 0
 
 
 def errors(finished: Finished) -> list[str]:
-    """The lines on stderr that are megazh's own: torch may warn of itself."""
+    """megazh's own lines on stderr; torch may print warnings there."""
     assert "Traceback" not in finished.stderr
     return [line for line in finished.stderr.splitlines() if line.startswith(("error", "stopping", "interrupted"))]
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_run_leaves_all_that_is_promised(complete: Finished, here: Path) -> None:
     run = RunFolder(here / "runs" / "mini")
@@ -195,6 +196,7 @@ def test_a_run_leaves_all_that_is_promised(complete: Finished, here: Path) -> No
     assert complete.stderr == "", "no warning of torch or DeepSpeed reaches the terminal"
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_the_printed_commands_work(
     complete: Finished,
@@ -220,6 +222,7 @@ def test_the_printed_commands_work(
         assert f"length      {steps} steps, " in out
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_the_same_command_again_says_complete(complete: Finished, here: Path, env: dict[str, str | None]) -> None:
     run = here / "runs" / "mini"
@@ -231,6 +234,7 @@ def test_the_same_command_again_says_complete(complete: Finished, here: Path, en
     assert ((run / "metrics.jsonl").read_bytes(), list_checkpoints(run / "checkpoints")) == before
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.usefixtures("complete")
 def test_more_steps_train_on_from_there(here: Path, env: dict[str, str | None]) -> None:
@@ -244,6 +248,7 @@ def test_more_steps_train_on_from_there(here: Path, env: dict[str, str | None]) 
     assert list_checkpoints(longer / "checkpoints")[-1].name == f"step_{STEPS + 4:08d}"
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.usefixtures("complete")
 def test_moved_elsewhere_it_needs_no_data(here: Path, env: dict[str, str | None], tmp_path: Path) -> None:
@@ -256,7 +261,7 @@ def test_moved_elsewhere_it_needs_no_data(here: Path, env: dict[str, str | None]
 
 @contextlib.contextmanager
 def training(here: Path, env: dict[str, str | None], name: str) -> Iterator[Running]:
-    """The run `runs/NAME`, two steps under way."""
+    """Start the run `runs/NAME`; the block begins after two steps."""
     run = here / "runs" / name
     with start_command([*PRETRAIN, "-r", f"runs/{name}"], env, here) as running:
         wait_until(lambda: recorded(run) >= 2 or running.process.poll() is not None, 120, f"two steps of {name}")
@@ -264,6 +269,7 @@ def training(here: Path, env: dict[str, str | None], name: str) -> Iterator[Runn
         yield running
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.usefixtures("complete")
 def test_ctrl_c_saves_and_the_same_command_goes_on(here: Path, env: dict[str, str | None]) -> None:
@@ -283,9 +289,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(here: Path, env: dict[str, st
     finished = run_command([*PRETRAIN, "-r", "runs/stopped"], 120, env, here)
     assert finished.returncode == 0, finished
     assert f"resumed at step {step} of {STEPS}" in finished.stdout
-    assert losses(run) == losses(here / "runs" / "mini"), "as if it had not been stopped"
+    assert losses(run) == losses(here / "runs" / "mini"), "as if it had not been interrupted"
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.usefixtures("complete")
 def test_a_killed_rank_is_named_and_nothing_is_left(here: Path, env: dict[str, str | None]) -> None:

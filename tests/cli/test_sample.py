@@ -1,4 +1,4 @@
-"""`megazh sample`: what it prints, and what it refuses, on a model that has learned nothing."""
+"""`megazh sample`: its output and refusals, with an untrained model."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ PROMPT = "从前，有一只小兔子。"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run with a checkpoint of step 6, to be read only."""
+    """A run with a checkpoint of step 6, which tests only read."""
     folder = tmp_path_factory.mktemp("run")
     manifest = prepare(folder / "data", 400, 1, None, story_count=200, say=lambda line: None)
     return make_run(folder / "run", write_recipe(folder / "mini.yaml", manifest, model={"vocab_size": 4096}))

@@ -1,4 +1,4 @@
-"""CUDA without torch: what the driver's answers mean, and that the version file is torch's own."""
+"""CUDA without importing torch: the meaning of the driver's answers, and torch's version file."""
 
 import ctypes
 
@@ -9,7 +9,7 @@ from megazh.cluster.cuda import describe_torch, usable_gpus
 
 
 class Driver:
-    """Stands in for libcuda: its version, its GPUs, and a function that fails."""
+    """A stand-in for libcuda, with a version, a number of GPUs, and a function that fails."""
 
     def __init__(self, version: int = 13000, gpus: int = 6, fails: str = "") -> None:
         self._version, self._gpus, self._fails = version, gpus, fails

@@ -1,4 +1,4 @@
-"""Choosing GPUs, on machines that are made up: what torch and the machine say is replaced."""
+"""Choosing GPUs on simulated machines: the descriptions of torch and of the NVIDIA card are replaced."""
 
 from pathlib import Path
 
@@ -23,13 +23,14 @@ def _no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, torch: Torch, card: str = "") -> None:
+    """Simulate a machine with this torch, and with an NVIDIA card if `card` names its device file."""
     monkeypatch.setattr(gpus, "describe_torch", lambda: torch)
     monkeypatch.setattr(gpus, "nvidia_card", lambda: card)
 
 
 @pytest.fixture
 def six(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six GPUs that work."""
+    """A machine with six GPUs that work."""
     machine(monkeypatch, Torch("2.13.0", "13.0", 6), "/dev/nvidia0")
 
 
@@ -90,17 +91,17 @@ def test_numbers_count_within_an_allocation(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_cpu_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unasked() -> Torch:
-        raise AssertionError("torch was imported for nothing")
+    def not_expected() -> Torch:
+        raise AssertionError("torch was described for nothing")
 
-    monkeypatch.setattr(gpus, "describe_torch", unasked)
+    monkeypatch.setattr(gpus, "describe_torch", not_expected)
     assert choose_devices("cpu", None, 4, 2) == Devices(Device.CPU, 4, None)
     assert choose_devices("cpu", None, None, 2) == Devices(Device.CPU, 2, None)
     assert choose_devices("cpu", None, None, None) == Devices(Device.CPU, 1, None)
 
 
 @pytest.mark.parametrize(
-    ("torch", "card", "visible", "why"),
+    ("torch", "card", "visible", "reason"),
     [
         (CPU_BUILD, "", None, "this torch (2.13.0+cpu) is built without CUDA"),
         (CPU_BUILD, "/dev/nvidia0", None, "would not use the NVIDIA card in this machine"),
@@ -110,14 +111,14 @@ def test_the_cpu_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_cpu_where_there_is_nothing_else_and_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, torch: Torch, card: str, visible: str | None, why: str
+    monkeypatch: pytest.MonkeyPatch, torch: Torch, card: str, visible: str | None, reason: str
 ) -> None:
     machine(monkeypatch, torch, card)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     chosen = choose_devices(None, None, None, 2)
     assert (chosen.device, chosen.ranks, chosen.ids) == ("cpu", 2, None)
-    assert why in chosen.note
+    assert reason in chosen.note
     assert "\n" not in chosen.note
 
 
@@ -131,27 +132,28 @@ def test_a_card_without_a_working_driver_is_never_passed_over(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("device", "numbers", "asked"), [("cuda", None, "--device cuda"), (None, "0", "-g 0")])
+@pytest.mark.parametrize(("device", "numbers", "option"), [("cuda", None, "--device cuda"), (None, "0", "-g 0")])
 def test_a_gpu_that_was_asked_for_is_not_replaced_by_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, device: str | None, numbers: str | None, asked: str
+    monkeypatch: pytest.MonkeyPatch, device: str | None, numbers: str | None, option: str
 ) -> None:
-    with pytest.raises(UsageError, match=f"^{asked}: .*without CUDA; install one"):
+    with pytest.raises(UsageError, match=f"^{option}: .*without CUDA; install one"):
         choose_devices(device, numbers, None, 6)
     machine(monkeypatch, CUDA_BUILD)
-    with pytest.raises(UsageError, match=f"^{asked}: no NVIDIA GPU is in this machine"):
+    with pytest.raises(UsageError, match=f"^{option}: no NVIDIA GPU is in this machine"):
         choose_devices(device, numbers, None, 6)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(UsageError, match=f"^{asked}: CUDA_VISIBLE_DEVICES= hides all"):
+    with pytest.raises(UsageError, match=f"^{option}: CUDA_VISIBLE_DEVICES= hides all"):
         choose_devices(device, numbers, None, 6)
 
 
 def test_cards_are_found_without_a_driver(tmp_path: Path) -> None:
     assert nvidia_card(tmp_path) == ""
-    for name, vendor, kind in [("0", "0x1002", "0x030000"), ("1", "0x10de", "0x040300"), ("2", "0x10de", "0x030200")]:
+    devices = [("0", "0x1002", "0x030000"), ("1", "0x10de", "0x040300"), ("2", "0x10de", "0x030200")]
+    for name, vendor, device_class in devices:
         folder = tmp_path / "sys/bus/pci/devices" / name
         folder.mkdir(parents=True)
         (folder / "vendor").write_text(f"{vendor}\n")
-        (folder / "class").write_text(f"{kind}\n")
+        (folder / "class").write_text(f"{device_class}\n")
         assert bool(nvidia_card(tmp_path)) == (name == "2"), "another maker's card, the card's sound, the card"
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidiactl").touch()

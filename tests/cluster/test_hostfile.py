@@ -1,4 +1,4 @@
-"""Hostfiles: what is a host, and the line that is none."""
+"""Hostfiles: the hosts in them, and the lines that are refused."""
 
 import socket
 from pathlib import Path

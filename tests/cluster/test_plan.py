@@ -1,4 +1,4 @@
-"""Plans of recipes that come along, against numbers worked out by hand."""
+"""Plans of recipes that come with megazh, compared with numbers worked out by hand."""
 
 import re
 from typing import Any
@@ -14,22 +14,22 @@ TOKENS = 38147 * 786_432
 BLOCK = 6 * 12_845_056 + 6 * 1024 * 1024
 HEAD = 6 * 151_936 * 1024
 RATE = 0.4 * 71e12
-"""FLOPs a second of a 3090 at the share that is assumed."""
+"""FLOP/s of an RTX 3090 at the MFU that is assumed."""
 
 
 def lines_of(name: str = "qwen0.5b_6x3090", gpus: int = 6, settings: list[str] | None = None, **assumed: Any) -> list:
-    """The plan of a recipe."""
+    """The lines of a recipe's plan."""
     return list(plan(load_recipe(recipe_path(name), settings or []), gpus, Assumptions(**{"mfu": 0.4, **assumed})))
 
 
 def table(lines: list[str]) -> dict[int, list[str]]:
-    """The rows of the table of layouts by their stages, in order: all behind stages and replicas."""
+    """Rows of the table of layouts, in order, by number of stages; each row holds the columns after that number."""
     rows = [line.split() for line in lines if re.match(r" *\d+ +\d+ +\d+ .*s ", line)]
     return {int(row[0]): row[1:] for row in rows}
 
 
 def holdings(lines: list[str], stages: int) -> list[str]:
-    """What the stages of a layout hold."""
+    """The parts that each stage of a layout holds."""
     begin = next(number for number, line in enumerate(lines) if line.startswith(f"stages of pp={stages} ")) + 2
     return [re.split(r"  +", line.strip())[1] for line in lines[begin : begin + stages]]
 
@@ -47,11 +47,13 @@ def test_layouts_of_the_half_billion() -> None:
     micro_batches = {1: 16, 2: 32, 3: 48, 6: 96}
     assert {stages: int(row[1]) for stages, row in rows.items()} == micro_batches
     assert rows[1][2] == "0.0%"
-    # The slower of 18 layers and of 6 with the head, against the mean of the two.
+    # The slower stage: one has 18 layers, the other 6 and the head. Balance compares it with the mean of both.
     slowest, whole = 18 * BLOCK, 24 * BLOCK + HEAD
-    # With thirds: the first stage has done two forward passes (2 x 6 layers) when it gets the first gradient, behind
-    # its own first pass (6), and on the other stage those of 6 layers and head (2 + 2/3 head, for the head's gradient
-    # of inputs belongs to its forward pass) and the backward pass of 6 layers (2). From then on it never waits.
+    # A forward pass, an input gradient and a weight gradient each take a third of BLOCK per layer: 6 BLOCK for the 18
+    # layers of the first stage, 2 BLOCK for the 6 layers of the other. The first stage receives its first gradient
+    # after its own forward pass (6), the other stage's forward pass (2, and 2/3 HEAD, since the head's input gradient
+    # belongs to it) and that stage's input gradient (2). Two forward passes (12) fill that time except for `waits`. The
+    # first stage never waits again.
     waits = (6 + 2 + 2 - 12) * BLOCK + HEAD * 2 / 3
     for stages, row in rows.items():
         bubble = (stages - 1) / (micro_batches[stages] + stages - 1)
@@ -59,8 +61,8 @@ def test_layouts_of_the_half_billion() -> None:
     assert rows[2][2] == f"{waits / (32 * slowest + waits):.1%}" == "0.9%"
     assert slowest > 6 * BLOCK + HEAD
     assert rows[2][3] == f"{1 - whole / 2 / slowest:.1%}"
-    # Bytes a parameter: the gradient in bf16 once, the weight in bf16 once; all but the share of one of the replicas.
-    # With two stages also the tied matrix's gradient in fp32; hidden states travel while the stages compute.
+    # Bytes per parameter: 2 for the gradient in bf16 and 2 for the weight in bf16, times (replicas - 1) / replicas.
+    # With two stages also the tied matrix's gradient in fp32; hidden states are sent while the stages compute.
     reduce = {1: 4 * 463_987_712 * 5 / 6 / 10e9, 2: (4 * 386_885_632 * 2 / 3 + 4 * 151_936 * 1024) / 10e9}
     micro_batch = 8 * 1024
     compute = {1: 16 * whole, 2: 32 * slowest + waits}
@@ -85,7 +87,7 @@ def test_best_first_and_the_reason() -> None:
     assert lines[-2].startswith("best: pp=1 x dp=6: no bubble")
     assert lines[-1] == "to use it: -p 1"
     slow = lines_of(bandwidth=0.5, settings=["global_batch_size=48"])
-    assert next(iter(table(slow))) != 1, "where gradients are slow to sum, a pipeline wins"
+    assert next(iter(table(slow))) != 1, "with a slow reduction of gradients, a pipeline wins"
     assert "s a step less than with one stage" in slow[-2]
 
 

@@ -1,4 +1,4 @@
-"""From the command line to ranks: what is refused before anything starts, what is taken by default, what is started."""
+"""From the command line to ranks: refusals before anything starts, defaults, and the ranks that are started."""
 
 import json
 import shlex
@@ -31,7 +31,7 @@ STOPPED = 5
 
 
 class Launches(list[dict[str, Any]]):
-    """Stands in for `run_ranks`: writes down its arguments, and starts nothing."""
+    """A stand-in for `run_ranks` that records its arguments and starts nothing."""
 
     def __call__(
         self,
@@ -48,7 +48,7 @@ class Launches(list[dict[str, Any]]):
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launches:
-    """In an empty folder, on a machine without a GPU, with a launcher that only writes down."""
+    """Work in an empty folder, on a machine without a GPU, with a launcher that only records."""
     found = Launches()
     monkeypatch.setattr(local, "run_ranks", found)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -59,7 +59,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launches:
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """A torch that can use so many GPUs, or that is built without CUDA."""
+    """Simulate a torch that can use `count` GPUs, or for 0 one that is built without CUDA."""
     found = Torch("2.13.0", "13.0", count) if count else Torch("2.13.0+cpu", None, 0)
     monkeypatch.setattr(gpus, "describe_torch", lambda: found)
     monkeypatch.setattr(gpus, "nvidia_card", lambda: "/dev/nvidia0" if count else "")
@@ -78,16 +78,16 @@ def recipe(manifest: Path, tmp_path: Path) -> str:
 
 
 def files_of_runs() -> dict[Path, bytes]:
-    """All that runs hold, but for the lock."""
+    """The contents of all files in run folders, except locks."""
     files = [path for path in Path("runs").rglob("*") if path.is_file() and path.name != ".lock"]
     return {path: path.read_bytes() for path in files}
 
 
-def refused(asked: Request, launches: Launches, error: type[MegazhError] = UsageError) -> str:
-    """The one line that refuses this; nothing was started, and no run begun."""
+def refused(request: Request, launches: Launches, error: type[MegazhError] = UsageError) -> str:
+    """The one line that refuses a request; checks that nothing was started, and no run begun."""
     there = files_of_runs()
     with pytest.raises(error) as refusal:
-        start(asked)
+        start(request)
     assert files_of_runs() == there
     assert launches == []
     line = str(refusal.value)
@@ -226,8 +226,8 @@ def test_a_run_does_not_go_on_as_another_one(
     launches: Launches, recipe: str, changes: dict[str, Any], parts: list[str], length: str
 ) -> None:
     make_run(Path("runs/mini"), Path(recipe))
-    asked = {"num_gpus": 1, "stages": 1, **changes, "settings": [length, *changes.get("settings", [])]}
-    line = refused(Request(recipe=recipe, **asked), launches)
+    options = {"num_gpus": 1, "stages": 1, **changes, "settings": [length, *changes.get("settings", [])]}
+    line = refused(Request(recipe=recipe, **options), launches)
     for part in parts:
         assert part in line
 
@@ -237,10 +237,10 @@ def test_a_run_keeps_its_stages(launches: Launches, recipe: str) -> None:
     path = next(run.checkpoints.iterdir()) / "manifest.json"
     manifest = json.loads(path.read_bytes()) | {"stages": 2, "bounds": [0, 2, 4]}
     path.write_text(json.dumps(manifest))
-    asked = {"recipe": recipe, "num_gpus": 2, "stages": 2}
-    line = refused(Request(**asked, settings=["steps=12", "stage_bounds=[0, 1, 4]"]), launches)
+    options = {"recipe": recipe, "num_gpus": 2, "stages": 2}
+    line = refused(Request(**options, settings=["steps=12", "stage_bounds=[0, 1, 4]"]), launches)
     assert "saved with stage_bounds [0, 2, 4], and this run requests [0, 1, 4]" in line
-    assert start(Request(**asked, settings=["steps=12", "stage_bounds=[0, 2, 4]"])) == STOPPED
+    assert start(Request(**options, settings=["steps=12", "stage_bounds=[0, 2, 4]"])) == STOPPED
 
 
 def test_attention_dropout_is_refused_on_gpus(launches: Launches, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +297,7 @@ def test_with_gpus_and_no_recipe_it_is_the_half_billion(
 
 
 @pytest.mark.parametrize(
-    ("count", "layout", "said"),
+    ("count", "layout", "note"),
     [
         (0, "2 CPU processes = 2 stages x 1 replicas, fp32", "computing on the CPU: "),
         (1, "1 GPUs = 1 stages x 1 replicas, bf16", "1 GPU here, and the recipe has 2 pipeline stages: using one\n"),
@@ -305,15 +305,15 @@ def test_with_gpus_and_no_recipe_it_is_the_half_billion(
     ],
 )
 def test_without_anything_it_is_the_demo(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: int, layout: str, said: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: int, layout: str, note: str
 ) -> None:
     machine(monkeypatch, count)
     assert start(Request(dry_run=True)) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "run         runs/demo"
     assert f"layout      {layout}" in out.splitlines()
-    assert err.startswith(said)
-    assert bool(err) == bool(said)
+    assert err.startswith(note)
+    assert bool(err) == bool(note)
 
 
 def test_a_dry_run_shows_all_and_writes_nothing(
@@ -339,11 +339,11 @@ def test_a_dry_run_shows_all_and_writes_nothing(
 def test_own_text_names_the_data_and_the_run(
     launches: Launches, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
 ) -> None:
-    given, asked = own_text(tmp_path, suffix), {}
+    given, options = own_text(tmp_path, suffix), {}
     if suffix == "jsonl":
-        asked["text_key"] = "page.text"
+        options["text_key"] = "page.text"
     for _ in range(2):
-        assert start(Request(recipe=recipe, inputs=[str(given)], **asked)) == STOPPED
+        assert start(Request(recipe=recipe, inputs=[str(given)], **options)) == STOPPED
     run = RunFolder(Path("runs/novels"))
     assert run_recipe(run).data.manifest == "data_index/novels/mixture.yaml"
     assert run.info().corpora[0].tokens > 1000
@@ -354,7 +354,7 @@ def test_own_text_names_the_data_and_the_run(
 
 
 def own_text(folder: Path, suffix: str) -> Path:
-    """Eighty stories: a file or a folder named `novels`."""
+    """Write eighty stories as a file `novels.SUFFIX`, or for `txt` as a folder `novels` of files."""
     write_stories(folder / "stories.jsonl", 80, 3)
     texts = [json.loads(line)["text"] for line in (folder / "stories.jsonl").read_text().splitlines()]
     path = folder / "novels"
@@ -388,16 +388,16 @@ def test_a_complete_run_says_so_and_other_text_is_still_refused(
     launches: Launches, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = own_text(tmp_path, "jsonl")
-    asked = {"inputs": [str(given)], "text_key": "page.text", "num_gpus": 1, "stages": 1}
-    asked |= {"recipe": recipe, "settings": ["--steps=6", "resume=auto", "learning_rate=0.02"]}
-    assert start(Request(**asked)) == STOPPED
+    options = {"inputs": [str(given)], "text_key": "page.text", "num_gpus": 1, "stages": 1}
+    options |= {"recipe": recipe, "settings": ["--steps=6", "resume=auto", "learning_rate=0.02"]}
+    assert start(Request(**options)) == STOPPED
     run = RunFolder(Path("runs/novels"))
     shutil.move(make_run(Path("made"), Path(recipe)).checkpoints, run.checkpoints)
     write_metrics(run, 6)
     launches.clear()
     before = files_of_runs()
     capsys.readouterr()
-    assert start(Request(**asked)) == 0
+    assert start(Request(**options)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "runs/novels: complete, 6 steps" in lines
     assert launches == []
@@ -411,7 +411,7 @@ def test_a_complete_run_says_so_and_other_text_is_still_refused(
         assert ended.value.code == 0
         shown = capsys.readouterr().out.splitlines()
         assert [shown[0].split()[1], shown[4].split()[1]] == expected
-    # The printed command prepares nothing anew: it names the same input and key.
+    # The printed command names the same input and key, so that nothing is prepared again.
     with pytest.raises(SystemExit) as ended:
         main(["pretrain", *longer[2:]])
     assert ended.value.code == STOPPED
@@ -419,7 +419,7 @@ def test_a_complete_run_says_so_and_other_text_is_still_refused(
     (tmp_path / "other").mkdir()
     launches.clear()
     other = [str(shutil.copy(given, tmp_path / "other"))]
-    assert "was prepared from other input" in refused(Request(**{**asked, "inputs": other}), launches)
+    assert "was prepared from other input" in refused(Request(**{**options, "inputs": other}), launches)
 
 
 def test_a_complete_run_needs_its_data_no_longer(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from decoders import packed, small
-from ranks import join_ranks, tell
+from ranks import join_ranks, save_results
 
 from megazh.model.backend import Backend
 from megazh.model.config import ModelConfig
@@ -26,12 +26,12 @@ STEPS, MICRO_BATCHES, ROWS, SEQ = 10, 4, 2, 16
 LEARNING_RATE, DECAY, CLIP = 1e-3, 0.1, 0.3
 SEED = 3
 PARTS = 4
-"""Of the model, and so the most stages: embedding, two blocks, head."""
+"""Parts of the model (embedding, two blocks, head), and so the largest number of stages."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained."""
+    """A model, and the way it is trained."""
 
     model: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
@@ -39,16 +39,17 @@ class Case:
     compute: Dtype = Dtype.FP32
     accumulation: Dtype = Dtype.FP32
     communication: Dtype | None = None
-    """Dtype of the reduction over replicas; None: that of the accumulation."""
+    """Dtype of the reduction over replicas; None: the dtype of the accumulation."""
 
     @property
     def config(self) -> ModelConfig:
-        """Grouped heads, biases, rotation of all dimensions."""
+        """The model's configuration; by default with grouped heads, biases, and rotation of all dimensions."""
         return small(**{"num_key_value_heads": 2, "qkv_bias": True, "initializer_range": 0.05, **self.model})
 
 
 UNTIED = {"tie_word_embeddings": False}
-# No bias: dimensions of keys that are not rotated have none that matters, and AdamW makes steps of its rounding error.
+# Without biases: the bias of a key dimension that is not rotated has no effect on the loss. Its gradient is rounding
+# error, from which AdamW would make steps of full size.
 NEOX = {
     "norm": "layernorm", "mlp": "gelu", "parallel_residual": True, "partial_rotary_factor": 0.5, "qkv_bias": False,
 }  # fmt: skip
@@ -65,22 +66,22 @@ CASES = {
 
 
 def micro_batch(number: int) -> tuple[torch.Tensor, ...]:
-    """Tokens, labels, positions and bounds of micro-batch `number`; every third one has few labels that count."""
+    """Tokens, labels, positions and boundaries of micro-batch `number`; in every third one many labels are ignored."""
     lengths = [[5 + number % 7, 3], [2, 9]] if number % 3 else [[SEQ], [4]]
-    tokens, labels, positions, bounds = packed(lengths, SEQ, seed=number)
+    tokens, labels, positions, boundaries = packed(lengths, SEQ, seed=number)
     if number % 3 == 1:
         labels[:, : SEQ // 2] = -100
-    return tokens, labels, positions, bounds
+    return tokens, labels, positions, boundaries
 
 
 def valid_labels(step: int) -> int:
-    """Labels that count in a step."""
+    """Number of labels in a step that are not ignored."""
     first = step * MICRO_BATCHES
     return sum(int((micro_batch(number)[1] >= 0).sum()) for number in range(first, first + MICRO_BATCHES))
 
 
 def optimizer_for(parameters: Iterator[torch.nn.Parameter], fused: bool) -> torch.optim.AdamW:
-    """AdamW that decays matrices only."""
+    """AdamW with weight decay on matrices only."""
     found = list(parameters)
     groups = [
         {"params": [p for p in found if p.dim() > 1], "weight_decay": DECAY},
@@ -90,15 +91,15 @@ def optimizer_for(parameters: Iterator[torch.nn.Parameter], fused: bool) -> torc
 
 
 def train_plainly(case: Case) -> dict[str, Any]:
-    """Train in fp32 in this process, by torch alone: losses and gradient norms of all steps, weights by layer."""
+    """Train in fp32 in this process with torch alone; returns losses and gradient norms by step, and the weights."""
     model = Decoder(case.config, SEED)
     optimizer = optimizer_for(model.parameters(), fused=False)
     losses, norms = [], []
     for step in range(STEPS):
         loss = torch.zeros(())
         for number in range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES):
-            tokens, labels, positions, bounds = micro_batch(number)
-            loss = loss + model.loss(tokens, labels, positions, bounds, case.z_loss)
+            tokens, labels, positions, boundaries = micro_batch(number)
+            loss = loss + model.loss(tokens, labels, positions, boundaries, case.z_loss)
         loss = loss / valid_labels(step)
         loss.backward()
         losses.append(loss.item())
@@ -109,7 +110,7 @@ def train_plainly(case: Case) -> dict[str, Any]:
 
 
 def layer_weights(model: Decoder) -> dict[str, torch.Tensor]:
-    """Weights as `NUMBER.name`, numbers as in `make_layer`."""
+    """Copies of the weights, named `NUMBER.name` with the layer numbers of `make_layer`."""
     last = layer_count(model.config) - 1
     layers = {0: model.embedding, last - 1: model.norm, last: model.head}
     layers.update({number + 1: block for number, block in enumerate(model.blocks)})
@@ -143,18 +144,18 @@ def feed(step: int, replica: int, replicas: int) -> Iterator[Any]:
     count = MICRO_BATCHES // replicas
     scale = torch.tensor([count * replicas / valid_labels(step)])
     for number in range(count):
-        tokens, labels, positions, bounds = micro_batch(step * MICRO_BATCHES + number * replicas + replica)
-        yield (tokens, encode_document_map(positions, bounds)), (labels, scale)
+        tokens, labels, positions, boundaries = micro_batch(step * MICRO_BATCHES + number * replicas + replica)
+        yield (tokens, encode_document_map(positions, boundaries)), (labels, scale)
 
 
 def stage_weights(module: Any) -> dict[str, torch.Tensor]:
-    """What this rank holds, as `layer_weights` names it."""
+    """Copies of the weights that this rank holds, named as in `layer_weights`."""
     numbered = enumerate(module.forward_funcs, module._local_start)
     return {f"{n}.{name}": w.detach().clone() for n, layer in numbered for name, w in layer.named_parameters()}
 
 
 def train_in_stages(case: Case, stages: int) -> dict[str, Any]:
-    """Train through DeepSpeed; losses and norms as this rank sees them, the weights that it holds."""
+    """Train with DeepSpeed; returns losses and norms as this rank reports them, and the weights that it holds."""
     from megazh.pipeline.engine import check_tied
 
     module, engine = make_pipeline(case, stages)
@@ -173,6 +174,6 @@ if __name__ == "__main__":
     for run in sys.argv[2:]:
         stages, name = run.split("/")
         results[run] = train_in_stages(CASES[name], int(stages))
-    tell(Path(sys.argv[1]), results)
+    save_results(Path(sys.argv[1]), results)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""One rank of a small pipeline that is asked single questions; see `JOBS`.
+"""One rank of a small pipeline that runs single experiments; see `JOBS`.
 
 `python stage_rank.py FOLDER STAGES JOB...`.
 """
@@ -14,24 +14,24 @@ import torch
 import torch.distributed as dist
 from decoders import packed
 from pipeline.ladder_rank import CASES, Case, feed, make_pipeline, stage_weights
-from ranks import join_ranks, tell
+from ranks import join_ranks, save_results
 
 from megazh.model.document_map import encode_document_map
 
 LENGTHS = [5, 4, 6]
-"""Of the documents in the rows that `documents` looks at."""
+"""Lengths of the documents in the row of the job `documents`."""
 PIECES = [[5, 17, 3, 80], [9], [0], [41, 2]]
-"""What `pipeline_forward` is fed."""
+"""Token ids that the job `forward` feeds, one list after the other."""
 
 
 def altered(batches: Iterator[Any], scale: float = 1.0, ignored: bool = False) -> Iterator[Any]:
-    """Micro-batches with another scale, or with no label that counts."""
-    for inputs, (labels, own) in batches:
-        yield inputs, (torch.full_like(labels, -100) if ignored else labels, own * scale)
+    """Micro-batches with their scale multiplied, or with all labels ignored."""
+    for inputs, (labels, own_scale) in batches:
+        yield inputs, (torch.full_like(labels, -100) if ignored else labels, own_scale * scale)
 
 
 def not_finite(name: str, stages: int) -> dict[str, Any]:
-    """A good step, one whose loss is not a number, and a good one again."""
+    """Train three steps; the loss of the second is NaN."""
     module, engine = make_pipeline(CASES[name], stages)
     losses, skipped, weights = [], [], []
     for step, scale in enumerate((1.0, math.nan, 1.0)):
@@ -42,7 +42,7 @@ def not_finite(name: str, stages: int) -> dict[str, Any]:
 
 
 def no_labels(name: str, stages: int) -> dict[str, Any]:
-    """A step in which no label counts."""
+    """Train one step in which all labels are ignored."""
     module, engine = make_pipeline(CASES[name], stages)
     before = stage_weights(module)
     loss = float(engine.train_batch(altered(feed(0, 0, 1), ignored=True)))
@@ -50,7 +50,7 @@ def no_labels(name: str, stages: int) -> dict[str, Any]:
 
 
 def tampered(name: str, stages: int) -> dict[str, Any]:
-    """What `check_tied` says before and after one weight of the last stage's copy goes up by one step of its dtype."""
+    """The error of `check_tied` after one weight of the last stage's copy has grown by one unit in the last place."""
     from megazh.errors import WorkerError
     from megazh.pipeline.engine import check_tied
 
@@ -67,9 +67,14 @@ def tampered(name: str, stages: int) -> dict[str, Any]:
     return {"error": ""}
 
 
-def through_stages(module: Any, tokens: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """(rows, seq, vocab) logits on the last stage, hidden states of the stage elsewhere; sent from stage to stage."""
-    document_map = encode_document_map(positions, bounds)
+def through_stages(
+    module: Any, tokens: torch.Tensor, positions: torch.Tensor, boundaries: torch.Tensor
+) -> torch.Tensor:
+    """Run the forward pass through all stages.
+
+    Returns logits (rows, seq, vocab) on the last stage, and on the others their own hidden states.
+    """
+    document_map = encode_document_map(positions, boundaries)
     states = tokens
     for stage in range(module.num_stages):
         found = torch.empty(*tokens.shape, module.config.hidden_size, dtype=next(module.parameters()).dtype)
@@ -83,21 +88,22 @@ def through_stages(module: Any, tokens: torch.Tensor, positions: torch.Tensor, b
 
 
 def documents(name: str, stages: int) -> dict[str, Any]:
-    """Logits of a row of three documents, as it is, with another first token, and with another last document."""
+    """Logits of a row of three documents: unchanged, with another first token, and with other tokens near the end."""
     found = {}
     for checkpointing in (False, True):
         module, _ = make_pipeline(dataclasses.replace(CASES[name], checkpointing=checkpointing), stages)
         module.train()
-        tokens, _, positions, bounds = packed([LENGTHS], sum(LENGTHS) + 1)
+        tokens, _, positions, boundaries = packed([LENGTHS], sum(LENGTHS) + 1)
         first, future = tokens.clone(), tokens.clone()
         first[0, 0] = (first[0, 0] + 1) % 97
         future[0, sum(LENGTHS[:2]) + 2 :] = (future[0, sum(LENGTHS[:2]) + 2 :] + 1) % 97
-        found[str(checkpointing)] = [through_stages(module, ids, positions, bounds) for ids in (tokens, first, future)]
+        rows = (tokens, first, future)
+        found[str(checkpointing)] = [through_stages(module, row, positions, boundaries) for row in rows]
     return found
 
 
 def forward(name: str, stages: int) -> dict[str, Any]:
-    """Logits behind each of `PIECES`, fed one after the other."""
+    """Logits after each of `PIECES`, fed one after the other."""
     from megazh.pipeline.generate import pipeline_forward
 
     case = Case({"residual_dropout": 0.5}) if name == "dropout" else CASES[name]
@@ -114,14 +120,14 @@ JOBS = {
     "documents": documents,
     "forward": forward,
 }
-"""`JOB/CASE` on the command line."""
+"""Jobs by name; the command line gives `JOB/CASE`."""
 
 if __name__ == "__main__":
     join_ranks()
     results = {}
-    for asked in sys.argv[3:]:
-        job, case_name = asked.split("/")
-        results[asked] = JOBS[job](case_name, int(sys.argv[2]))
-    tell(Path(sys.argv[1]), results)
+    for argument in sys.argv[3:]:
+        job, case_name = argument.split("/")
+        results[argument] = JOBS[job](case_name, int(sys.argv[2]))
+    save_results(Path(sys.argv[1]), results)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Costs of the parts of a model by operations."""
+"""Costs of a model's parts in FLOPs."""
 
 import pytest
 from decoders import small
@@ -27,7 +27,7 @@ def test_costs_are_those_of_a_micro_batch() -> None:
 
 
 def test_checkpointing_runs_blocks_forward_twice() -> None:
-    """Two sixths forward, four backward, and two recomputed: 8 / 6; embedding and head are not recomputed."""
+    """A block costs 2/6 forward, 4/6 backward, and 2/6 if recomputed; embedding and head are not recomputed."""
     once = costs_of(checkpointing=False)
     twice = costs_of(checkpointing=True)
     assert twice.block == pytest.approx(once.block * 8 / 6)

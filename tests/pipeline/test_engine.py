@@ -1,4 +1,4 @@
-"""The engine where a step goes wrong (no number, no label, copies that differ), and without a compiler."""
+"""The engine when a step goes wrong (loss not finite, no labels, tied copies differ), and without a compiler."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from pipeline.ladder_rank import DECAY, LEARNING_RATE
 from processes import run_command
 from ranks import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parent / "stage_rank.py"
 PRECISIONS = ["tied", "tied bf16", "untied"]
@@ -21,7 +21,7 @@ Found = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What two stages found."""
+    """Results of the two ranks of a pipeline."""
     jobs = [f"{job}/{name}" for job in ("not_finite", "no_labels") for name in PRECISIONS]
     folder = tmp_path_factory.mktemp("engine")
     return run_ranks(SCRIPT, 2, [2, *jobs, "tampered/tied", "tampered/tied bf16"], folder, timeout=180)
@@ -30,25 +30,25 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_a_step_that_is_not_finite_is_skipped_and_counted(found: Found, name: str) -> None:
     for rank in found:
-        told = rank[f"not_finite/{name}"]
-        assert [math.isfinite(loss) for loss in told["losses"]] == [True, False, True]
-        assert told["skipped"] == [0, 1, 1]
-        before, after, later = told["weights"]
+        results = rank[f"not_finite/{name}"]
+        assert [math.isfinite(loss) for loss in results["losses"]] == [True, False, True]
+        assert results["skipped"] == [0, 1, 1]
+        before, after, later = results["weights"]
         for key in before:
             assert torch.equal(before[key], after[key]), key
             assert later[key].isfinite().all(), key
-        assert any(not torch.equal(after[key], later[key]) for key in after), "it goes on"
+        assert any(not torch.equal(after[key], later[key]) for key in after), "training continues"
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_a_step_without_labels_only_decays(found: Found, name: str) -> None:
     for rank in found:
-        told = rank[f"no_labels/{name}"]
-        assert (told["loss"], told["skipped"]) == (0.0, 0)
-        for key, before in told["before"].items():
+        results = rank[f"no_labels/{name}"]
+        assert (results["loss"], results["skipped"]) == (0.0, 0)
+        for key, before in results["before"].items():
             factor = 1 - LEARNING_RATE * DECAY if before.dim() > 1 else 1.0
             wanted = (before.float() * factor).to(before.dtype)
-            torch.testing.assert_close(told["weights"][key], wanted, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(results["weights"][key], wanted, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.parametrize("name", ["tied", "tied bf16"])
@@ -77,7 +77,7 @@ LAUNCHER = "import sys; from pathlib import Path; from megazh.cluster.launchers.
 def test_ranks_reduce_without_a_compiler(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     run = LAUNCHER + "sys.exit(run_ranks([sys.argv[1]], 2, {}, None, Path('logs')))"
-    # What would be compiled would go to this folder; and no compiler is found.
+    # Compiled operators would go to this folder; and no compiler can be found.
     environment = {
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
         "PATH": "/nowhere",

@@ -1,4 +1,4 @@
-"""Generation through stages gives what one process gives."""
+"""Generation through pipeline stages gives the logits of one process."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from ranks import run_ranks
 from megazh.model.decoder import Decoder
 from megazh.model.generate import cached_forward
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parent / "stage_rank.py"
 

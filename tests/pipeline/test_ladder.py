@@ -1,4 +1,4 @@
-"""A pipeline computes what one process does: losses, gradient norms and weights of ten steps, in several layouts."""
+"""A pipeline gives the losses, gradient norms and weights of one process, over ten steps and in several layouts."""
 
 import functools
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from ranks import run_ranks
 from megazh.model.decoder import Decoder
 from megazh.pipeline.precision import Dtype
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parent / "ladder_rank.py"
 FP32 = [name for name, case in CASES.items() if case.compute is Dtype.FP32]
 BF16 = [name for name, case in CASES.items() if case.compute is Dtype.BF16]
 
-# All cases of so many ranks, by stages, run in one launch.
+# Cases by number of ranks and stages; the cases of one number of ranks run in one launch.
 LAYOUTS = {
     1: {1: [*FP32, *BF16]},
     2: {2: [*FP32, *BF16], 1: ["tied", "z_loss", "tied bf16", "bf16 between replicas"]},
@@ -32,14 +32,14 @@ Launch = Callable[[int], list[dict[str, Any]]]
 
 
 @functools.cache
-def plainly(name: str) -> dict[str, Any]:
-    """Without DeepSpeed, in fp32."""
+def reference(name: str) -> dict[str, Any]:
+    """Results of a case in this process, without DeepSpeed, in fp32."""
     return train_plainly(CASES[name])
 
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """All that so many ranks have found, by `STAGES/NAME`; they are started once."""
+    """Results of a number of ranks by `STAGES/NAME`; the ranks are started once."""
 
     @functools.cache
     def launched(ranks: int) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 
 def weights_of(found: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The weights of all stages; those that several ranks hold must be equal, bit for bit."""
+    """Weights of all stages together; those that several ranks hold must be equal, bit for bit."""
     gathered: dict[str, torch.Tensor] = {}
     for rank in found:
         for name, weight in rank["weights"].items():
@@ -59,13 +59,13 @@ def weights_of(found: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def test_the_reference_clips_and_its_micro_batches_differ() -> None:
-    assert min(plainly("tied")["norms"]) > CLIP
+    assert min(reference("tied")["norms"]) > CLIP
     assert len({int((micro_batch(number)[1] >= 0).sum()) for number in range(4)}) > 2
 
 
 @pytest.mark.parametrize(("ranks", "stages", "name"), [run for run in RUNS if run[2] in FP32])
 def test_fp32_is_what_one_process_computes(launch: Launch, ranks: int, stages: int, name: str) -> None:
-    found, wanted = [rank[f"{stages}/{name}"] for rank in launch(ranks)], plainly(name)
+    found, wanted = [rank[f"{stages}/{name}"] for rank in launch(ranks)], reference(name)
     for rank in found:
         assert rank["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         assert rank["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
@@ -79,7 +79,7 @@ def test_fp32_is_what_one_process_computes(launch: Launch, ranks: int, stages: i
 
 @pytest.mark.parametrize(("ranks", "stages", "name"), [run for run in RUNS if run[2] in BF16])
 def test_bf16_stays_near(launch: Launch, ranks: int, stages: int, name: str) -> None:
-    wanted, start = plainly(name), layer_weights(Decoder(CASES[name].config, SEED))
+    wanted, start = reference(name), layer_weights(Decoder(CASES[name].config, SEED))
     found = [rank[f"{stages}/{name}"] for rank in launch(ranks)]
     for rank in found:
         assert rank["losses"] == pytest.approx(wanted["losses"], rel=1e-2)

@@ -1,4 +1,4 @@
-"""The memory of a stage: what was measured on a GPU, and what each choice costs or saves."""
+"""Memory of a stage: compared with measurements on a GPU, and the effect of each setting."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ def memory(name: str, ranks: int, stages: int, stage: int, begin: int, end: int,
     return stage_memory(work_of(recipe, layout, recipe.precision.on(Device.CUDA)), stage, begin, end)
 
 
-# Largest allocations on an H100, torch 2.11 (docs/performance.md). The first two are of the recipe's stages with the
-# other ranks left out (tools/bench/stage_memory.py), the third is the larger of two stages that trained.
+# Largest allocations on an H100, torch 2.11 (docs/performance.md). The first two are stages measured without the other
+# ranks (tools/bench/stage_memory.py), the third is the larger of two stages in a training run.
 MEASURED: list[tuple[tuple[Any, ...], float]] = [
     (("minillm_1.4b", 6, 2, 0, 0, 12), 13.92),
     (("minillm_1.4b", 6, 2, 1, 12, 18), 10.40),
@@ -36,7 +36,7 @@ def test_within_a_tenth_of_what_was_measured(stage: tuple[Any, ...], measured: f
 
 
 def whole(*settings: str, ranks: int = 6) -> StageMemory:
-    """The 0.5B model in one stage."""
+    """Memory of the 0.5B model in one stage."""
     return memory("qwen0.5b_6x3090", ranks, 1, 0, 0, 26, *settings)
 
 
@@ -66,15 +66,15 @@ def test_recomputation_keeps_little() -> None:
 
 
 def stage_of(stage: int, *settings: str) -> StageMemory:
-    """Of the 0.5B model in two."""
+    """Memory of a stage of the 0.5B model in two stages."""
     bounds = (0, 18, 26)
     return memory("qwen0.5b_6x3090", 2, 2, stage, bounds[stage], bounds[stage + 1], *settings)
 
 
 def test_the_head_keeps_its_logits_gradient_while_weights_wait() -> None:
     logits = 8 * 1024 * 151_936 * 2
-    assert stage_of(1).head == 2 * logits, "of this micro-batch and of the one before"
-    assert stage_of(1, "activation_checkpointing=true").head <= logits, "where memory is short, nothing waits"
+    assert stage_of(1).head == 2 * logits, "for this micro-batch and for the one before"
+    assert stage_of(1, "activation_checkpointing=true").head <= logits, "recomputation defers no weight gradient"
     assert stage_of(0).head == 0
 
 

@@ -1,4 +1,4 @@
-"""The order of a step: what each stage does, what it keeps, and how long it takes."""
+"""Passes of a step: their order on each stage, the micro-batches that a stage keeps, and the time they take."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_each_stage_does_each_pass_once_and_in_order(stages: int, batches: int) 
             assert places == sorted(places)
         for wanted_type in PassType:
             numbers = [each.micro_batch for each in done if each.type is wanted_type]
-            assert numbers == sorted(numbers), "weights are summed in the same order everywhere"
+            assert numbers == sorted(numbers), "weight gradients are summed in the same order on every stage"
 
 
 @pytest.mark.parametrize(("stages", "batches"), LAYOUTS)
@@ -35,7 +35,7 @@ def test_no_stage_keeps_more_than_stated(stages: int, batches: int) -> None:
 
 
 def one_forward_one_backward(stages: int, batches: int) -> float:
-    """How long a step of equal stages takes without the split, a forward pass being 1 and a backward pass 2."""
+    """Time of a step of equal stages if backward passes are not split; a forward pass takes 1, a backward pass 2."""
     return 3 * (batches + stages - 1)
 
 
@@ -44,7 +44,7 @@ def test_it_waits_less_than_without_the_split(stages: int, batches: int) -> None
     took = makespan([(1.0, 1.0, 1.0)] * stages, batches)
     assert 3 * batches < took < one_forward_one_backward(stages, batches)
     if stages == 2:
-        assert took == 3 * batches + 1, "one forward pass"
+        assert took == 3 * batches + 1, "it waits for one forward pass"
 
 
 def test_one_stage_never_waits() -> None:

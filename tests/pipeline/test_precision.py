@@ -1,4 +1,4 @@
-"""What is refused by name before anything starts."""
+"""Dtypes, ZeRO stages and DeepSpeed versions that are refused before anything starts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Instructions of a step: what one stage sends, its neighbour receives, in the same order."""
+"""Instructions of a step: each stage receives what its neighbours send, in that order, and into free buffers."""
 
 import itertools
 
@@ -17,15 +17,15 @@ from megazh.pipeline.schedule import ExpectActivation, ReceiveGradient, SplitSch
 LAYOUTS = [(stages, batches) for stages in (2, 3, 6) for batches in (1, 2, 3, 8)]
 
 
-def kinds(batches: int, stages: int, stage: int) -> list[type]:
-    """The instructions of a step, in order."""
+def instruction_types(batches: int, stages: int, stage: int) -> list[type]:
+    """Types of the instructions of a step, in order."""
     return [type(each) for each in itertools.chain(*SplitSchedule(batches, stages, stage))]
 
 
 @pytest.mark.parametrize(("stages", "batches"), LAYOUTS)
 def test_what_is_sent_is_received(stages: int, batches: int) -> None:
     for stage in range(stages):
-        found = kinds(batches, stages, stage)
+        found = instruction_types(batches, stages, stage)
         assert found.count(SendActivation) == found.count(ReceiveGradient) == batches * (stage < stages - 1)
         assert found.count(RecvActivation) == found.count(SendGrad) == batches * (stage > 0)
         assert found.count(LoadMicroBatch) == batches * (stage in (0, stages - 1))
@@ -36,11 +36,11 @@ def test_what_is_sent_is_received(stages: int, batches: int) -> None:
 def test_what_is_expected_is_received_before_anything_else_is(stages: int, batches: int) -> None:
     for stage in range(stages):
         expected = 0
-        for kind in kinds(batches, stages, stage):
-            if kind is ExpectActivation:
+        for instruction in instruction_types(batches, stages, stage):
+            if instruction is ExpectActivation:
                 assert expected == 0
                 expected = 1
-            elif kind is RecvActivation:
+            elif instruction is RecvActivation:
                 expected = 0
         assert expected == 0, "nothing is expected that does not come in this step"
 

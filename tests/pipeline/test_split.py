@@ -1,4 +1,4 @@
-"""The cut into stages against all cuts there are, with and without a limit of memory; and the cuts of the recipes."""
+"""The cut into stages, compared with all possible cuts, with and without a memory limit; and cuts of recipes."""
 
 import itertools
 import random
@@ -28,7 +28,7 @@ def fits(memory: StageMemory, limit: float, bounds: Sequence[int]) -> bool:
 
 
 def best_of_all(costs: Sequence[float], cuts: list[list[int]]) -> list[int]:
-    """By maximum, then by the sum of squares, then with fewer parts in the last stage, the one before it, ..."""
+    """The cut with the least maximum, then the least sum of squares, then the fewest parts in the last stages."""
     return min(
         cuts,
         key=lambda bounds: (
@@ -88,13 +88,13 @@ def qwen() -> LayerCosts:
 
 
 def test_half_a_billion_by_operations() -> None:
-    """The head is worth ten blocks: 18 blocks, and 6 with the head."""
+    """The head costs as much as ten blocks: one stage has 18 blocks, the other 6 and the head."""
     assert best_bounds(qwen().parts(24), 2) == [0, 19, 26]
     assert best_bounds(qwen().parts(24), 1) == [0, 26]
 
 
 def test_half_a_billion_by_measured_milliseconds() -> None:
-    """3.06 a block and 28.3 for the head, on an RTX 3090: 17 blocks, and 7 with the head."""
+    """A block takes 3.06 ms and the head 28.3 ms on an RTX 3090: one stage has 17 blocks, the other 7 and the head."""
     costs = LayerCosts(unit="seconds", embedding=0.0, block=3.06e-3, head=28.3e-3)
     assert best_bounds(costs.parts(24), 2) == [0, 18, 26]
 
@@ -104,7 +104,7 @@ def test_a_heavy_head_stands_alone() -> None:
     costs = qwen().parts(24)
     bounds = best_bounds(costs, 3)
     assert bounds == best_of_all(costs, all_cuts(26, 3))
-    assert bounds[2] == 25, "the head is worth more than a third of the rest"
+    assert bounds[2] == 25, "the last stage holds the head alone"
 
 
 def test_memory_moves_the_cut() -> None:

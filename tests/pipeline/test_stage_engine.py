@@ -1,4 +1,4 @@
-"""What the engine takes from DeepSpeed and replaces is what it was written against; and where it steps aside."""
+"""The engine replaces exactly the code of DeepSpeed that it was written against, and only where it can."""
 
 import hashlib
 import inspect
@@ -16,8 +16,8 @@ from megazh.pipeline.precision import WRITTEN_AGAINST
 from megazh.pipeline.schedule import SplitSchedule
 from megazh.pipeline.stage_engine import StageEngine, _counted
 
-# The first digits of the SHA-256 of the source, as DeepSpeed 0.19.8 has it. Where one differs, read what changed there,
-# see whether `stage_engine.py` still does the same and no less, and put the new digest here.
+# First digits of the SHA-256 of each function's source in DeepSpeed 0.19.8. If one differs, read the change, make sure
+# that `stage_engine.py` still does all that DeepSpeed's code does, and put the new digest here.
 SOURCES = {
     PipelineEngine._exec_load_micro_batch: "2243e24e1b7f",
     PipelineEngine._exec_forward_pass: "cf4dfb0f5996",
@@ -42,13 +42,13 @@ SOURCES = {
 
 
 def digest(function: object) -> str:
-    """Of a function's source."""
+    """First digits of the SHA-256 of a function's source."""
     return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("function", SOURCES, ids=lambda function: function.__qualname__)
 def test_deepspeed_is_what_the_engine_was_written_against(function: object) -> None:
-    assert digest(function) == SOURCES[function], f"DeepSpeed {deepspeed.__version__}: {function} is another"  # type: ignore[index]
+    assert digest(function) == SOURCES[function], f"DeepSpeed {deepspeed.__version__}: {function} has changed"  # type: ignore[index]
 
 
 def test_the_pin_is_that_version() -> None:
@@ -67,7 +67,10 @@ def test_it_has_its_own_schedule_only_where_it_serves(lean: bool, stages: int, s
 
 
 def optimizer_of(shard: int, shards: int, *groups: list[tuple[int, bool]]) -> SimpleNamespace:
-    """As DeepSpeed's, from groups of (elements, whether a copy); gradients count up, two elements of padding behind."""
+    """A stand-in for DeepSpeed's optimizer with groups of (elements, whether it is a copy).
+
+    The gradients of a group are 1, 2, 3 and so on, followed by two elements of padding.
+    """
     found = SimpleNamespace(bf16_groups=[], fp32_groups_gradients_flat=[], fp32_groups_gradient_flat_partition=[])
     for group in groups:
         parameters = [torch.nn.Parameter(torch.zeros(size)) for size, _ in group]
@@ -93,5 +96,5 @@ GROUPS: list[tuple[list[list[tuple[int, bool]]], list[float]]] = [
 @pytest.mark.parametrize(("groups", "counted"), GROUPS)
 def test_each_gradient_counts_once_in_the_norm(groups: list, counted: list[float], shards: int) -> None:
     found = [_counted(optimizer_of(shard, shards, *groups)) for shard in range(shards)]
-    assert all(found), "each rank has something to take the norm of, if only nothing"
+    assert all(found), "each rank has tensors for the norm, even if all are empty"
     assert sorted(torch.cat([torch.cat(parts) for parts in found]).tolist()) == sorted(counted)

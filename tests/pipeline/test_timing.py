@@ -1,4 +1,4 @@
-"""Measured costs of layers: positive, kept, and measured anew where what was kept is damaged or of another shape."""
+"""Measured layer costs: positive, cached, and measured again if the cached file is damaged or for another shape."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., La
     return measured
 
 
-def notes(cache: Path) -> list[Path]:
+def cached_files(cache: Path) -> list[Path]:
     """Files in the cache."""
     return sorted((cache / "timings").iterdir())
 
@@ -42,7 +42,7 @@ def test_every_type_of_part_takes_time(measure: Callable[..., LayerCosts], dtype
     assert 0 < costs.embedding < 1
     assert 0 < costs.block < 1
     assert 0 < costs.head < 1
-    assert costs.block > costs.embedding, "a look-up is the least"
+    assert costs.block > costs.embedding, "a look-up is cheaper"
 
 
 def test_it_is_measured_once(
@@ -54,7 +54,7 @@ def test_it_is_measured_once(
         assert measure() == first
     for changes in ({"seq_len": 24}, {"dtype": Dtype.BF16}, {"checkpointing": True}):
         measure(**changes)
-    assert len(notes(tmp_path)) == 4, "each shape for itself"
+    assert len(cached_files(tmp_path)) == 4, "one file per shape"
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,10 @@ def test_it_is_measured_once(
 )
 def test_a_damaged_note_is_measured_again(measure: Callable[..., LayerCosts], tmp_path: Path, damaged: str) -> None:
     measure()
-    (note,) = notes(tmp_path)
+    (note,) = cached_files(tmp_path)
     note.write_text(damaged)
     again = measure()
-    assert json.loads(note.read_text())["costs"] == again.model_dump(), "and kept"
+    assert json.loads(note.read_text())["costs"] == again.model_dump(), "the new costs are cached"
 
 
 def test_without_a_cache_it_measures(measure: Callable[..., LayerCosts], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run: enough to go on without the data, and no going on with something else."""
+"""A run folder: usable without the data, and not resumed with other data."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from megazh.training.recipe import Recipe, run_recipe
 
 
 def recipe_on(manifest: Path, **changes: Any) -> Recipe:
-    """The small recipe on this data."""
+    """The small recipe for the data of this manifest."""
     data = {"manifest": str(manifest), **changes.pop("data", {})}
     return make_recipe(**{"seq_len": 64, "data": data, **changes, "model": {"vocab_size": 512}})
 
@@ -34,7 +34,7 @@ def run(stories: Path, tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def own_stories(stories: Path, tmp_path: Path) -> Path:
-    """The same data elsewhere, to be changed."""
+    """A copy of the data in another folder, which tests may change."""
     folder = tmp_path / "elsewhere"
     shutil.copytree(stories.parent, folder)
     return folder / stories.name

@@ -1,4 +1,4 @@
-"""The record of a run: the console line, metrics.jsonl and TensorBoard, over crashes and resumes."""
+"""Records of a run on the console, in metrics.jsonl and in TensorBoard, over crashes and resumes."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def record(step: int, **changes: Any) -> StepRecord:
 
 
 def write_run(folder: Path, last: int, first_step: int = 0, loss: float | None = None) -> None:
-    """Steps up to `last`, a validation and a sample after every second."""
+    """Record the steps up to `last`, with a validation and a sample after every second one."""
     with Metrics(folder, first_step, quiet=False) as metrics:
         for step in range(first_step + 1, last + 1):
             metrics.step(record(step) if loss is None else record(step, loss=loss))
@@ -50,7 +50,7 @@ def recorded(folder: Path) -> list[tuple[str, int]]:
 
 
 def points(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """What TensorBoard shows of a scalar, all points."""
+    """All points of a scalar in TensorBoard: (step, value)."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
@@ -183,7 +183,7 @@ def test_resume_hides_the_lost_points_from_tensorboard(metrics_file: Path) -> No
     write_run(folder, 3, first_step=2, loss=1.0)
     assert [step for step, _ in points(folder, "train/loss")] == [1, 2, 3]
     assert points(folder, "train/loss")[2] == (3, 1.0)
-    assert points(folder, "validation/loss") == [(2, 2.5)]  # that after step 4 was lost
+    assert points(folder, "validation/loss") == [(2, 2.5)]  # the one after step 4 was lost
 
 
 def test_resume_after_torn_tensorboard_file(metrics_file: Path) -> None:
@@ -213,7 +213,7 @@ def test_resume_without_the_file_makes_one(tmp_path: Path) -> None:
 def test_torn_last_line_is_left_out_and_dropped_on_resume(metrics_file: Path, lost: int) -> None:
     whole = recorded(metrics_file.parent)
     metrics_file.write_bytes(metrics_file.read_bytes()[:-lost])
-    kept = whole if lost == 1 else whole[:-1]  # without its line end only, the record itself is there
+    kept = whole if lost == 1 else whole[:-1]  # if only the line end is lost, the record is complete
     assert recorded(metrics_file.parent) == kept
     write_run(metrics_file.parent, 5, first_step=4)
     assert recorded(metrics_file.parent) == [*kept, ("step", 5)]

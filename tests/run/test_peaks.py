@@ -1,4 +1,4 @@
-"""Cards and their peaks, by the names that the driver gives them."""
+"""Peak FLOP/s of cards, by the names that the driver reports."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""The plot of a run's losses."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,7 @@ def write_run(folder: Path, losses: list[float], validations: bool = True) -> No
 
 
 def coloured(path: Path, red: bool) -> int:
-    """How many pixels are clearly red (validation), or clearly blue (training)."""
+    """Number of pixels that are clearly red (validation) or clearly blue (training)."""
     pixels = imread(path)[..., :3]
     one, other = (0, 2) if red else (2, 0)
     return int(np.sum(pixels[..., one] > pixels[..., other] + 0.3))

@@ -1,4 +1,4 @@
-"""The closing lines of a complete run, against numbers worked out by hand."""
+"""The closing lines of a complete run, compared with numbers worked out by hand."""
 
 import shlex
 from pathlib import Path

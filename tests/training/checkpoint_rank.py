@@ -1,6 +1,6 @@
 """One rank of a small pipeline that saves and loads checkpoints; see `test_checkpoint.py`.
 
-`python checkpoint_rank.py FOLDER JOB ARGUMENT...`; the stages are as many as the ranks.
+`python checkpoint_rank.py FOLDER JOB ARGUMENT...`; every rank is a pipeline stage.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from decoders import packed
 from pipeline.ladder_rank import CASES, Case, feed, make_pipeline, stage_weights
 from pipeline.stage_rank import through_stages
-from ranks import join_ranks, tell
+from ranks import join_ranks, save_results
 
 from megazh.errors import MegazhError
 
@@ -29,7 +29,7 @@ ROW = [7, 6]
 
 
 def trained(case: Case, steps: int) -> tuple[Any, Any]:
-    """Module and engine after some steps."""
+    """Module and engine of a case after `steps` steps."""
     module, engine = make_pipeline(case, dist.get_world_size())
     for step in range(steps):
         engine.train_batch(feed(step, 0, 1))
@@ -37,7 +37,7 @@ def trained(case: Case, steps: int) -> tuple[Any, Any]:
 
 
 def save_to(engine: Any, folder: Path, step: int) -> Path:
-    """Save; the data goes on behind so many steps."""
+    """Save a checkpoint of `step` steps; returns its path."""
     from megazh.training.checkpoint import save_checkpoint
 
     ranks = dist.get_world_size()
@@ -46,7 +46,7 @@ def save_to(engine: Any, folder: Path, step: int) -> Path:
 
 
 def save(folder: Path, arguments: list[str]) -> dict[str, Any]:
-    """Save each of `TRAINED` after two steps; tells the trained pipeline's logits, and its weights a step later."""
+    """Save each case of `TRAINED` after two steps; returns the logits then, and the weights one step later."""
     found = {}
     for name, case in TRAINED.items():
         module, engine = trained(case, 2)
@@ -61,9 +61,11 @@ def save(folder: Path, arguments: list[str]) -> dict[str, Any]:
 
 
 def load(folder: Path, checkpoints: list[str]) -> dict[str, Any]:
-    """Load each checkpoint into an engine of the case that its folder is named after; tells what came of it.
+    """Load each checkpoint into a new engine of the case that its folder is named after.
 
-    One that a single rank finds fault with must not be among them: the others would wait for it.
+    Returns for each checkpoint the error, or the weights one step later and the optimizer settings after loading,
+    besides those that the run set. A checkpoint that only one rank refuses must not be among them: the other ranks
+    would wait for that one.
     """
     from megazh.training.checkpoint import load_checkpoint
     from megazh.training.checkpoint_list import read_manifest
@@ -81,17 +83,17 @@ def load(folder: Path, checkpoints: list[str]) -> dict[str, Any]:
         except MegazhError as error:
             found[str(path)] = {"error": str(error)}
             continue
-        own = [optimizer.clip_grad - 1, *(group["weight_decay"] - 0.5 for group in optimizer.param_groups)]
+        settings = [optimizer.clip_grad - 1, *(group["weight_decay"] - 0.5 for group in optimizer.param_groups)]
         optimizer.clip_grad = clip
         for group, decay in zip(optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
         engine.train_batch(feed(2, 0, 1))
-        found[str(path)] = {"later": stage_weights(module), "own": own, "given": [clip, *decays]}
+        found[str(path)] = {"later": stage_weights(module), "settings": settings, "own_settings": [clip, *decays]}
     return found
 
 
 def load_one(folder: Path, checkpoints: list[str]) -> dict[str, Any]:
-    """Load a checkpoint of the case "tied"; raises what that raises."""
+    """Load a checkpoint of the case "tied"; errors are raised."""
     from megazh.training.checkpoint import load_checkpoint
     from megazh.training.checkpoint_list import read_manifest
 
@@ -101,7 +103,7 @@ def load_one(folder: Path, checkpoints: list[str]) -> dict[str, Any]:
 
 
 def save_for_ever(folder: Path, arguments: list[str]) -> dict[str, Any]:
-    """Save step after step, until something ends it."""
+    """Save step after step, until the process is killed."""
     _, engine = trained(CASES["tied"], 1)
     for step in itertools.count(int(arguments[0])):
         save_to(engine, folder / "tied", step)
@@ -109,7 +111,7 @@ def save_for_ever(folder: Path, arguments: list[str]) -> dict[str, Any]:
 
 
 def fill_the_disk(folder: Path, arguments: list[str]) -> dict[str, Any]:
-    """Save once, and again when the last rank can write no more than a few bytes a file."""
+    """Save once, and again after limiting the last rank to 10,000 bytes per file."""
     _, engine = trained(CASES["tied"], 1)
     save_to(engine, folder / "tied", 1)
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -133,6 +135,6 @@ if __name__ == "__main__":
     except MegazhError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)
-    tell(Path(sys.argv[1]), results)
+    save_results(Path(sys.argv[1]), results)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""One rank that agrees on bounds, each with another clock; see `test_cut.py`."""
+"""One rank that agrees with others on stage bounds, although they measure other layer times; see `test_cut.py`."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ranks import tell
+from ranks import save_results
 from recipes import make_recipe
 
 from megazh.model.backend import Backend
@@ -20,18 +20,18 @@ RECIPE = make_recipe(model={"num_hidden_layers": 6}, stage_costs="measured", dty
 RANKS = 3
 
 
-def clock(rank: int) -> LayerCosts:
-    """Layer times that this rank measures: on the first rank heads are slow, on the others embeddings."""
+def measured_costs(rank: int) -> LayerCosts:
+    """Layer times that a rank measures: on the first rank the head is slow, on the others the embedding."""
     slow, fast = (1.0, 9.0) if rank else (9.0, 1.0)
     return LayerCosts(unit="seconds", embedding=fast, block=2.0, head=slow)
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    cut.layer_seconds = lambda *_: clock(int(os.environ["RANK"]))
+    cut.layer_seconds = lambda *_: measured_costs(int(os.environ["RANK"]))
     layout = make_layout(RECIPE, RANKS, RANKS)
     work = work_of(RECIPE, layout, RECIPE.precision.on(Device.CPU), Backend.MASKED)
-    found = cut.agree_on_bounds(RECIPE, work, torch.device("cpu"))
-    tell(Path(sys.argv[1]), {"bounds": found})
+    bounds = cut.agree_on_bounds(RECIPE, work, torch.device("cpu"))
+    save_results(Path(sys.argv[1]), {"bounds": bounds})
     dist.barrier()
     dist.destroy_process_group()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from pipeline.ladder_rank import SEED
-from ranks import join_ranks, tell
+from ranks import join_ranks, save_results
 from recipes import make_recipe
 
 from megazh.model.backend import Backend
@@ -17,18 +17,18 @@ from megazh.training.layout import make_layout
 from megazh.training.recipe import Recipe
 
 LIMITS = [None, 7]
-"""Samples that are validated on at most: all, and a number that fills no micro-batch."""
+"""Largest numbers of validation samples: no limit, and a number that leaves a micro-batch incomplete."""
 PROMPT, TOKENS = "从前，小兔子", 12
 
 
 def recipe_on(manifest: str) -> Recipe:
-    """Large weights, so that what is sampled depends on the model; dropout, which may not act here."""
+    """A recipe with large weights, so that samples depend on the model, and with dropout, which must be off here."""
     model = {"vocab_size": 512, "initializer_range": 0.2, "residual_dropout": 0.3}
     return make_recipe(model=model, data={"manifest": manifest}, seq_len=64, dtype="fp32")
 
 
 def evaluate(recipe: Recipe, stages: int) -> dict[str, Any]:
-    """Losses and bits per byte by limit, each found twice, and continuations by seed."""
+    """Losses and bits per byte by limit, each computed twice, and continuations by seed."""
     from megazh.pipeline.engine import make_engine, quiet
     from megazh.pipeline.module import DecoderPipeline
     from megazh.pipeline.precision import Dtype, Precision
@@ -55,12 +55,12 @@ def evaluate(recipe: Recipe, stages: int) -> dict[str, Any]:
     for seed in (1, 1, 2):
         module.train()
         found["texts"].append(sample_text(engine, tokenizer, PROMPT, TOKENS, seed))
-        assert module.training, "training goes on with dropout"
+        assert module.training, "dropout is on again for training"
     return found
 
 
 if __name__ == "__main__":
     join_ranks()
-    tell(Path(sys.argv[1]), evaluate(recipe_on(sys.argv[2]), int(sys.argv[3])))
+    save_results(Path(sys.argv[1]), evaluate(recipe_on(sys.argv[2]), int(sys.argv[3])))
     dist.barrier()
     dist.destroy_process_group()

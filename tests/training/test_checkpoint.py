@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, refused where they are damaged, and never a way for code to get in."""
+"""Checkpoints: complete or absent, refused if damaged, and unable to run code."""
 
 import hashlib
 import json
@@ -38,18 +38,18 @@ Saved = tuple[Path, Found]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A folder with checkpoints of `TRAINED` by two stages, and what the ranks found."""
+    """A folder with checkpoints of `TRAINED` by two stages, and the results of the ranks."""
     folder = tmp_path_factory.mktemp("saved")
     return folder, run_ranks(SCRIPT, 2, ["save"], folder, timeout=120)
 
 
 def recipe_of(name: str) -> Any:
-    """As `load_decoder` wants it."""
+    """The recipe of a case, as `load_decoder` takes it."""
     return make_recipe(model=TRAINED[name].config.model_dump(mode="json"))
 
 
 class Evil:
-    """Makes a file when it is unpickled."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,8 +58,8 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
-def agree(checkpoint: Path) -> None:
-    """Make the manifest say what the files are, as one would who changes them on purpose."""
+def update_manifest(checkpoint: Path) -> None:
+    """Make the manifest update_manifest with the files, as someone who changes them on purpose would."""
     manifest = checkpoint / MANIFEST
     values = json.loads(manifest.read_text())
     for entry in values["files"]:
@@ -69,19 +69,20 @@ def agree(checkpoint: Path) -> None:
 
 
 def flip(path: Path, place: int | None = None) -> None:
-    """Change one bit, in the middle."""
+    """Flip one bit, by default in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2 if place is None else place] ^= 1
     path.write_bytes(data)
 
 
-# What a checkpoint holds
+# Contents
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_whole_model_of_two_stages(saved: Saved, name: str) -> None:
-    """Loaded in one process it has the logits of the pipeline that was trained."""
+    """The model loaded in one process gives the logits of the trained pipeline."""
     folder, found = saved
     model = load_decoder(folder / name / STEP, recipe_of(name), CPU)
     tokens, _, positions, bounds = packed([ROW], sum(ROW) + 1)
@@ -91,6 +92,7 @@ def test_the_whole_model_of_two_stages(saved: Saved, name: str) -> None:
     assert not torch.equal(model.embedding.weight.float(), Decoder(recipe_of(name).model, 3).embedding.weight)
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_the_manifest_names_every_file_with_its_hash(saved: Saved) -> None:
     checkpoint = saved[0] / "tied" / STEP
@@ -105,17 +107,18 @@ def test_the_manifest_names_every_file_with_its_hash(saved: Saved) -> None:
     assert [path.name for path in checkpoint.parent.iterdir()] == [STEP], "nothing is left beside it"
 
 
-# What is refused
+# Refusals
 
 
 def truncate(path: Path) -> None:
-    """As a copy that was cut short."""
+    """Cut the end off, as an incomplete copy does."""
     path.write_bytes(path.read_bytes()[:-100])
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "damage", "said"),
+    ("name", "damage", "problem"),
     [
         (f"{STATE}/{LAYER}", truncate, "bytes instead of"),
         (f"{STATE}/{LAYER}", Path.unlink, "missing"),
@@ -127,7 +130,7 @@ def truncate(path: Path) -> None:
     ],
 )
 def test_damage_that_the_manifest_shows(
-    saved: Saved, tmp_path: Path, name: str, damage: Callable[[Path], None], said: str
+    saved: Saved, tmp_path: Path, name: str, damage: Callable[[Path], None], problem: str
 ) -> None:
     checkpoint = tmp_path / STEP
     shutil.copytree(saved[0] / "tied" / STEP, checkpoint)
@@ -136,11 +139,12 @@ def test_damage_that_the_manifest_shows(
         with pytest.raises(DataError) as refusal:
             read()
         assert str(refusal.value).startswith(f"{checkpoint / name}: ")
-        assert said in str(refusal.value)
+        assert problem in str(refusal.value)
         assert str(refusal.value).endswith(f"remove {checkpoint} to go on from the checkpoint before it")
         assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_manifest_of_a_later_format_is_refused(saved: Saved, tmp_path: Path) -> None:
     checkpoint = tmp_path / STEP
@@ -151,6 +155,7 @@ def test_a_manifest_of_a_later_format_is_refused(saved: Saved, tmp_path: Path) -
         read_manifest(checkpoint)
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_weights_of_another_shape_are_refused(saved: Saved) -> None:
     other = make_recipe(model={**TRAINED["tied"].config.model_dump(mode="json"), "hidden_size": 64})
@@ -158,9 +163,10 @@ def test_weights_of_another_shape_are_refused(saved: Saved) -> None:
         load_decoder(saved[0] / "tied" / STEP, other, CPU)
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_loading_gives_back_all_or_names_the_file_that_has_changed(saved: Saved, tmp_path: Path) -> None:
-    """Good ones go on as if nothing had been."""
+    """Training resumes from an intact checkpoint as if it had not been interrupted."""
     folder, wanted = saved
     good = [folder / name / STEP for name in TRAINED]
     bad: dict[Path, Path] = {}
@@ -172,7 +178,7 @@ def test_loading_gives_back_all_or_names_the_file_that_has_changed(saved: Saved,
     found = run_ranks(SCRIPT, 2, ["load", *good, *bad], tmp_path / "load", timeout=120)
     for rank, before in zip(found, wanted, strict=True):
         for path in good:
-            assert rank[str(path)]["own"] == pytest.approx(rank[str(path)]["given"]), "clipping and decay are the run's"
+            assert rank[str(path)]["settings"] == pytest.approx(rank[str(path)]["own_settings"]), "clipping and decay"
             later = rank[str(path)]["later"]
             for key, weight in before[path.parent.name]["later"].items():
                 assert torch.equal(weight, later[key]), f"{path}: {key}"
@@ -183,16 +189,17 @@ def test_loading_gives_back_all_or_names_the_file_that_has_changed(saved: Saved,
             )
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["optim_states", "model_states"])
+@pytest.mark.parametrize("file_type", ["optim_states", "model_states"])
 def test_an_object_in_a_file_of_the_last_rank_ends_the_run_and_is_not_run(
-    saved: Saved, tmp_path: Path, kind: str
+    saved: Saved, tmp_path: Path, file_type: str
 ) -> None:
     checkpoint, trace = tmp_path / STEP, tmp_path / "trace"
     shutil.copytree(saved[0] / "tied" / STEP, checkpoint)
-    path = max((checkpoint / STATE).glob(f"*mp_rank_*{kind}.pt"))
+    path = max((checkpoint / STATE).glob(f"*mp_rank_*{file_type}.pt"))
     torch.save({"module": torch.ones(2), "extra": Evil(trace)}, path)
-    agree(checkpoint)
+    update_manifest(checkpoint)
     with start_ranks(SCRIPT, 2, ["load_one", checkpoint], tmp_path / "load") as running:
         finished = running.wait(90)
     assert finished.returncode == DataError.exit_code, finished
@@ -200,6 +207,7 @@ def test_an_object_in_a_file_of_the_last_rank_ends_the_run_and_is_not_run(
     assert not trace.exists(), "nothing was executed"
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_model_file_with_code_in_it_is_refused_and_not_run(saved: Saved, tmp_path: Path, protocol: int) -> None:
@@ -207,16 +215,17 @@ def test_a_model_file_with_code_in_it_is_refused_and_not_run(saved: Saved, tmp_p
     shutil.copytree(saved[0] / "tied" / STEP, checkpoint)
     path = checkpoint / STATE / LAYER
     torch.save({"weight": Evil(trace)}, path, pickle_protocol=protocol)
-    agree(checkpoint)
+    update_manifest(checkpoint)
     with pytest.raises(DataError, match="not a checkpoint file"):
         load_decoder(checkpoint, recipe_of("tied"), CPU)
     path.write_bytes(pickle.dumps(Evil(trace), protocol))
-    agree(checkpoint)
+    update_manifest(checkpoint)
     with pytest.raises(DataError, match="not a checkpoint file"):
         load_decoder(checkpoint, recipe_of("tied"), CPU)
     assert not trace.exists()
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_flipped_bit_in_a_weight_is_found_when_the_model_is_loaded_for_use(saved: Saved, tmp_path: Path) -> None:
     checkpoint = tmp_path / STEP
@@ -230,9 +239,10 @@ def test_a_flipped_bit_in_a_weight_is_found_when_the_model_is_loaded_for_use(sav
     assert str(refusal.value).startswith(f"{path}: ")
 
 
-# Ends in between
+# Interrupted saves
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
     choose = random.Random(5)
@@ -264,6 +274,7 @@ def test_what_a_checkpoint_that_was_cut_short_left_is_none_and_is_removed(tmp_pa
     remove_unfinished(tmp_path / "nowhere")
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     with start_ranks(SCRIPT, 2, ["fill_the_disk"], tmp_path) as running:

@@ -1,4 +1,4 @@
-"""The cut of a run: one decision for all ranks, the recipe's own cut before the measured one."""
+"""The cut into stages: the same on all ranks, and the recipe's own cut takes precedence over a measured one."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from recipes import make_recipe
-from training.cut_rank import RANKS, RECIPE, clock
+from training.cut_rank import RANKS, RECIPE, measured_costs
 
 from megazh.pipeline.split import best_bounds
 from megazh.training.cut import agree_on_bounds, memory_limit
@@ -15,22 +15,21 @@ from megazh.training.recipe import Device, Recipe
 from megazh.training.stages import work_of
 
 CPU = torch.device("cpu")
-
-
-def agreed(recipe: Recipe, stages: int) -> list[int]:
-    """Bounds of so many stages without replicas, decided in this process."""
-    return agree_on_bounds(recipe, work_of(recipe, make_layout(recipe, stages, stages), FP32), CPU)
-
-
 FP32 = make_recipe(dtype="fp32").precision.on(Device.CPU)
 
 
+def agreed(recipe: Recipe, stages: int) -> list[int]:
+    """Bounds of `stages` stages without replicas, decided in this process alone."""
+    return agree_on_bounds(recipe, work_of(recipe, make_layout(recipe, stages, stages), FP32), CPU)
+
+
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_all_ranks_take_the_bounds_of_the_first(tmp_path: Path) -> None:
     found = run_ranks(Path(__file__).parent / "cut_rank.py", RANKS, [], tmp_path, timeout=90)
     blocks = RECIPE.model.num_hidden_layers
-    own = [best_bounds(clock(rank).parts(blocks), RANKS) for rank in range(RANKS)]
-    assert own[0] != own[1], "each would have decided otherwise"
+    own = [best_bounds(measured_costs(rank).parts(blocks), RANKS) for rank in range(RANKS)]
+    assert own[0] != own[1], "on its own, each rank would have decided otherwise"
     assert [rank["bounds"] for rank in found] == [own[0]] * RANKS
 
 

@@ -1,4 +1,4 @@
-"""The lines about a run before it starts, against numbers worked out by hand."""
+"""The lines that describe a run before it starts, compared with numbers worked out by hand."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from megazh.training.recipe_files import recipe_path
 
 
 def job_of(name: str, ranks: int, device: Device, *settings: str) -> Job:
-    """A recipe that comes with megazh, on so many ranks."""
+    """The job of a recipe that comes with megazh, on `ranks` ranks."""
     recipe = load_recipe(recipe_path(name), list(settings))
     return make_job(Request(), recipe, Path("runs/big"), Path("data_index"), Devices(device, ranks, None))
 

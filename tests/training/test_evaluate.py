@@ -1,4 +1,4 @@
-"""Validation and samples through stages and replicas are those of the whole model in one process."""
+"""Validation and sampling through stages and replicas give the results of one process."""
 
 import math
 from pathlib import Path
@@ -17,11 +17,12 @@ from megazh.training.evaluate import SAMPLING
 SCRIPT = Path(__file__).parent / "evaluate_rank.py"
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [2, 1], ids=["two stages", "two replicas"])
 def test_it_is_what_one_process_finds(stories: Path, tmp_path: Path, stages: int) -> None:
     found = run_ranks(SCRIPT, 2, [stories, stages], tmp_path, timeout=120)
-    assert found[0] == found[1], "all ranks know"
+    assert found[0] == found[1], "all ranks have the results"
     recipe = recipe_on(str(stories))
     model = Decoder(recipe.model, SEED).eval()
     tokenizer = load_tokenizer(stories.parent / "tokenizer.json")

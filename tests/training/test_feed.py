@@ -1,4 +1,4 @@
-"""Micro-batches: a step is the same samples in every layout, each label counts once, and a resumed feed goes on."""
+"""Micro-batches: a step holds the same samples in every layout, each label counts once, a resumed feed continues."""
 
 import itertools
 from pathlib import Path
@@ -24,7 +24,7 @@ def mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mixture:
 
 
 def layout_of(replicas: int, size: int) -> Layout:
-    """Twelve samples a step."""
+    """A layout of one stage for steps of twelve samples."""
     return Layout(replicas, 1, replicas, size, BATCH // replicas // size)
 
 
@@ -41,7 +41,7 @@ def steps(mixture: Mixture, layout: Layout, first: int, count: int, workers: int
 
 
 def rows(batches: list[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, layouts and labels of all samples of some micro-batches."""
+    """Tokens, document maps and labels of all samples in these micro-batches."""
     return (
         torch.cat([inputs[0] for inputs, _ in batches]),
         torch.cat([inputs[1] for inputs, _ in batches]),
@@ -53,17 +53,17 @@ def rows(batches: list[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def test_a_step_is_the_same_samples_in_every_layout(mixture: Mixture, layout: Layout) -> None:
     for step, batches in enumerate(steps(mixture, layout, 0, 4, workers=1)):
         expected = mixture.batch(range(step * BATCH, (step + 1) * BATCH))
-        tokens, packing, labels = rows(batches)
+        tokens, document_maps, labels = rows(batches)
         assert torch.equal(tokens, torch.from_numpy(expected.tokens))
         assert torch.equal(labels, torch.from_numpy(expected.labels))
-        assert torch.equal(packing[:, :SEQ], torch.from_numpy(expected.position_ids))
-        assert torch.equal(packing[:, SEQ:], torch.from_numpy(expected.cu_seqlens))
-        assert {tensor.dtype for tensor in (tokens, packing, labels)} == {torch.int32}
+        assert torch.equal(document_maps[:, :SEQ], torch.from_numpy(expected.position_ids))
+        assert torch.equal(document_maps[:, SEQ:], torch.from_numpy(expected.cu_seqlens))
+        assert {tensor.dtype for tensor in (tokens, document_maps, labels)} == {torch.int32}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.replicas}x{layout.micro_batch_size}")
 def test_mean_of_scaled_sums_is_the_mean_over_tokens(mixture: Mixture, layout: Layout) -> None:
-    """Whatever each token's loss: DeepSpeed's mean over micro-batches and replicas is the mean of the step's labels."""
+    """DeepSpeed's mean over micro-batches and replicas is the mean over the step's labels, whatever the losses are."""
     scales = set()
     for batches in steps(mixture, layout, 0, 3):
         losses = [torch.where(labels >= 0, labels.double().square() + 1, 0) for _, (labels, _) in batches]
@@ -72,7 +72,7 @@ def test_mean_of_scaled_sums_is_the_mean_over_tokens(mixture: Mixture, layout: L
         assert torch.stack(scaled).mean().item() == pytest.approx(sum(loss.sum().item() for loss in losses) / valid)
         assert {(tuple(scale.shape), scale.dtype) for _, (_, scale) in batches} == {((1,), torch.float32)}
         scales.update(float(scale) for _, (_, scale) in batches)
-    assert len(scales) == 3, "steps have different numbers of labels, and all micro-batches of one have the same scale"
+    assert len(scales) == 3, "steps have different numbers of labels; all micro-batches of a step have one scale"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -90,7 +90,7 @@ def test_a_feed_ends_with_the_last_whole_step_of_a_mixture_that_stops(tmp_path: 
     path.write_text("on_exhausted: stop\ncorpora:\n  - {name: a, prefix: a, weight: 1}\n")
     stopping = Mixture(path, SEQ)
     assert stopping.end is not None
-    assert stopping.end % BATCH, "a part of a step is left over"
+    assert stopping.end % BATCH, "the last step is incomplete"
     for layout in (layout_of(1, 4), layout_of(2, 3)):
         for replica in range(layout.replicas):
             for workers in (0, 2):
@@ -111,12 +111,12 @@ def test_validation_counts_each_label_once(mixture: Mixture, replicas: int, size
     batches = [list(feed) for feed in feeds]
     assert {len(each) for each in batches} == {feeds[0].micro_batches}
     assert {tuple(labels.shape) for each in batches for _, (labels, _) in each} == {(size, SEQ)}
-    tokens, packing, labels = rows([each[number] for number in range(feeds[0].micro_batches) for each in batches])
+    tokens, document_maps, labels = rows([each[number] for number in range(feeds[0].micro_batches) for each in batches])
     expected = samples.batch(feeds[0].numbers)
     assert torch.equal(tokens[:count], torch.from_numpy(expected.tokens))
     assert torch.equal(labels[:count], torch.from_numpy(expected.labels))
-    assert torch.equal(packing[:count, SEQ:], torch.from_numpy(expected.cu_seqlens))
-    assert (labels[count:] == -100).all(), "rows that fill up count nothing"
+    assert torch.equal(document_maps[:count, SEQ:], torch.from_numpy(expected.cu_seqlens))
+    assert (labels[count:] == -100).all(), "filler rows have no labels"
     valid = int((expected.labels >= 0).sum())
     assert {feed.valid for feed in feeds} == {valid}
     scaled = [(labels >= 0).sum() * scale for each in batches for _, (labels, scale) in each]

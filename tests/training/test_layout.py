@@ -1,4 +1,4 @@
-"""Ranks, stages, replicas and micro-batches: that they add up, and that the remedies in refusals work."""
+"""Ranks, stages, replicas and micro-batches: they add up, and the remedies in refusals work."""
 
 import itertools
 import re
@@ -43,7 +43,7 @@ def test_more_stages_than_parts() -> None:
 
 
 def test_every_remedy_for_a_batch_that_does_not_add_up_works() -> None:
-    """The first setting that a refusal names, fed back in, is accepted; and so is each other one."""
+    """Each setting that a refusal names is accepted when it is tried."""
     refusals = 0
     for size, replicas, batch, given in itertools.product(
         (1, 2, 3, 8), (1, 2, 3, 5), (1, 6, 7, 8, 24), (None, 1, 3, 4)

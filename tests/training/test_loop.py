@@ -1,4 +1,4 @@
-"""The loop: what a run that does not go well tells, and that it goes on."""
+"""The training loop: its records and checkpoints, an interrupt during the start, and losses that are not finite."""
 
 import os
 import signal
@@ -17,8 +17,6 @@ from megazh.training.checkpoint_list import list_checkpoints
 from megazh.training.schedule import learning_rate
 
 STEPS = 5
-
-
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
     "OMP_NUM_THREADS": "1",
@@ -45,22 +43,23 @@ def write(stories: Path, tmp_path: Path, **changes: Any) -> None:
 
 
 def command(tmp_path: Path) -> list[str | Path]:
-    """What starts it, with one rank."""
+    """The command that starts the run, with one rank."""
     start = [sys.executable, "-m", "megazh", "pretrain", "-c", tmp_path / "recipe.yaml", "-r", tmp_path / "run"]
     return [*start, "--device", "cpu", "-n", "1", "-p", "1"]
 
 
 def train(stories: Path, tmp_path: Path, **changes: Any) -> tuple[str, list[dict[str, Any]]]:
-    """A run of one rank to its end: what it printed, and its records."""
+    """Train with one rank to the end; returns the output and the records."""
     write(stories, tmp_path, **changes)
     finished = run_command(command(tmp_path), 120, ENVIRONMENT, tmp_path)
     assert finished.returncode == 0, finished
     return finished.stdout, read_metrics(tmp_path / "run")
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_ctrl_c_while_starting_ends_the_run_before_it_begins(stories: Path, tmp_path: Path) -> None:
-    """The ranks are asked while they load, long before the first step."""
+    """The interrupt arrives while the ranks load, long before the first step."""
     write(stories, tmp_path)
     with start_command(command(tmp_path), ENVIRONMENT, tmp_path) as running:
         log = tmp_path / "run" / "logs" / "rank_0.log"
@@ -73,6 +72,7 @@ def test_ctrl_c_while_starting_ends_the_run_before_it_begins(stories: Path, tmp_
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_run_tells_every_step_and_does_what_is_due(stories: Path, tmp_path: Path) -> None:
     printed, records = train(
@@ -95,9 +95,10 @@ def test_a_run_tells_every_step_and_does_what_is_due(stories: Path, tmp_path: Pa
         assert line in printed
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_loss_that_explodes_is_told_and_survived(stories: Path, tmp_path: Path) -> None:
-    """The first step throws the weights so far that nothing after it is finite."""
+    """The first step makes the weights so large that no later loss is finite."""
     printed, records = train(stories, tmp_path, learning_rate=1e30, max_grad_norm=0.0)
     steps = [record for record in records if record["kind"] == "step"]
     assert [record["skipped"] for record in steps] == [False, True, True, True, True]

@@ -1,4 +1,4 @@
-"""AdamW: what is decayed, and that a step is the one of the paper."""
+"""AdamW: the weights that are decayed, and steps compared with the formula of the paper."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The checks before a start: what a run may be resumed as, and that the job records the layout that runs."""
+"""Checks before the start: changes that a resume may make, and the layout that the job records."""
 
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def test_another_model_is_refused(run: RunFolder) -> None:
 
 
 def test_the_layout_that_runs_is_in_the_recipe(run: RunFolder) -> None:
-    """Whatever the recipe says, `-p` and the devices decide, and config.yaml records that."""
+    """`-p` and the devices override the recipe, and config.yaml records the result."""
     recipe = make_recipe(num_gpus=6, pipe_parallel_size=1)
     job = job_of(run, recipe, ranks=4, request=Request(stages=2))
     run.config.write_text(job.recipe.to_yaml(), encoding="utf-8")

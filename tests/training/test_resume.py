@@ -1,4 +1,4 @@
-"""A run that is stopped or killed and started again ends with the same bits as one that was not; dropout is on."""
+"""A run that is interrupted or killed, and resumed, ends with the bits of an uninterrupted one; dropout is on."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import STATE, list_checkpoints, read_manifest
 from megazh.training.weights import load_tensors
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS, EVERY = 24, 4
 BLOCKS = 4
@@ -60,7 +60,7 @@ def recipe(stories: Path, tmp_path: Path) -> Path:
 
 
 class Attempts:
-    """Runs of one layout."""
+    """Attempts to run one recipe in one layout."""
 
     def __init__(self, recipe: Path, folder: Path, ranks: int, stages: int, settings: list[str]) -> None:
         self._folder = folder
@@ -73,13 +73,13 @@ class Attempts:
         }
 
     def to_the_end(self, run: Path) -> Finished:
-        """An attempt that ends by itself, and well."""
+        """Run to the end, without an error."""
         finished = run_command([*self._command, "-r", run], 240, self._env, self._folder)
         assert finished.returncode == 0, finished
         return finished
 
     def ended_by(self, number: signal.Signals, run: Path, step: int) -> int:
-        """An attempt that gets a signal once `step` is done; returns the steps that are recorded then."""
+        """Run until `step` is done, then send a signal; returns the number of steps recorded by then."""
         with start_command([*self._command, "-r", run], self._env, self._folder) as running:
             wait_until(
                 lambda: steps_of(run) >= step or running.process.poll() is not None, 240, f"step {step} of {run}"
@@ -92,18 +92,18 @@ class Attempts:
 
 
 def steps_of(run: Path) -> int:
-    """Steps that a run has recorded so far; also where its last line is being written."""
+    """Number of steps that a run has recorded so far; the last line may be incomplete."""
     path = run / "metrics.jsonl"
     return path.read_text().count('"kind": "step"') if path.exists() else 0
 
 
 def newest(run: Path) -> Path:
-    """The last checkpoint."""
+    """The newest checkpoint."""
     return list_checkpoints(run / "checkpoints")[-1]
 
 
 def curve(run: Path) -> list[tuple[Any, ...]]:
-    """All that a run computes and tells, in order, without times."""
+    """All recorded results of a run, in order, without times."""
     names = ("kind", "step", "tokens", "loss", "grad_norm", "learning_rate", "skipped", "bits_per_byte", "text")
     return [tuple(record.get(name) for name in names) for record in read_metrics(run)]
 
@@ -121,7 +121,7 @@ def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Curves, weights and optimizer are equal, bit for bit."""
+    """Check that records, weights and optimizer states are equal, bit for bit."""
     assert curve(one) == curve(other)
     assert newest(one).name == newest(other).name == f"step_{STEPS:08d}"
     assert read_manifest(newest(one)).bounds == read_manifest(newest(other)).bounds
@@ -163,14 +163,14 @@ def test_the_same_bits_after_a_kill(recipe: Path, tmp_path: Path, ranks: int, st
 
 
 def test_the_same_bits_after_ctrl_c_and_a_kill_in_bf16(recipe: Path, tmp_path: Path) -> None:
-    """With stages cut by the clock; what is measured in between may not move the layers of a run that is under way."""
+    """Stages are cut by measured times; a later measurement must not move the layers of a run that has begun."""
     attempts = Attempts(recipe, tmp_path, 2, 2, ["dtype=bf16", "stage_costs=measured"])
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     attempts.to_the_end(whole)
     attempts.ended_by(signal.SIGINT, broken, 2)
     stopped = read_manifest(newest(broken))
     assert 2 <= stopped.step < STEPS
-    assert steps_of(broken) == stopped.step, "the step that was being done is saved"
+    assert steps_of(broken) == stopped.step, "the step that was running is saved"
     (note,) = (tmp_path / "cache" / "timings").iterdir()
     values = json.loads(note.read_text())
     values["costs"]["embedding"] = values["costs"]["block"] * 100

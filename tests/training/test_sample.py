@@ -1,4 +1,4 @@
-"""A model opened from its run folder: which checkpoint, and what it writes."""
+"""A model opened from its run folder: the checkpoint that is loaded, and the text that is written."""
 
 import shutil
 from pathlib import Path
@@ -60,11 +60,11 @@ def test_the_same_seed_the_same_text(run: RunFolder) -> None:
 
 
 def test_rows_behind_the_tokenizer_are_never_drawn_and_text_stays_text(run: RunFolder) -> None:
-    """A model without any training draws tokens that are parts of characters."""
+    """An untrained model draws tokens that are parts of characters."""
     model = open_model(run.path)
     assert model.model.embedding.weight.shape[0] == 4096
     assert model.tokenizer.vocab_size == 400
-    with torch.no_grad():  # a head that likes rows best that no token has
+    with torch.no_grad():  # a head that prefers the rows that belong to no token
         model.model.embedding.weight[400:] *= 100
     text = written(model, SamplingOptions(2.0), 100, stop_at_end=False)
     assert len(text) > 20
@@ -75,7 +75,7 @@ def test_pieces_put_together_are_the_text(run: RunFolder) -> None:
     model = open_model(run.path)
     drawn = SamplingOptions(1.0)
     pieces = list(model.stream(PROMPT, 30, drawn, 5, stop_at_end=False))
-    assert len(pieces) == 31, "one a token, and what was held back"
+    assert len(pieces) == 31, "one per token, and the bytes that were held back"
     assert "".join(pieces) == written(model, drawn, 30, 5, stop_at_end=False)
 
 

@@ -1,4 +1,4 @@
-"""The learning rate at its edges, and how a warm-up is given."""
+"""The learning rate at the edges of the schedule, and the ways to give a warm-up."""
 
 import math
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Stages of a recipe before it runs: bounds by costs and within memory, and what each stage holds."""
+"""Stages of a recipe before it runs: bounds by costs and within memory, and the parts that each stage holds."""
 
 import pytest
 from recipes import make_recipe
@@ -24,7 +24,7 @@ def test_by_flops_the_head_counts_and_the_embedding_does_not() -> None:
 
 
 def needed(work: Work, bounds: list[int]) -> float:
-    """Bytes of the fullest stage."""
+    """Bytes that the largest stage needs."""
     return max(stage.total for stage in memory_by_stage(work, bounds))
 
 

@@ -1,4 +1,4 @@
-"""The clock of a start: parts in order, from the command on."""
+"""The startup clock: phases in order, from the start of the command."""
 
 import re
 import time
@@ -8,8 +8,8 @@ import pytest
 from megazh.training.startup import BEGUN, Startup, process_begun
 
 
-def parts(line: str) -> dict[str, float]:
-    """By name."""
+def phases(line: str) -> dict[str, float]:
+    """Seconds by phase."""
     return {name: float(seconds) for name, seconds in re.findall(r"([a-z ]+) (\d+\.\d)(?:,|$)", line.split(": ")[1])}
 
 
@@ -22,7 +22,7 @@ def test_each_part_is_what_passed_since_the_one_before(monkeypatch: pytest.Monke
     startup.done("first step", now + 7.5)
     line = startup.describe()
     assert line.startswith("first step after 10.5 s: ")
-    assert {name.strip(): value for name, value in parts(line).items()} == {
+    assert {name.strip(): value for name, value in phases(line).items()} == {
         "launcher": 3.0, "imports": 2.0, "first step": 5.5,
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint in one process: as they were saved, and nothing but weights."""
+"""Weights of a checkpoint loaded in one process: equal to those saved, and files with anything else are refused."""
 
 import os
 import pickle
@@ -77,7 +77,7 @@ def test_weights_of_another_shape(checkpoint: Path, run: RunFolder, change: dict
 
 
 class Harmful:
-    """Makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = str(folder)

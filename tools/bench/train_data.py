@@ -1,4 +1,4 @@
-"""Made-up documents for `train.py`: an index of random ids, as common as words are; the same batches for all."""
+"""Made-up documents for `train.py`: an index of random ids with the frequencies of words; the same for all trainers."""
 
 import json
 from collections.abc import Iterator
@@ -24,9 +24,11 @@ def make_mixture(folder: Path, tokens: int, vocab_size: int, document_tokens: fl
     """Write an index of random documents and a manifest; returns the manifest's path.
 
     Args:
-        tokens: at least so many.
-        vocab_size: of the ids; the one of rank r is drawn with a probability of about 1 / r.
-        document_tokens: mean length of a document; lengths fall off exponentially.
+        folder: existing folder to write to.
+        tokens: smallest number of tokens to write.
+        vocab_size: number of ids; the id of rank r is drawn with a probability of about 1 / r.
+        document_tokens: mean length of a document; lengths are distributed exponentially.
+        seed: seed of the random draws.
     """
     random = np.random.default_rng(seed)
     prefix = folder / "made_up"
@@ -35,8 +37,8 @@ def make_mixture(folder: Path, tokens: int, vocab_size: int, document_tokens: fl
     tokenizer = load_tokenizer(path)
     build = folder / "made_up.build"
     writer = IndexWriter(build, np.int32)
-    shares = 1 / np.arange(1, vocab_size - len(_CONTROL) + 1)
-    edges = np.cumsum(shares) / shares.sum()
+    weights = 1 / np.arange(1, vocab_size - len(_CONTROL) + 1)
+    edges = np.cumsum(weights) / weights.sum()
     while writer.tokens < tokens:
         lengths = np.maximum(_SHORTEST, random.exponential(document_tokens, 256)).astype(np.int64)
         drawn = np.searchsorted(edges, random.random(lengths.sum()), side="right").clip(max=len(edges) - 1)
@@ -77,7 +79,7 @@ def make_mixture(folder: Path, tokens: int, vocab_size: int, document_tokens: fl
 
 
 def _tokenizer(vocab_size: int) -> dict[str, object]:
-    """A tokenizer.json of made-up words."""
+    """Contents of a tokenizer.json of made-up words."""
     words = [*_CONTROL, *(f"w{number}" for number in range(vocab_size - len(_CONTROL)))]
     return {
         "version": "1.0",
@@ -94,7 +96,7 @@ def _tokenizer(vocab_size: int) -> dict[str, object]:
 
 
 def batches(manifest: Path, seq_len: int, micro_batch_size: int, device: torch.device) -> Iterator[Batch]:
-    """Micro-batches of the mixture on the device, in the order in which megazh takes them."""
+    """Yield micro-batches of the mixture on the device, in the order in which megazh takes them."""
     mixture = Mixture(str(manifest), seq_len, Packing.BEST_FIT, None)
     for batch in training_batches(mixture, micro_batch_size):
         yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,7 +1,7 @@
-"""What `train.py` compares with: each is a function that trains on the same batches, one optimizer step a call.
+"""The trainers that `train.py` compares megazh with; each is a function that takes one optimizer step on given batches.
 
-Each is set up as its own documentation does for speed on one GPU, in bf16, without recomputation unless said. The notes
-beside a name say what it leaves out of the work that megazh does.
+Each is set up for speed on one GPU as its own documentation describes, in bf16, without recomputation unless its note
+says otherwise. The note also names the part of megazh's work that it leaves out.
 """
 
 import functools
@@ -16,21 +16,23 @@ from megazh.index.loader import Batch
 from megazh.model.config import ModelConfig
 
 Step = Callable[[Iterator[Batch], int], float]
-"""Trains on so many micro-batches; returns the loss of the last."""
+"""Trains on a number of micro-batches and takes one step; returns the loss of the last micro-batch."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """How to make a step, what it needs, what to know of it."""
+    """A trainer to compare with."""
 
     make: Callable[[ModelConfig, int, torch.device], Step]
-    """Of the model, the tokens of a row, and the device."""
+    """Makes its step from the model's shape, the tokens per row and the device."""
     packages: tuple[str, ...]
+    """Packages that it needs."""
     note: str
+    """Differences from megazh's work, for the table."""
 
 
 def _qwen(config: ModelConfig, seq_len: int, attention: str) -> Any:
-    """transformers' Qwen2 of this shape (Qwen1.5's architecture)."""
+    """Make transformers' Qwen2 of this shape (the architecture of Qwen1.5)."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     settings = Qwen2Config(
@@ -45,7 +47,7 @@ def _qwen(config: ModelConfig, seq_len: int, attention: str) -> Any:
 
 
 def _trainer(compiled: bool, config: ModelConfig, seq_len: int, device: torch.device) -> Step:
-    """transformers' Trainer: fp32 weights under autocast, its own training step, clipping and fused AdamW."""
+    """transformers' Trainer: fp32 weights under autocast; its own training step, clipping and fused AdamW."""
     import tempfile
 
     from transformers import Trainer, TrainingArguments
@@ -76,7 +78,7 @@ def _trainer(compiled: bool, config: ModelConfig, seq_len: int, device: torch.de
 
 
 def _seed_method(config: ModelConfig, seq_len: int, device: torch.device) -> Step:
-    """The six-3090 seed: a dense mask of documents, eager attention, every layer checkpointed, bf16 weights."""
+    """The method of the six-3090 seed: dense document mask, eager attention, all layers recomputed, bf16 weights."""
     model = _qwen(config, seq_len, "eager").to(device, torch.bfloat16)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -98,7 +100,7 @@ def _seed_method(config: ModelConfig, seq_len: int, device: torch.device) -> Ste
 
 
 def _litgpt(config: ModelConfig, seq_len: int, device: torch.device) -> Step:
-    """litgpt's GPT, compiled as `litgpt pretrain` does, with its chunked cross entropy; bf16 weights and optimizer."""
+    """litgpt's GPT, compiled as in `litgpt pretrain`, chunked cross entropy, bf16 weights and optimizer state."""
     from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
@@ -125,7 +127,7 @@ def _litgpt(config: ModelConfig, seq_len: int, device: torch.device) -> Step:
 
 
 def _megatron(config: ModelConfig, seq_len: int, device: torch.device) -> Step:
-    """megatron-core's GPTModel of the local spec, without Transformer Engine."""
+    """megatron-core's GPTModel with the local layer spec, without Transformer Engine."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -178,7 +180,7 @@ def _plain_step(
     batches: Iterator[Batch],
     micro_batches: int,
 ) -> float:
-    """Accumulate, clip, step."""
+    """Accumulate gradients, clip, and take an optimizer step."""
     for _ in range(micro_batches):
         loss = micro_batch(next(batches)) / micro_batches
         loss.backward()
@@ -202,4 +204,4 @@ PEERS = {
         "the six-3090 seed: dense document mask, eager, recomputes all; bf16 weights and optimizer state",
     ),
 }  # fmt: skip
-"""By name; the fastest first."""
+"""Peers by name, the fastest first."""

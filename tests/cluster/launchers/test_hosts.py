@@ -1,4 +1,4 @@
-"""Launching on several hosts: what is refused, and what the shells of the hosts make of the arguments."""
+"""Launching on several hosts: refusals, and arguments that pass through the shells of the hosts unchanged."""
 
 import json
 import os
@@ -25,9 +25,10 @@ def test_several_hosts_need_pdsh(monkeypatch: pytest.MonkeyPatch) -> None:
         deepspeed_command(Path("hosts"), [Host("a", 1), Host("b", 1)], None, 29500, [])
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_deepspeed_runs_the_command_on_each_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an ssh and a pdsh that stay on this machine; the shells of the hosts are real."""
+    """Replaces ssh and pdsh by scripts that stay on this machine; the shells are real."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "ssh").write_text("#!/bin/sh\necho 127.0.0.1\n")
@@ -46,14 +47,14 @@ def test_deepspeed_runs_the_command_on_each_host(tmp_path: Path, monkeypatch: py
     port = socket.create_server(("127.0.0.1", 0))
     arguments = deepspeed_command(hostfile, [Host("a", 2), Host("b", 2)], [1], port.getsockname()[1], awkward)
     port.close()
-    # In place of megazh, a module that writes down what it was given.
-    arguments[arguments.index("megazh")] = "tell"
-    (tmp_path / "tell.py").write_text(
+    # In place of megazh, a module that records its arguments and its rank.
+    arguments[arguments.index("megazh")] = "recorder"
+    (tmp_path / "recorder.py").write_text(
         "import json, os, sys\nnames = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR')\n"
         "json.dump([sys.argv[1:], [os.environ[name] for name in names]], open(os.environ['RANK'] + '.json', 'w'))\n"
     )
     finished = run_command(arguments, 120, {"DS_ACCELERATOR": "cpu"}, tmp_path)
     assert finished.returncode == 0, finished.stderr
     for rank in range(2):
-        told = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert told == [awkward, [str(rank), "2", "0", "127.0.0.1"]]
+        recorded = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert recorded == [awkward, [str(rank), "2", "0", "127.0.0.1"]]

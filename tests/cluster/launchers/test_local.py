@@ -1,4 +1,4 @@
-"""Starting ranks: what they find, which death is reported, and that nothing is left of them."""
+"""Starting ranks: their environment, the failure that is reported, and no process left behind."""
 
 import json
 import os
@@ -15,6 +15,8 @@ from processes import Finished, Running, run_command, start_command, wait_until
 
 from megazh.cluster.launchers.local import run_ranks
 from megazh.errors import UsageError
+
+pytestmark = pytest.mark.ranks
 
 DRIVER = """
 import json, sys
@@ -49,7 +51,7 @@ def launch(
 
 @contextmanager
 def running(tmp_path: Path, script: str, ranks: int = 2, **more) -> Iterator[Running]:
-    """Started, and every rank has made its file `ready_N`."""
+    """Start ranks that run `script` and then loop; the block begins when each has made its file `ready_N`."""
     script = f"{script}\nopen(f'ready_{{rank}}', 'w').close()\nwhile True: time.sleep(0.05)"
     with start_command(command(script, ranks, **more), cwd=tmp_path) as started:
         wait_until(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in range(ranks)), 20, "all ranks ready")
@@ -134,9 +136,9 @@ while os.path.exists('/proc/%d' % os.getppid()):
 
 def test_of_a_traceback_the_exception_is_quoted(tmp_path: Path) -> None:
     script = """
-def prefixed(kind, error, trace):
+def prefixed(error_type, error, trace):
     import traceback
-    for line in ''.join(traceback.format_exception(kind, error, trace)).splitlines():
+    for line in ''.join(traceback.format_exception(error_type, error, trace)).splitlines():
         print('[rank0]:', line, file=sys.stderr)
     print('[W1122 comm.cpp:1] not destroyed', file=sys.stderr)
 sys.excepthook = prefixed

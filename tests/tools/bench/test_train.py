@@ -1,4 +1,4 @@
-"""The benchmark of training where there is no GPU: megazh through its own launcher, peers and refusals named."""
+"""The benchmark of training without a GPU: megazh through its own launcher, contenders left out, and refusals."""
 
 import json
 import sys
@@ -15,6 +15,7 @@ def tool(name: str, *options: object, timeout: float = 200) -> Finished:
     return run_command([sys.executable, TOOLS / name, *map(str, options)], timeout=timeout)
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_both_layouts_train_on_the_same_tokens(tmp_path: Path) -> None:
     written = tmp_path / "bench.json"
@@ -28,7 +29,7 @@ def test_both_layouts_train_on_the_same_tokens(tmp_path: Path) -> None:
     assert (flat["name"], cut["name"]) == ("megazh pp=1 dp=2", "megazh pp=2 dp=1")
     assert found["tokens_a_step"] == 2 * 2 * 64 * 2
     assert flat["losses"] == pytest.approx(cut["losses"], rel=1e-4)
-    assert len(flat["seconds"]) == len(cut["seconds"]) == 3, "less the warm-up"
+    assert len(flat["seconds"]) == len(cut["seconds"]) == 3, "without the warm-up steps"
     assert "seed" in found["left_out"]
     assert "first step after " in result.stdout
     table = result.stdout[result.stdout.index("contender ") :].splitlines()
