@@ -55,4 +55,4 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     assert losses[0] > 7, "an untrained model of 2,048 ids: ln 2048 = 7.6"
     assert losses[-1] < 1, "the stories are learned"
     assert "18 layers" in done.stdout, "the plan"
-    assert "hashes, bounds, ids and document ends are right" in done.stdout
+    assert "hashes, boundaries, ids, document ends are right" in done.stdout

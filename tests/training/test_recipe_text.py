@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from megazh.errors import UsageError
+from megazh.index.choices import Packing
+from megazh.pipeline.precision import Dtype
 from megazh.training.recipe import Recipe, load_recipe
 from megazh.training.recipe import keys as recipe_keys
 from megazh.training.recipe_files import recipe_names, recipe_path
@@ -69,8 +71,8 @@ def test_every_key_is_there_once_with_its_docstring(name: str) -> None:
 
 def test_a_comment_names_the_choices_and_whether_the_key_may_change_on_resume() -> None:
     found = shown("demo")
-    assert found["precision.dtype"].comment.endswith("One of fp32, bf16, fp16, auto.")
-    assert found["data.packing"].comment.endswith("One of best_fit, concat.")
+    assert found["precision.dtype"].comment.endswith(f"One of {', '.join([*Dtype, 'auto'])}.")
+    assert found["data.packing"].comment.endswith(f"One of {', '.join(Packing)}.")
     assert found["parallel.device"].comment.endswith("One of auto, cpu, cuda. (May change on resume.)")
     assert found["schedule.steps"].comment.endswith("(May change on resume.)")
     assert "change on resume" not in found["schedule.seed"].comment

@@ -202,8 +202,7 @@ class _Run:
             self.failed = event
             self.logs[0].show()
             self.logs[0].hide()
-            for process in self._alive.values():
-                process.send_signal(signal.SIGTERM)
+            self._signal(signal.SIGTERM)
             self._wait(_END_SECONDS)
 
     def _interrupt(self) -> None:
@@ -215,9 +214,15 @@ class _Run:
             return
         self.interrupted = True
         print("stopping: the ranks save and end (a second Ctrl-C kills them)", file=sys.stderr, flush=True)
-        for process in self._alive.values():
-            process.send_signal(signal.SIGINT)
+        self._signal(signal.SIGINT)
         self._wait(_SAVE_SECONDS)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Signal all ranks that live. Not through Popen, which would reap a dead one before its thread can."""
+        for process in self._alive.values():
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
 
     def _kill(self) -> None:
         self._killed = True
