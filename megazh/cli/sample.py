@@ -52,7 +52,7 @@ def add_to(commands: Subparsers) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from megazh.model.generate import SamplingOptions
-    from megazh.training.sample import open_model
+    from megazh.training.text_model import open_model
 
     drawing = SamplingOptions(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
     if not options.prompt:

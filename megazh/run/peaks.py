@@ -1,4 +1,4 @@
-"""Peak throughput of each card, against which model FLOPs utilization (MFU) is measured."""
+"""Model FLOPs utilization (MFU), and the peak throughput of each card that it is measured against."""
 
 import math
 import re
@@ -46,3 +46,14 @@ def peak_flops(name: str | None, override_tflops: float | None = None) -> float 
     if words & _VARIANTS:
         return None
     return next((peak for needed, peak in _PEAKS if words.issuperset(needed.split())), None)
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None) -> float | None:
+    """Model FLOPs utilization of one card, as a share of `peak` (PaLM, arXiv 2204.02311, appendix B).
+
+    Args:
+        tokens_per_second: tokens per second that the card trains; of a whole run, divided by its cards.
+        flops_per_token: FLOPs that forward and backward need per token (`megazh.model.counts`), recomputation excluded.
+        peak: peak of the card in FLOP/s; None where it is not known, and then so is the result.
+    """
+    return tokens_per_second * flops_per_token / peak if peak else None

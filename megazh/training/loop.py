@@ -18,7 +18,7 @@ from megazh.pipeline.module import DecoderPipeline
 from megazh.pipeline.precision import Dtype
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import Metrics, StepRecord
-from megazh.run.peaks import peak_flops
+from megazh.run.peaks import mfu, peak_flops
 from megazh.training.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
 from megazh.training.checkpoint_list import CheckpointManifest, list_checkpoints, read_manifest
 from megazh.training.cut import agree_on_bounds
@@ -26,9 +26,9 @@ from megazh.training.describe import describe_kernels
 from megazh.training.evaluate import Validator, sample_text
 from megazh.training.feed import MicroBatch, training_feed
 from megazh.training.layout import Layout, make_layout
+from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.optimizer import make_optimizer
 from megazh.training.recipe import Device, Kernels, Recipe, run_recipe
-from megazh.training.schedule import learning_rate, warmup_steps
 from megazh.training.stages import describe_parts, work_of
 from megazh.training.startup import Startup
 from megazh.training.stop import StopRequest
@@ -104,10 +104,9 @@ class Trainer:
         self._feed = self._make_feed(module)
         self._validator = self._make_validator()
         self._startup.done("validation data")
-        flops = flops_per_token(recipe.model, recipe.batch.seq_len).total
+        self._flops_per_token = flops_per_token(recipe.model, recipe.batch.seq_len).total
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        peak = peak_flops(name, recipe.logging.peak_tflops)
-        self._mfu_per_rate = flops / peak if peak else None
+        self._peak_flops = peak_flops(name, recipe.logging.peak_tflops)
         self._stop = stop
         self._data_seconds = 0.0
         self._pace = 0.0
@@ -217,7 +216,7 @@ class Trainer:
                 step_seconds=seconds,
                 tokens_per_second=rate_all,
                 tokens_per_second_per_gpu=rate_all / self._layout.ranks,
-                mfu=rate_all / self._layout.ranks * self._mfu_per_rate if self._mfu_per_rate else None,
+                mfu=mfu(rate_all / self._layout.ranks, self._flops_per_token, self._peak_flops),
                 memory_bytes=int(memory) if memory else None,
                 memory_reserved=int(reserved) if memory else None,
                 data_seconds=data_seconds,

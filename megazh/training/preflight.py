@@ -17,9 +17,9 @@ from megazh.pipeline.precision import Dtype, Precision, check_deepspeed_version,
 from megazh.run.folder import ANOTHER_RUN, RunFolder
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
 from megazh.training.layout import Layout, make_layout
+from megazh.training.learning_rate import warmup_steps
 from megazh.training.recipe import Device, Recipe, Resume, fixed_keys_that_differ, read_recipe, run_recipe
 from megazh.training.recipe_files import recipe_path
-from megazh.training.schedule import warmup_steps
 
 if TYPE_CHECKING:
     from megazh.index.mixture import Mixture

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megazh.errors import UsageError
-from megazh.run.peaks import peak_flops
+from megazh.run.peaks import mfu, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,8 @@ def test_the_users_figure_counts_more() -> None:
 def test_a_peak_that_is_none_is_refused(tflops: float) -> None:
     with pytest.raises(UsageError, match="positive number"):
         peak_flops("NVIDIA H200", tflops)
+
+
+def test_mfu_is_the_share_of_the_peak() -> None:
+    assert mfu(1000.0, 3e9, 12e12) == 0.25
+    assert mfu(1000.0, 3e9, None) is None

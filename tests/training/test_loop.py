@@ -14,7 +14,7 @@ from recipes import MODEL, in_sections
 from megazh.errors import INTERRUPTED
 from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import list_checkpoints
-from megazh.training.schedule import learning_rate
+from megazh.training.learning_rate import learning_rate
 
 STEPS = 5
 ENVIRONMENT = {

@@ -15,7 +15,7 @@ from megazh.files import write_atomic
 from megazh.model.counts import flops_per_token
 from megazh.pipeline.costs import LayerCosts
 from megazh.pipeline.passes import makespan
-from megazh.run.peaks import peak_flops
+from megazh.run.peaks import mfu, peak_flops
 from megazh.training.recipe import Recipe
 
 MEGAZH = "megazh"
@@ -117,15 +117,16 @@ def table(results: Sequence[Result], recipe: Recipe, tokens: int, gpus: int, car
     for each in results:
         rates = [tokens / second / gpus for second in each.seconds]
         rate = statistics.median(rates)
-        mfu = f"{rate * flops / peak:.3f}" if peak else "?"
+        used = mfu(rate, flops, peak)
+        share = "?" if used is None else f"{used:.3f}"
         times = f"{rate_of(own, tokens, gpus) / rate:.2f} x" if own else "-"
         extra = [each.note]
         if each.waited is not None:
             extra.append(f"waited for samples {each.waited:.2%}")
         if each.stages > 1:
-            extra.append(f"bounds {each.bounds}")
+            extra.append(f"cut {each.bounds}")
         lines.append(
-            f"{each.name:<16} {rate:>12,.0f} {f'{min(rates):,.0f}-{max(rates):,.0f}':>17} {mfu:>6} "
+            f"{each.name:<16} {rate:>12,.0f} {f'{min(rates):,.0f}-{max(rates):,.0f}':>17} {share:>6} "
             f"{each.memory_bytes / 2**30:>6.2f} GiB {times:>10}  {'; '.join(extra)}"
         )
     return lines

@@ -11,7 +11,7 @@ from megazh.errors import DataError, UsageError
 from megazh.model.generate import SamplingOptions
 from megazh.run.folder import RunFolder
 from megazh.training.recipe import run_recipe
-from megazh.training.sample import TextModel, open_model
+from megazh.training.text_model import TextModel, open_model
 
 GREEDY = SamplingOptions(temperature=0.0)
 PROMPT = "从前，有一只小兔子。"

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from megazh.errors import UsageError
-from megazh.training.schedule import learning_rate, warmup_steps
+from megazh.training.learning_rate import learning_rate, warmup_steps
 
 
 def test_values_at_the_edges() -> None:
