@@ -42,10 +42,10 @@ fi
 
 python=$(bash jobs/setup.sh --dev --mpi) || exit
 [[ -n ${MEGAZH_PYTHON:-} ]] && export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+scratch=$(mktemp -d) || exit
+trap 'rm -rf "$scratch"' EXIT
 # Private, so that neither a stale build nor a lock of another run gets in the way.
-TORCH_EXTENSIONS_DIR=$(mktemp -d) || exit
-export TORCH_EXTENSIONS_DIR
-trap 'rm -rf "$TORCH_EXTENSIONS_DIR"' EXIT
+export TORCH_EXTENSIONS_DIR=$scratch/extensions
 
 if (($# && ! ${#quick[@]})); then
     "$python" -m pytest "$@"
@@ -54,8 +54,11 @@ fi
 failed=()
 "$python" -m ruff check . || failed+=("ruff check")
 "$python" -m ruff format --check . || failed+=("ruff format --check")
-"$python" -m mypy || failed+=("mypy")
-((${#failed[@]})) && printf 'FAILED: %s\n' "${failed[@]}" # before the tests, whose summary comes last
-"$python" -m pytest "${quick[@]}" "$@"
-tests=$?
-((tests == 0 && ${#failed[@]} == 0))
+"$python" -m mypy > "$scratch/mypy.log" 2>&1 & # on another core, while the tests run
+mypy=$!
+"$python" -m pytest "${quick[@]}" "$@" || failed+=("pytest")
+wait "$mypy" || failed+=("mypy")
+cat "$scratch/mypy.log"
+((${#failed[@]})) || exit 0
+printf 'FAILED: %s\n' "${failed[@]}"
+exit 1

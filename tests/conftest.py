@@ -28,8 +28,10 @@ _RARE = ["Ünïcödé", "e\u0301", "🙂", "龘", "3.14", "2024年", "\u3000", "
 @pytest.fixture(autouse=True, scope="session")
 def _private_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep caches out of the user's home, and hide the launcher that the tests themselves may run under."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a background job ignores it, and its children inherit that
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A background job ignores SIGINT, and under nohup SIGHUP as well; its children would inherit that.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEGAZH_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("PATH", f"{os.environ['PATH']}{os.pathsep}/usr/sbin")  # where Debian puts slurmctld

@@ -32,6 +32,8 @@ from megazh.errors import UsageError
 from megazh.index.reader import IndexedDataset
 from megazh.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow  # all together
+
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -311,7 +313,6 @@ module.Tokenizer = Tokenizer
 '''
 
 
-@pytest.mark.slow
 def test_pieces_of_a_wrong_encoder_that_are_still_under_way_are_not_taken(tmp_path: Path) -> None:
     """The encoder is found wrong on one piece while another worker encodes the next one."""
     (tmp_path / "fake" / "fastokens").mkdir(parents=True)
@@ -333,7 +334,6 @@ def test_pieces_of_a_wrong_encoder_that_are_still_under_way_are_not_taken(tmp_pa
     assert err.startswith("warning: fastokens differs from tokenizers")
 
 
-@pytest.mark.slow
 def test_killed_rebuild_leaves_the_old_index_the_new_one_or_none(
     mixed: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -361,7 +361,6 @@ def test_killed_rebuild_leaves_the_old_index_the_new_one_or_none(
         )
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not (QWEN_RANKS.exists() and (SHARED / "data/pretrain").exists()), reason="no sample data beside the project"
 )

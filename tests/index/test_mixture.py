@@ -158,7 +158,11 @@ def test_an_index_alone_is_a_mixture(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("corpora", "head", "message"),
     [
-        ("  - {name: a, prefix: a, wieght: 1}\n", "", "unknown key 'corpora[0].wieght'; did you mean 'corpora[0].weight'"),
+        (
+            "  - {name: a, prefix: a, wieght: 1}\n",
+            "",
+            "unknown key 'corpora[0].wieght'; did you mean 'corpora[0].weight'",
+        ),
         (TWO, "sead: 3", "unknown key 'sead'; did you mean 'seed'"),
         ("  - {name: a, prefix: a}\n", "", "expected one of weight, tokens, epochs"),
         ("  - {name: a, prefix: a, weight: 1, epochs: 2}\n", "", "expected one of weight, tokens, epochs"),

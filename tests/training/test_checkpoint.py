@@ -140,7 +140,7 @@ def test_damage_that_the_manifest_shows(
             read()
         assert str(refusal.value).startswith(f"{checkpoint / name}: ")
         assert problem in str(refusal.value)
-        assert str(refusal.value).endswith(f"remove {checkpoint} to go on from the checkpoint before it")
+        assert str(refusal.value).endswith(f"remove {checkpoint} to resume from the checkpoint before it")
         assert "\n" not in str(refusal.value)
 
 
@@ -185,7 +185,7 @@ def test_loading_gives_back_all_or_names_the_file_that_has_changed(saved: Saved,
         for checkpoint, path in bad.items():
             error = rank[str(checkpoint)]["error"]
             assert error.startswith(
-                f"{path}: its content has changed since it was written; remove {checkpoint} to go on"
+                f"{path}: its content has changed since it was written; remove {checkpoint} to resume from"
             )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megazh.cluster.launchers.rank_log import RankLog
 
-TRACEBACK = "Traceback (most recent call last):\n  File \"a.py\", line 1, in <module>\n"
+TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 1, in <module>\n'
 
 
 @pytest.fixture
