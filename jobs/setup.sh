@@ -96,8 +96,8 @@ make_part() {
         venv) make_venv ;;
         # First and on its own: it is by far the largest, and its own dependencies must keep to the pins.
         torch) pip_install "${want#own choice: }" --constraint "$requirements/base.txt" "${want#own choice: }" ;;
-        # Without its operators, and as on a machine without GPUs: with GPUs its build asks for a CUDA toolkit, although
-        # it compiles nothing.
+        # Built without its compiled operators, and for the CPU: with GPUs its build asks for a CUDA toolkit, although it
+        # compiles nothing.
         deepspeed)
             DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip_install DeepSpeed --no-build-isolation --requirement \
                 "$requirements/deepspeed.txt"
@@ -150,7 +150,7 @@ pip_install() { # WHAT PIP-ARGUMENTS...
 use_own_python() {
     local own extra missing
     local modules=(numpy numba pyarrow orjson pydantic yaml tqdm xxhash tokenizers tiktoken sentencepiece
-        matplotlib tensorboard torch deepspeed)
+        matplotlib tensorboard psutil torch deepspeed)
     for extra in "$@"; do
         case $extra in
             dev) modules+=(fastokens pytest pytest_timeout hypothesis ruff mypy megatron.core triton) ;;

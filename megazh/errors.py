@@ -27,7 +27,7 @@ class UsageError(MegazhError):
 
 
 class DataError(MegazhError):
-    """A file that is damaged, foreign, changed, or that holds too much that is bad."""
+    """A file that is damaged, foreign, changed, or with too many bad records."""
 
     exit_code = 3
 
@@ -39,7 +39,7 @@ class BusyError(MegazhError):
 
 
 class WorkerError(MegazhError):
-    """A worker process, a rank or the machine (disk, memory) failed; running again continues from there."""
+    """A worker process, a rank or the machine (disk, memory) failed; the same command continues after finished work."""
 
     exit_code = 5
 

@@ -114,7 +114,7 @@ def cache_dir() -> Path:
 def check_sha256(path: Path, expected: str) -> None:
     """Check that the content of `path` has the SHA-256 `expected`.
 
-    The hash is remembered in the cache folder by name, inode, size and times of the file, so that the next process
+    The hash is remembered in the cache folder by path, inode, size and times of the file, so that the next process
     does not read it again; `remember_sha256` does the same for a file whose writer knows its hash.
 
     Raises:
@@ -122,7 +122,9 @@ def check_sha256(path: Path, expected: str) -> None:
     """
     found = known_sha256(path)
     if found != expected:
-        raise DataError(f"{path}: wrong content: expected sha256 {expected[:16]}…, found {found[:16]}…")
+        raise DataError(
+            f"{path}: wrong content: expected sha256 {expected[:16]}…, found {found[:16]}…; restore or remake the file"
+        )
 
 
 def known_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:

@@ -78,7 +78,8 @@ def override(
         settings: the layers below.
         assignments: `key=value` or `--key=value`, later ones winning.
         model: the model whose keys are meant.
-        alternatives: as in `read_layers`; both given on the command line stay.
+        alternatives: as in `read_layers`. If both keys of a pair are on the command line, both are kept, and the
+            recipe's own check refuses them.
 
     Raises:
         UsageError: no `=`, not valid YAML, or a key that is unknown, ambiguous or a section; names the candidates.

@@ -29,7 +29,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line `megazh ARGUMENTS`; ends the process."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="megazh", description="From raw Chinese text to a chat model.")
+    parser = argparse.ArgumentParser(prog="megazh", description="From raw Chinese text to a language model.")
     parser.add_argument("--version", action="version", version=f"megazh {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     called = words[0] if words else None

@@ -1,4 +1,4 @@
-"""`megazh pretrain`: from a recipe, or nothing at all, to a trained model."""
+"""`megazh pretrain`: train a model from a recipe; without one, the demo."""
 
 import argparse
 import sys
@@ -14,15 +14,15 @@ EXAMPLES = """examples:
   bash jobs/run_pretrain.sh -t ds_pp -c minillm_1.4b -r runs/big  another recipe, another run folder
   bash jobs/run_pretrain.sh -t ds_pp -c qwen0.5b_6x3090 -g 0-5 --dry-run
 
-Without -c, the recipe is 'demo', and with -g 'qwen0.5b_6x3090'. key=value settings override any key of the recipe:
-'megazh recipe show NAME' prints them all with their meaning. The same command again resumes an interrupted run from
-its last checkpoint."""
+Without -c, the recipe is 'qwen0.5b_6x3090' if -g is given without -i, else 'demo'. key=value settings override any
+key of the recipe: 'megazh recipe show NAME' prints them all with their meaning. The same command again resumes an
+interrupted run from its last checkpoint."""
 
 
 def add_to(commands: Subparsers) -> None:
     """Add `pretrain`."""
     parser = add_command(commands, "pretrain", "train a model through a pipeline of stages", EXAMPLES)
-    parser.add_argument("-t", "--type", choices=["ds_pp", "hf"], default="ds_pp", help="the engine: DeepSpeed pipeline")
+    parser.add_argument("-t", "--type", choices=["ds_pp"], default="ds_pp", help="engine; ds_pp: DeepSpeed's pipeline")
     parser.add_argument("-c", "--config", metavar="RECIPE", help="a name in jobs/recipes/, or the path of a .yaml file")
     parser.add_argument("-g", "--gpus", metavar="IDS", help="GPU ids as nvidia-smi numbers them: 1,2,3 or 0-5")
     parser.add_argument("-n", "--num-gpus", type=count, metavar="N", help="number of GPUs (on the CPU: ranks)")
@@ -30,7 +30,9 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument(
         "-H", "--hostfile", type=Path, metavar="FILE", help="hosts and their slots, as DeepSpeed reads it"
     )
-    parser.add_argument("-r", "--run", type=Path, metavar="RUN", help="run folder (default: runs/RECIPE)")
+    parser.add_argument(
+        "-r", "--run", type=Path, metavar="RUN", help="run folder (default: runs/RECIPE, or runs/INPUT)"
+    )
     parser.add_argument(
         "-i", "--input", nargs="+", metavar="FILE", help="your own text: .jsonl, .txt, .parquet, folders, quoted globs"
     )
@@ -40,7 +42,7 @@ def add_to(commands: Subparsers) -> None:
         choices=["file", "blank-lines"],
         help="with -i: where a document ends in plain text (default: blank-lines for few files)",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if torch can use a GPU")
     parser.add_argument(
         "--dry-run", action="store_true", help="print layout, stages, memory and command; start nothing"
     )

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, and those that a run uses; or that it uses the CPU. Here `-g` is read."""
+"""Choose the devices of a run, GPUs or the CPU, from `-g`, `-n`, `--device` and the GPUs of this machine."""
 
 import os
 import re

@@ -45,7 +45,7 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Projection:
     """Projected figures of one layout."""
 
     layout: Layout
@@ -92,6 +92,8 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
         )
     name, memory_gib = CARDS[assumed.card]
     limit_gib = (assumed.memory_gib or memory_gib) - OUTSIDE_TORCH
+    if recipe.parallel.memory_limit_gib is not None:
+        limit_gib = min(limit_gib, recipe.parallel.memory_limit_gib)
     peak = peak_flops(name, recipe.logging.peak_tflops)
     assert peak is not None
     batch = recipe.batch.model_copy(update={"gradient_accumulation_steps": None})
@@ -108,7 +110,8 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
     if not choices:
         raise UsageError(f"no layout of {gpus} GPUs works: {'; '.join(refused)}")
     choices.sort(key=lambda choice: (choice.memory_gib > limit_gib, choice.step_seconds))
-    yield from _describe_model(recipe, gpus, name, peak, limit_gib, assumed)
+    measured = choices[0].costs.unit == "seconds"
+    yield from _describe_model(recipe, gpus, name, peak, limit_gib, assumed, measured)
     yield ""
     yield from _describe_choices(choices, limit_gib)
     yield from refused
@@ -116,13 +119,15 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
     yield from _projection(recipe, choices[0], name, limit_gib)
     yield ""
     for choice in choices:
-        yield from _describe_stages(recipe, choice)
+        yield from _describe_stages(recipe, choice, name)
         yield ""
     yield "total: gradients are reduced after activations and head are freed, so the larger of the two counts"
     yield from _reason(choices, limit_gib)
 
 
-def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib: float, assumed: Assumptions) -> Choice:
+def _estimate(
+    recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib: float, assumed: Assumptions
+) -> Projection:
     work = work_of(recipe, layout, recipe.precision.on(Device.CUDA))
     costs = remembered_seconds(work, card) or costs_by_flops(work)
     by_hand = recipe.parallel.stage_bounds
@@ -145,7 +150,7 @@ def _estimate(recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib:
     communication_seconds = _bytes_moved(work, largest) / (assumed.bandwidth * 1e9)
     step_seconds = compute + communication_seconds
     rate = recipe.batch_tokens / step_seconds
-    return Choice(
+    return Projection(
         layout=layout,
         bounds=bounds,
         costs=costs,
@@ -180,7 +185,7 @@ def _bytes_moved(work: Work, parameters: int) -> float:
 
 
 def _describe_model(
-    recipe: Recipe, gpus: int, card: str, peak: float, limit_gib: float, assumed: Assumptions
+    recipe: Recipe, gpus: int, card: str, peak: float, limit_gib: float, assumed: Assumptions, measured: bool
 ) -> Iterator[str]:
     counts, flops = parameter_counts(recipe.model), flops_per_token(recipe.model, recipe.batch.seq_len)
     tokens, seq_len = recipe.total_steps * recipe.batch_tokens, recipe.batch.seq_len
@@ -193,10 +198,13 @@ def _describe_model(
         f"layer {flops.block / 1e6:.1f} M, head {flops.head / 1e6:.1f} M = {_in_blocks(flops):.1f} layers"
     )
     yield f"run         {recipe.total_steps:,} steps x {recipe.batch_tokens:,} = {tokens:,} tokens"
+    speed = "" if measured else f"MFU {assumed.mfu:.0%}, "
     yield (
-        f"GPUs        {gpus} x {card}, {limit_gib:.1f} GiB for torch, {peak / 1e12:g} TFLOP/s peak; assumed: MFU "
-        f"{assumed.mfu:.0%}, {assumed.bandwidth:g} GB/s between GPUs"
+        f"GPUs        {gpus} x {card}, {limit_gib:.1f} GiB for torch, {peak / 1e12:g} TFLOP/s peak; assumed: "
+        f"{speed}{assumed.bandwidth:g} GB/s between GPUs"
     )
+    if measured:
+        yield f"layers      their times were measured on {card}"
     days = 8 * tokens * counts.total / (gpus * peak * assumed.mfu) / 86400
     yield (
         f"rule of thumb: 8 x tokens x parameters / (GPUs x peak x MFU) = {days:.2f} days (8: everything computed "
@@ -212,7 +220,7 @@ def _in_blocks(flops: Flops) -> float:
     return flops.head / flops.block
 
 
-def _describe_choices(choices: list[Choice], limit_gib: float) -> Iterator[str]:
+def _describe_choices(choices: list[Projection], limit_gib: float) -> Iterator[str]:
     yield "projected, best first; bubble and imbalance are shares of the step:"
     yield " pp  dp  micro-batches  bubble  imbalance    comm/step  memory GiB  tokens/s/GPU      days"
     for choice in choices:
@@ -225,7 +233,7 @@ def _describe_choices(choices: list[Choice], limit_gib: float) -> Iterator[str]:
         )
 
 
-def _projection(recipe: Recipe, best: Choice, card: str, limit_gib: float) -> Iterator[str]:
+def _projection(recipe: Recipe, best: Projection, card: str, limit_gib: float) -> Iterator[str]:
     """Speed and length of the best layout, beside the recipe's reference."""
     if best.memory_gib > limit_gib:
         return
@@ -239,8 +247,8 @@ def _projection(recipe: Recipe, best: Choice, card: str, limit_gib: float) -> It
     )
 
 
-def _describe_stages(recipe: Recipe, choice: Choice) -> Iterator[str]:
-    source = "seconds measured on this card" if choice.costs.unit == "seconds" else "FLOPs; nothing measured yet"
+def _describe_stages(recipe: Recipe, choice: Projection, card: str) -> Iterator[str]:
+    source = f"seconds measured on {card}" if choice.costs.unit == "seconds" else "FLOPs; nothing measured yet"
     layout = choice.layout
     yield f"stages of pp={layout.stages} x dp={layout.replicas} (cut by {source}), GiB by component:"
     yield (
@@ -265,7 +273,7 @@ def _describe_stages(recipe: Recipe, choice: Choice) -> Iterator[str]:
         )
 
 
-def _reason(choices: list[Choice], limit_gib: float) -> Iterator[str]:
+def _reason(choices: list[Projection], limit_gib: float) -> Iterator[str]:
     best = choices[0]
     layout = best.layout
     if best.memory_gib > limit_gib:

@@ -18,18 +18,18 @@ def training_batches(
     mixture: Mixture,
     micro_batch_size: int,
     start: int = 0,
-    rank: int = 0,
-    ranks: int = 1,
+    replica: int = 0,
+    replicas: int = 1,
     workers: int = 2,
     prefetch: int = 4,
 ) -> Iterator[Batch]:
-    """Micro-batches of one data-parallel rank, from training sample `start` until the mixture ends.
+    """Micro-batches of one replica, from training sample `start` until the mixture ends.
 
-    Of each `micro_batch_size * ranks` consecutive samples, rank r gets `micro_batch_size`, from
-    r * micro_batch_size on. Samples at the end of the mixture that do not suffice for all ranks are left out.
+    Of each `micro_batch_size * replicas` consecutive samples, replica r gets `micro_batch_size`, from
+    r * micro_batch_size on. Samples at the end of the mixture that do not suffice for all replicas are left out.
 
     Args:
-        start: number of samples that all ranks together have consumed before.
+        start: number of samples that all replicas together have consumed before.
         workers: number of threads that gather batches ahead; 0 gathers each batch when it is requested.
         prefetch: number of batches that each thread keeps ready.
 
@@ -37,13 +37,15 @@ def training_batches(
         tokens, labels, position_ids (micro_batch, seq) int32 and cu_seqlens (micro_batch, max_docs + 1) int32; in
         pinned memory if there is a GPU.
     """
-    return _batches(mixture, _training_numbers(mixture.end, start, micro_batch_size, rank, ranks), workers, prefetch)
+    return _batches(
+        mixture, _training_numbers(mixture.end, start, micro_batch_size, replica, replicas), workers, prefetch
+    )
 
 
-def _training_numbers(end: int | None, start: int, size: int, rank: int, ranks: int) -> Iterator[range]:
-    while end is None or start + size * ranks <= end:
-        yield range(start + rank * size, start + (rank + 1) * size)
-        start += size * ranks
+def _training_numbers(end: int | None, start: int, size: int, replica: int, replicas: int) -> Iterator[range]:
+    while end is None or start + size * replicas <= end:
+        yield range(start + replica * size, start + (replica + 1) * size)
+        start += size * replicas
 
 
 def _batches(mixture: Mixture, numbers: Iterable[range], workers: int, prefetch: int) -> Iterator[Batch]:

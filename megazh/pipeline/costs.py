@@ -27,8 +27,9 @@ class LayerCosts(Config):
     def passes(self, begin: int, end: int, blocks: int, split: bool) -> tuple[float, float, float]:
         """Cost of the forward, backward and weight pass of a stage that holds parts `begin` up to `end`.
 
-        Each pass counts as a third, since of the three products of every matrix each pass has one; the head's input
-        gradient is taken in its forward pass.
+        A matrix takes part in three products of equal size: forward, input gradient, weight gradient; so each pass
+        costs a third. The head's forward pass also computes its input gradient (`megazh.model.loss`) and costs two
+        thirds.
 
         Args:
             begin: first part of the stage.

@@ -49,7 +49,8 @@ def stage_memory(work: Work, stage: int, begin: int, end: int) -> StageMemory:
     if work.defers_weight_gradients and work.fused:
         in_flight = kept_micro_batches(stage, work.stages, work.micro_batches)
     kept = work.tokens * block_activations(config, size, work.fused)
-    # Hidden states received, and gradients to send back; megazh's own engine has one more on its way.
+    # Received hidden states of the micro-batches in flight. DeepSpeed's own paths keep a gradient buffer for each of
+    # them; where sums are in place, there is only one further tensor that is being received.
     travelling = (2 * in_flight if not precision.sums_in_place else in_flight + 1) * hidden if stage > 0 else 0
     activations = in_flight * blocks * (hidden if work.activation_checkpointing else kept) + travelling
     if work.activation_checkpointing and blocks:

@@ -46,5 +46,5 @@ class SplitSchedule(schedule.PipeSchedule):
         yield [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
 
     def num_pipe_buffers(self) -> int:
-        """Micro-batches between their forward and backward pass at one time."""
+        """Number of buffers: as many as micro-batches can be between forward and backward pass at one time."""
         return min(self.stages - self.stage_id, self.micro_batches)

@@ -6,12 +6,12 @@ from itertools import pairwise
 
 from megazh.errors import UsageError
 
-StageMemory = Callable[[int, int, int], float]
+MemoryOf = Callable[[int, int, int], float]
 """Bytes that a stage needs, from (stage, its first part, the part behind its last)."""
 
 
 def best_bounds(
-    costs: Sequence[float], stages: int, memory: StageMemory | None = None, limit: float = math.inf
+    costs: Sequence[float], stages: int, memory: MemoryOf | None = None, limit: float = math.inf
 ) -> list[int]:
     """Find the stage bounds: stage s holds parts bounds[s] up to bounds[s + 1], at least one.
 

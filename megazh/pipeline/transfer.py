@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 Tensors = tuple[torch.Tensor, ...]
 _SENDS_KEPT = 2
-"""Sends whose tensors stay alive. Waiting for the one before them costs nothing: its receiver has long taken it."""
+"""Latest sends whose tensors are kept. An older one has been received by then, so that waiting for it costs nothing."""
 
 
 class Channel:

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, metrics, plot and closing summary. Knows nothing of engines."""
+"""What a run leaves behind: its folder, metrics, plot and closing summary. Imports no engine."""

@@ -80,7 +80,9 @@ class RunFolder:
         info = self.info().tokenizer
         path = self._tokenizer_path(info)
         if not path.exists():
-            raise DataError(f"{path}: missing; it is the run's copy of its tokenizer")
+            raise DataError(
+                f"{path}: missing; it is the run's copy of its tokenizer: copy the tokenizer of its corpus there"
+            )
         check_sha256(path, info.sha256)
         return load_tokenizer(path, info.eod, info.front_tokens)
 

@@ -34,11 +34,15 @@ class StepRecord:
     tokens: int
     """Tokens that the run has consumed so far."""
     loss: float
-    """Mean loss over the trained tokens of this step, in nats per token."""
+    """Mean of the training objective over the trained tokens of this step, in nats per token: cross entropy, plus the
+    z-loss term if `optimizer.z_loss` is set."""
     learning_rate: float
     grad_norm: float
+    """Global L2 norm of the gradients before clipping; nan where the engine gives none."""
     step_seconds: float
+    """Seconds that this step took."""
     tokens_per_second: float
+    """Tokens per second of all ranks together."""
     tokens_per_second_per_gpu: float
     """Tokens per second and GPU; per rank on the CPU."""
     mfu: float | None
@@ -52,6 +56,7 @@ class StepRecord:
     skipped: bool
     """Whether the optimizer skipped the step because a gradient was not finite."""
     eta_seconds: float
+    """Estimated seconds until the last step."""
     loss_scale: float | None = None
     """Dynamic loss scale; only with fp16."""
 
@@ -65,6 +70,7 @@ class ValidationRecord:
     tokens: int
     """Tokens that training has consumed so far."""
     loss: float
+    """Mean cross entropy in nats per token."""
     bits_per_byte: float | None
     samples: int
     """Samples evaluated."""

@@ -65,6 +65,15 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step` and return its path. All ranks call it.
 
+    Args:
+        engine: the engine whose weights and optimizer state are saved.
+        folder: the folder of the run's checkpoints.
+        step: optimizer steps done.
+        samples: training samples consumed by all replicas together.
+        tokens: training tokens consumed, padding included.
+        bounds: (stages + 1,) stage bounds; see `megazh.pipeline.split`.
+        precision: name of the dtype of the weights, such as bf16.
+
     Raises:
         WorkerError: the disk is full or gone, on any rank; earlier checkpoints are untouched.
     """
@@ -142,12 +151,17 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: CheckpointManifest)
     except MegazhError:
         raise
     except Exception as error:
-        raise DataError(f"{checkpoint}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{checkpoint}: cannot be loaded ({str(error).splitlines()[0]}); remove it to resume from the checkpoint "
+            "before it"
+        ) from error
     engine.optimizer.clip_grad = clip
     for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
     if loaded is None:
-        raise DataError(f"{checkpoint}: DeepSpeed finds no checkpoint in it")
+        raise DataError(
+            f"{checkpoint}: DeepSpeed finds no checkpoint in it; remove it to resume from the checkpoint before it"
+        )
 
 
 def _versions() -> dict[str, str]:

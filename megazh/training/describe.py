@@ -61,10 +61,10 @@ def describe_stages(job: Job) -> Iterator[str]:
 
 
 def describe_kernels(recipe: Recipe, device: torch.device, precision: Precision, stages: int) -> str:
-    """What computes blocks and loss on this GPU; where it is not Triton's kernels, why not."""
+    """A line for the log: the implementation of blocks and loss on this GPU, with the reason if it is not Triton."""
     if recipe.parallel.kernels is Kernels.TORCH:
-        return "torch's, as kernels=torch says"
+        return "torch (kernels=torch)"
     if reason := why_not_fused(recipe.model, device, precision.compute.torch):
-        return f"torch's, slower than Triton's: {reason}"
+        return f"torch, slower than Triton: {reason}"
     recorded = recipe.parallel.cuda_graph and stages == 1 and precision.sums_in_place
-    return "Triton's, a micro-batch recorded as one CUDA graph" if recorded else "Triton's"
+    return "Triton, each micro-batch one CUDA graph" if recorded else "Triton"

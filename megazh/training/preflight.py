@@ -116,8 +116,6 @@ def requested_recipe(request: Request) -> tuple[Recipe, Path, Path]:
     Raises:
         UsageError: the recipe or its settings cannot work.
     """
-    if request.engine == "hf":
-        raise UsageError("-t hf comes later; -t ds_pp trains through DeepSpeed's pipeline (also with one stage: -p 1)")
     path = recipe_path(request.recipe or (DEMO if request.gpus is None or request.inputs else BIG))
     recipe, settings = read_recipe(path, request.settings)
     if request.inputs is None:
@@ -160,7 +158,10 @@ def make_job(request: Request, recipe: Recipe, run: Path, data_folder: Path, dev
 
 
 def _stages(request: Request, devices: Devices, recipe: Recipe) -> tuple[int, str]:
-    """The requested stages or the recipe's; one, with a note, where nobody chose the GPUs and there are too few."""
+    """Number of pipeline stages: the request's, else the recipe's.
+
+    If none of -g, -n and -H was given and the GPUs do not divide by the recipe's stages, it is 1, with a note.
+    """
     if request.stages is not None:
         return request.stages, ""
     wanted = recipe.parallel.pipe_parallel_size

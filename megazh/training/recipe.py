@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from megazh.index.mixture import Mixture
 
 MAY_CHANGE = "may change on resume"
-"""Mark of a key that may differ between a run and its resume. All other keys are fixed: they decide the result."""
+"""Mark of a key that may differ between a run and its resume. Keys without a mark are fixed: they decide the result."""
+
+UNTIL_CHECKPOINT = "may change until the first checkpoint"
+"""Mark of a key that must be what it was when the newest checkpoint was saved."""
 
 Every = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -72,7 +75,8 @@ class DataConfig(Config):
     """Training data."""
 
     manifest: Annotated[str, MAY_CHANGE]
-    """Mixture manifest, `data_index/NAME.yaml`, or the PREFIX of a single index; relative to the current folder."""
+    """Mixture manifest, `data_index/NAME.yaml`, or the PREFIX of a single index; relative to the current folder. On
+    resume the path may change; corpora, tokenizer and seed may not."""
     stories: Annotated[Count | None, MAY_CHANGE] = None
     """Number of made-up stories to write and index where the manifest is missing (the demo)."""
     packing: Annotated[Packing, choice(Packing)] = Packing.BEST_FIT
@@ -93,7 +97,7 @@ class BatchConfig(Config):
     global_batch_size: Count
     """Samples per optimizer step over all GPUs; a multiple of micro_batch_size times the replicas."""
     gradient_accumulation_steps: Annotated[Count | None, MAY_CHANGE] = None
-    """Micro-batches per optimizer step and replica. Default: what global_batch_size leaves."""
+    """Micro-batches per optimizer step and replica. Default: global_batch_size / (micro_batch_size x replicas)."""
 
 
 class OptimizerConfig(Config):
@@ -131,16 +135,17 @@ class ScheduleConfig(Config):
 class ParallelConfig(Config):
     """Work of the GPUs: how many there are, and what each of them computes."""
 
-    num_gpus: Annotated[Count | None, MAY_CHANGE] = None
-    """Number of GPUs where the command names none, fewer if the machine has fewer. Default: all. On the CPU: ranks."""
+    num_gpus: Annotated[Count | None, UNTIL_CHECKPOINT] = None
+    """Number of GPUs (on the CPU: ranks) if the command gives none; fewer if the machine has fewer. Default: all."""
     device: Annotated[Device, choice(Device), MAY_CHANGE] = Device.AUTO
     """Device type that the run computes on."""
-    pipe_parallel_size: Annotated[Count, MAY_CHANGE] = 1
+    pipe_parallel_size: Annotated[Count, UNTIL_CHECKPOINT] = 1
     """Pipeline stages; replicas are GPUs / stages."""
     stage_costs: Annotated[StageCosts, choice(StageCosts), MAY_CHANGE] = StageCosts.AUTO
     """Source of the layer costs that decide the cut into stages."""
-    stage_bounds: Annotated[list[int] | None, MAY_CHANGE] = None
-    """Cut by hand: 0, the first part of each later stage, the number of parts (embedding, blocks, head)."""
+    stage_bounds: Annotated[list[int] | None, UNTIL_CHECKPOINT] = None
+    """Cut into stages by hand, over the parts of the model: embedding, blocks, head. `[0, 19, 26]`: embedding and 18
+    blocks, then 6 blocks and the head. Default: the best cut by stage_costs."""
     memory_limit_gib: Annotated[Positive | None, MAY_CHANGE] = None
     """GPU memory in GiB that the cut must respect and torch may allocate. Default: what the card has."""
     activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
@@ -185,7 +190,7 @@ class EvaluationConfig(Config):
     """Validation and sampled continuations during training."""
 
     validate_every: Annotated[Every, MAY_CHANGE] = 1000
-    """Steps between validations; 0: only at the end."""
+    """Steps between validations; 0: only before the first and after the last step."""
     validation_samples: Annotated[Count | None, MAY_CHANGE] = None
     """Largest number of samples to validate on. Default: all."""
     sample_every: Annotated[Every, MAY_CHANGE] = 0
@@ -295,12 +300,13 @@ def run_recipe(run: RunFolder) -> Recipe:
 
 
 def fixed_keys_that_differ(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """Keys whose values differ although they may not change on resume: (dotted key, old value, new value)."""
+    """Keys without a mark whose values differ: (dotted key, old value, new value)."""
     for name, field in Recipe.model_fields.items():
         section: Any = field.annotation
         old, new = getattr(before, name), getattr(now, name)
         for key, inner in section.model_fields.items():
-            if MAY_CHANGE not in inner.metadata and getattr(old, key) != getattr(new, key):
+            marked = MAY_CHANGE in inner.metadata or UNTIL_CHECKPOINT in inner.metadata
+            if not marked and getattr(old, key) != getattr(new, key):
                 yield f"{name}.{key}", getattr(old, key), getattr(new, key)
 
 

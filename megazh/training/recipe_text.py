@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megazh.training.recipe import MAY_CHANGE, Recipe, read_recipe
+from megazh.training.recipe import MAY_CHANGE, UNTIL_CHECKPOINT, Recipe, read_recipe
 
 _WIDTH = 110
 _ORIGIN_COLUMN = 44
@@ -45,8 +45,7 @@ def _meaning(field: FieldInfo) -> str:
     words = [field.description or ""]
     if choices:
         words.append(f"One of {', '.join(choices)}.")
-    if MAY_CHANGE in field.metadata:
-        words.append(f"({MAY_CHANGE.capitalize()}.)")
+    words += [f"({mark.capitalize()}.)" for mark in (MAY_CHANGE, UNTIL_CHECKPOINT) if mark in field.metadata]
     return " ".join(words)
 
 

@@ -32,7 +32,10 @@ def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Deco
         name = f"{STATE}/layer_{number:02d}-model_states.pt"
         path = checkpoint / name
         if name not in hashes:
-            raise DataError(f"{path}: missing in {checkpoint / MANIFEST}: the checkpoint belongs to another model")
+            raise DataError(
+                f"{path}: missing in {checkpoint / MANIFEST}: the checkpoint belongs to another model; remove "
+                f"{checkpoint} to use the one before it"
+            )
         check_sha256(path, hashes[name])
         try:
             layer.load_state_dict(load_tensors(path, device), assign=True)

@@ -121,14 +121,6 @@ def test_settings_reach_the_run(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hf_comes_later(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, out, err = pretrain(capsys, "-t hf -c demo")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: -t hf comes later")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that a user works in, with a recipe."""

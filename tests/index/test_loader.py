@@ -33,7 +33,7 @@ def test_batches_are_the_samples_in_order(mixture: Mixture, workers: int) -> Non
 
 def test_ranks_share_the_samples_out(mixture: Mixture) -> None:
     alone = training_batches(mixture, 6, workers=0)
-    ranks = [training_batches(mixture, 2, rank=rank, ranks=3, workers=1) for rank in range(3)]
+    ranks = [training_batches(mixture, 2, replica=number, replicas=3, workers=1) for number in range(3)]
     for _ in range(20):
         together = torch.cat([next(rank)["tokens"] for rank in ranks])
         assert torch.equal(together, next(alone)["tokens"])

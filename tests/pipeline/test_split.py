@@ -8,7 +8,7 @@ import pytest
 
 from megazh.errors import UsageError
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
-from megazh.pipeline.split import StageMemory, best_bounds
+from megazh.pipeline.split import MemoryOf, best_bounds
 from megazh.training.layout import make_layout
 from megazh.training.recipe import Device, load_recipe
 from megazh.training.recipe_files import recipe_path
@@ -23,7 +23,7 @@ def sums(costs: Sequence[float], bounds: Sequence[int]) -> list[float]:
     return [sum(costs[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-def fits(memory: StageMemory, limit: float, bounds: Sequence[int]) -> bool:
+def fits(memory: MemoryOf, limit: float, bounds: Sequence[int]) -> bool:
     return all(memory(stage, *pair) <= limit for stage, pair in enumerate(itertools.pairwise(bounds)))
 
 

@@ -29,12 +29,12 @@ def test_the_implementation_is_named_and_why_it_is_not_the_kernels(monkeypatch: 
         return describe_kernels(recipe, torch.device("cuda", 0), recipe.precision.on(Device.CUDA), stages)
 
     monkeypatch.setattr(support, "why_not", lambda device, dtype: None)
-    assert described() == "Triton's, a micro-batch recorded as one CUDA graph"
-    assert described(stages=2) == described(cuda_graph=False) == described(grad_accum_dtype="bf16") == "Triton's"
-    assert described(kernels="torch") == "torch's, as kernels=torch says"
-    assert described(model={"mlp": "gelu"}) == "torch's, slower than Triton's: only swiglu has a kernel"
+    assert described() == "Triton, each micro-batch one CUDA graph"
+    assert described(stages=2) == described(cuda_graph=False) == described(grad_accum_dtype="bf16") == "Triton"
+    assert described(kernels="torch") == "torch (kernels=torch)"
+    assert described(model={"mlp": "gelu"}) == "torch, slower than Triton: only swiglu has a kernel"
     monkeypatch.setattr(support, "why_not", lambda device, dtype: "there is no C compiler; install gcc")
-    assert described() == "torch's, slower than Triton's: there is no C compiler; install gcc"
+    assert described() == "torch, slower than Triton: there is no C compiler; install gcc"
 
 
 def test_layout_of_the_half_billion() -> None:

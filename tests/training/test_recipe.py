@@ -8,7 +8,7 @@ from recipes import make_recipe
 
 from megazh.errors import UsageError
 from megazh.training.layout import make_layout
-from megazh.training.recipe import MAY_CHANGE, Recipe, fixed_keys_that_differ, keys, load_recipe
+from megazh.training.recipe import MAY_CHANGE, UNTIL_CHECKPOINT, Recipe, fixed_keys_that_differ, keys, load_recipe
 from megazh.training.recipe_files import recipe_names, recipe_path
 
 NAMES = recipe_names()
@@ -159,7 +159,9 @@ def test_every_key_has_a_docstring_and_a_last_name_of_its_own() -> None:
 
 def test_whether_a_key_may_change_is_said_at_its_field() -> None:
     free = {key for key, field in keys() if MAY_CHANGE in field.metadata}
-    assert {"schedule.steps", "optimizer.learning_rate", "parallel.num_gpus", "evaluation.sample_prompts"} <= free
+    assert {"schedule.steps", "optimizer.learning_rate", "parallel.device", "evaluation.sample_prompts"} <= free
+    later = {key for key, field in keys() if UNTIL_CHECKPOINT in field.metadata}
+    assert later == {"parallel.num_gpus", "parallel.pipe_parallel_size", "parallel.stage_bounds"}
     assert not free & {"model.hidden_size", "schedule.seed", "batch.global_batch_size", "precision.dtype"}
     before = make_recipe()
     assert list(fixed_keys_that_differ(before, make_recipe(steps=20, learning_rate=1.0, num_gpus=3))) == []

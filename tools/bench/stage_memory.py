@@ -4,8 +4,8 @@
     python tools/bench/stage_memory.py qwen0.5b_6x3090 -n 6 -p 1
 
 Engine, loop and stage are those of a run with all ranks, but the other ranks are absent: nothing is sent or reduced
-(torch.distributed's "fake" backend), and received tensors are made up. So the memory is right, the optimizer shard
-included, and the losses mean nothing.
+(torch.distributed's "fake" backend), and received tensors are made up. So the memory is that of a real run, optimizer
+shard included, and the losses mean nothing. Known defect: on a GPU it ends with an error (docs/performance.md, Memory).
 """
 
 import argparse

@@ -78,7 +78,7 @@ def _trainer(compiled: bool, config: ModelConfig, seq_len: int, device: torch.de
 
 
 def _seed_method(config: ModelConfig, seq_len: int, device: torch.device) -> Step:
-    """The method of the six-3090 seed: dense document mask, eager attention, all layers recomputed, bf16 weights."""
+    """An earlier script for six 3090s: dense document mask, eager attention, all layers recomputed, bf16 weights."""
     model = _qwen(config, seq_len, "eager").to(device, torch.bfloat16)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -201,7 +201,7 @@ PEERS = {
     ),
     "seed": Peer(
         _seed_method, ("transformers",),
-        "the six-3090 seed: dense document mask, eager, recomputes all; bf16 weights and optimizer state",
+        "an earlier script for six 3090s: dense document mask, eager, recomputes all; bf16 weights and optimizer state",
     ),
 }  # fmt: skip
 """Peers by name, the fastest first."""

@@ -1,6 +1,6 @@
 """Launch the ranks of a job on this machine, and make them end together: all with success, or all at once.
 
-Here the death of a rank is noticed, and a signal to stop is passed on.
+It watches the ranks: when one dies, the others are ended; signals to stop are passed on to all.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
-# Variables of other launchers about this process; a rank that read them would take itself for another one.
+# Variables of other launchers about this process; a rank that read them would use a wrong rank number.
 _FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "TORCHELASTIC_")
 _FOREIGN = {
     "SLURM_GTIDS",

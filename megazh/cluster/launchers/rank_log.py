@@ -61,7 +61,7 @@ class RankLog:
         return found[-1] if found else ""
 
     def last_words(self) -> str:
-        """The exception at the end of a traceback, or else the last line; empty if the log is."""
+        """The exception that ends a traceback, else the last line that is not blank; empty if the log is empty."""
         lines = [line for line in self.tail() if line.strip()]
         found = [match[1] for line in lines if (match := _EXCEPTION.match(line))] or lines
         return found[-1].strip()[:_LONGEST_MESSAGE] if found else ""
