@@ -13,6 +13,8 @@ class BuildWithRecipes(build_py):
     """Copies jobs/recipes/*.yaml to megazh/recipes, where an installed megazh looks for them."""
 
     def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "megazh", ignore_errors=True)  # files of an earlier build
         super().run()
         if self.editable_mode:
             return

@@ -102,12 +102,15 @@ def read_mapping(path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with a null byte
         raise UsageError(f"{path}: cannot be read: {error}") from None
     try:
         loader = Loader(text)
         node = loader.get_single_node()
         values = None if node is None else loader.construct_document(node)
+        lines = dict(_lines_of_keys(node)) if isinstance(node, yaml.MappingNode) else {}
+    except RecursionError:
+        raise UsageError(f"{path}: not valid YAML: nested too deeply, or a value that contains itself") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
@@ -115,8 +118,7 @@ def read_mapping(path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
         raise UsageError(f"{path}{where}: not valid YAML: {problem}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
-    assert isinstance(node, yaml.MappingNode)
-    return values, dict(_lines_of_keys(node))
+    return values, lines
 
 
 def _lines_of_keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -170,17 +172,40 @@ def from_mapping(
         errors = error.errors()
         # An unknown key first: a key that is missing may be the one that was meant.
         first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-        place = (origins or {}).get(".".join(part for part in first["loc"] if isinstance(part, str)), where)
-        raise UsageError(f"{place}: {_describe(first, model)}") from None
+        raise UsageError(f"{_place(first, model, origins or {}) or where}: {_describe(first, model)}") from None
+
+
+def _place(error: ErrorDetails, model: type[BaseModel], origins: Mapping[str, str]) -> str:
+    """The place where the key of an error was written; of an error about several keys, the places of those it names."""
+    key = ".".join(part for part in error["loc"] if isinstance(part, str))
+    if error["type"] != "value_error" or (key and nested_model(_field_types(model).get(key)) is None):
+        return origins.get(key, "")
+    words = set(re.findall(r"\w+", error["msg"]))
+    below = f"{key}." if key else ""
+    named = [
+        name
+        for name, annotation in _field_types(model).items()
+        if name.startswith(below) and name.rpartition(".")[2] in words and nested_model(annotation) is None
+    ]
+    return ", ".join(dict.fromkeys(origins[name] for name in named if name in origins)) or origins.get(key, "")
+
+
+def _field_types(model: type[BaseModel]) -> dict[str, Any]:
+    return {name: field.annotation for name, field in dotted_fields(model)}
 
 
 def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
     location = error["loc"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    if error["type"] == "extra_forbidden" and key in _field_types(model):  # as one word with a dot in it
+        section, _, name = key.rpartition(".")
+        return f"key '{key}': in a file, write '{name}' inside of '{section}:'"
     if error["type"] == "extra_forbidden":
-        return unknown_key(key, model, _keys_beside(model, location))
+        return unknown_key(key, model, keys_beside(model, location))
     if error["type"] == "missing":
         return f"key '{key}' is missing"
+    if error["type"] == "model_type":
+        return f"key '{key}': expected a mapping of its keys, found {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     found = "" if isinstance(error["input"], dict | list) else f", found {error['input']!r}"
     return f"key '{key}': {message}{found}" if key else message
@@ -200,14 +225,21 @@ def unknown_key(key: str, model: type[BaseModel], beside: list[str]) -> str:
     near = near or [f"{parent}{dot}{name}" for name in difflib.get_close_matches(last, beside, n=1)]
     if not near:
         by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
-        near = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1)]
+        near = [by_last[name] for name in difflib.get_close_matches(last.lower(), by_last, n=1)]
+    near = near or [name for name in known if _abbreviates(last.lower(), name.rpartition(".")[2])]
     if near:
         candidates = "' or '".join(near)
         return f"unknown key '{key}'; did you mean '{candidates}'?"
     return f"unknown key '{key}'" + (f"; known keys: {', '.join(beside)}" if beside else "")
 
 
-def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+def _abbreviates(word: str, name: str) -> bool:
+    """Whether a word is one of the words of a name, as `size` of `hidden_size`, or its initials, as `lr`."""
+    words = name.split("_")
+    return word in words or (len(words) > 1 and word == "".join(each[0] for each in words))
+
+
+def keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Keys known where the last element of `location` stands; empty where they cannot be named."""
     for part in location[:-1]:
         if isinstance(part, int):

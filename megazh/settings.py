@@ -3,7 +3,7 @@
 The values are those of a configuration model (`megazh.config`); `from_mapping` validates them in the end.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from megazh.config import Loader, dotted_fields, nested_model, read_mapping, unknown_key
+from megazh.config import Loader, dotted_fields, keys_beside, nested_model, read_mapping, unknown_key
 from megazh.errors import UsageError
 
 COMMAND_LINE = "command line"
@@ -37,7 +37,10 @@ class Settings:
 
 
 def read_layers(
-    path: Path | str, alternatives: Sequence[tuple[str, str]] = (), inside: Sequence[Path] = ()
+    path: Path | str,
+    alternatives: Sequence[tuple[str, str]] = (),
+    sections: Collection[str] = (),
+    inside: Sequence[Path] = (),
 ) -> Settings:
     """Read a YAML file on top of those that its key `include` names.
 
@@ -48,22 +51,27 @@ def read_layers(
         path: the file.
         alternatives: pairs of dotted keys of which a recipe needs one: a layer that gives one drops the other from
             the layers below.
+        sections: keys that hold a mapping; one that is written without any keys below it changes nothing.
         inside: the files that include this one, outermost first.
 
     Raises:
-        UsageError: as `read_mapping`, and for a file that includes itself.
+        UsageError: as `read_mapping`, and for a file that includes itself or one that is not there.
     """
     path = Path(path)
+    values, lines = read_mapping(path)
     if path.resolve() in inside:
         raise UsageError(f"{path}: includes itself, by way of {', '.join(file.name for file in inside)}")
-    values, lines = read_mapping(path)
+    values = {key: value for key, value in values.items() if value is not None or key not in sections}
     include = values.pop("include", [])
     names = [include] if isinstance(include, str) else include
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"{path}: key 'include': expected the name of a file or a list of such, found {include!r}")
     below = Settings()
     for name in names:
-        below = _stacked(below, read_layers(path.parent / name, alternatives, [*inside, path.resolve()]), alternatives)
+        if "\0" in name or not (path.parent / name).is_file():
+            raise UsageError(f"{path}:{lines['include']}: include {name!r}: no such file in {path.parent}")
+        included = read_layers(path.parent / name, alternatives, sections, [*inside, path.resolve()])
+        below = _stacked(below, included, alternatives)
     return _stacked(below, Settings(values, {key: f"{path}:{line}" for key, line in lines.items()}), alternatives)
 
 
@@ -119,7 +127,7 @@ def resolve_key(key: str, model: type[BaseModel]) -> str:
         return candidates[0]
     if candidates:
         raise UsageError(f"key '{key}' is ambiguous: give one of {', '.join(candidates)}")
-    raise UsageError(unknown_key(key, model, list(model.model_fields)))
+    raise UsageError(unknown_key(key, model, keys_beside(model, tuple(key.split(".")))))
 
 
 def _section(key: str, model: type[BaseModel]) -> type[BaseModel] | None:

@@ -89,6 +89,11 @@ def test_unknown_key_near_nothing_lists_the_known_ones(tmp_path: Path) -> None:
     assert "corpora" in message
 
 
+def test_a_dotted_key_is_said_to_belong_inside_of_its_section(tmp_path: Path) -> None:
+    message = refused(tmp_path, "seed: 1\nvalidation.salt: a\n")
+    assert message.endswith("key 'validation.salt': in a file, write 'salt' inside of 'validation:'")
+
+
 @pytest.mark.parametrize("text", ["seed: 1\nseed: 2\n", "seed: 1\nvalidation: {fraction: 0.1, fraction: 0.2}\n"])
 def test_duplicate_key_is_named_with_its_line(tmp_path: Path, text: str) -> None:
     message = refused(tmp_path, text)

@@ -104,7 +104,10 @@ def test_a_mapping_replaces_what_is_none_and_none_a_mapping(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"top": "include: nowhere.yaml\n"}, r"nowhere\.yaml: no such file"),
+        ({"top": "seed: 1\ninclude: nowhere.yaml\n"}, r"top\.yaml:2: include 'nowhere\.yaml': no such file in "),
+        ({"top": 'include: "a\\0b"\n'}, r"top\.yaml:1: include 'a\\x00b': no such file"),
+        ({"top": "include: .\n"}, r"top\.yaml:1: include '\.': no such file"),
+        ({"top": "seed: &a {b: *a}\n"}, r"top\.yaml: not valid YAML: .*contains itself"),
         ({"top": "include: 5\n"}, r"top\.yaml: key 'include': .* found 5"),
         ({"top": "include:\n"}, r"top\.yaml: key 'include'"),
         ({"top": "include: [one.yaml, {a: b}]\n"}, r"top\.yaml: key 'include'"),

@@ -24,6 +24,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 target.write_bytes(file.read_bytes())
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
+    stale = copy / "build" / "lib" / "megazh" / "recipes" / "gone.yaml"  # of an earlier build
+    stale.parent.mkdir(parents=True)
+    stale.write_text("steps: 1\n")
     built = run_command([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder / "dist", copy], timeout=120)
     assert built.returncode == 0, built.stderr
     (wheel,) = (folder / "dist").glob("megazh-*.whl")

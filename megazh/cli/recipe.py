@@ -29,10 +29,11 @@ def add_to(commands: Subparsers) -> None:
     check = add_command(
         below,
         "check",
-        "check that a recipe file can be read: known keys, right types, consistent values",
-        "example:\n  megazh recipe check mine.yaml",
+        "check recipe files: known keys, right types, a batch, stages and a warm-up that work",
+        "examples:\n  megazh recipe check mine.yaml\n  megazh recipe check mine.yaml steps=20",
     )
     check.add_argument("recipe", metavar="FILE", nargs="+", help="the path of a .yaml file, or a name in jobs/recipes/")
+    check.usage = "%(prog)s FILE [FILE ...] [key=value ...]"
     check.set_defaults(call=_check)
 
 
@@ -54,10 +55,20 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from megazh.errors import UsageError
+    from megazh.training.preflight import check_recipe
     from megazh.training.recipe import load_recipe
     from megazh.training.recipe_files import recipe_path
 
-    for name in options.recipe:
+    settings = [word for word in options.recipe if "=" in word]
+    names = [word for word in options.recipe if word not in settings]
+    if not names:
+        raise UsageError("megazh recipe check: give the path of a .yaml file, or a name from 'megazh recipe list'")
+    for name in names:
         path = recipe_path(name)
-        recipe = load_recipe(path)
+        recipe = load_recipe(path, settings)
+        try:
+            check_recipe(recipe)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
         print(f"{path}: a recipe of {recipe.total_steps:,} steps x {recipe.batch_tokens:,} tokens")

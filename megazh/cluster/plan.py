@@ -13,6 +13,7 @@ from megazh.pipeline.timing import remembered_seconds
 from megazh.pipeline.work import Work
 from megazh.run.peaks import peak_flops
 from megazh.training.layout import Layout, make_layout
+from megazh.training.learning_rate import warmup_steps
 from megazh.training.recipe import Device, Recipe
 from megazh.training.stages import OUTSIDE_TORCH, bounds_for, describe_parts, memory_by_stage, work_of
 
@@ -90,6 +91,7 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
         raise UsageError(
             f"--memory {assumed.memory_gib}: expected more GiB than the {OUTSIDE_TORCH} that CUDA and NCCL use"
         )
+    warmup_steps(recipe.total_steps, recipe.schedule.warmup)  # refuses a warm-up that cannot be
     name, memory_gib = CARDS[assumed.card]
     limit_gib = (assumed.memory_gib or memory_gib) - OUTSIDE_TORCH
     if recipe.parallel.memory_limit_gib is not None:

@@ -43,10 +43,10 @@ def start(request: Request) -> int:
     command = launcher.command(job)  # refuses hosts that cannot work
     for line in job.notes:
         print(line, file=sys.stderr, flush=True)
+    check_resume(job)
     if request.dry_run:
         _dry_run(job, command)
         return 0
-    check_resume(job)
     if request.inputs:
         _prepare(job, request)
     if is_complete(job):

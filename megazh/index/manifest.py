@@ -20,6 +20,8 @@ class OnExhausted(StrEnum):
 
 
 def _amount(value: object) -> object:
+    if isinstance(value, float) and value.is_integer():  # 1e9
+        return int(value)
     return parse_amount(value) if isinstance(value, str) else value
 
 

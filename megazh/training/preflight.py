@@ -153,8 +153,28 @@ def make_job(request: Request, recipe: Recipe, run: Path, data_folder: Path, dev
         update={"num_gpus": layout.ranks, "pipe_parallel_size": layout.stages, "device": devices.device}
     )
     notes = tuple(line for line in (note, devices.note) if line)
-    recipe = recipe.model_copy(update={"parallel": parallel})
+    recipe = _with_dtypes(recipe.model_copy(update={"parallel": parallel}), devices.device)
     return Job(RunFolder(run), recipe, layout, devices, data_folder, notes=notes)
+
+
+def _with_dtypes(recipe: Recipe, device: Device) -> Recipe:
+    """The recipe with the dtypes that it has on a device written out."""
+    dtypes = recipe.precision.on(device)
+    update = {
+        "dtype": dtypes.compute, "grad_accum_dtype": dtypes.accumulation, "communication_dtype": dtypes.communication,
+    }  # fmt: skip
+    return recipe.model_copy(update={"precision": recipe.precision.model_copy(update=update)})
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check that a recipe works on the GPUs that it names itself (without `num_gpus`: one per stage).
+
+    Raises:
+        UsageError: the batch, the stages or the warm-up cannot work.
+    """
+    stages = recipe.parallel.pipe_parallel_size
+    make_layout(recipe, recipe.parallel.num_gpus or stages, stages)
+    warmup_steps(recipe.total_steps, recipe.schedule.warmup)
 
 
 def _stages(request: Request, devices: Devices, recipe: Recipe) -> tuple[int, str]:
@@ -220,7 +240,7 @@ def check_resume(job: Job) -> None:
                 f"{recipe.parallel.stage_bounds}; leave stage_bounds out, or start another run with -r"
             )
     if run.exists:
-        for key, old, new in fixed_keys_that_differ(run_recipe(run), recipe):
+        for key, old, new in fixed_keys_that_differ(_with_dtypes(run_recipe(run), job.device), recipe):
             raise UsageError(f"{run.path}: the run was begun with {key}={old}, and this one has {new}; {ANOTHER_RUN}")
 
 

@@ -283,7 +283,7 @@ def read_recipe(path: Path | str, assignments: Sequence[str] = ()) -> tuple[Reci
     Raises:
         UsageError: a key or value cannot work; one line that names the key and the place where it was written.
     """
-    settings = override(read_layers(path, ALTERNATIVES), assignments, Recipe, ALTERNATIVES)
+    settings = override(read_layers(path, ALTERNATIVES, Recipe.model_fields), assignments, Recipe, ALTERNATIVES)
     return from_mapping(settings.values, Recipe, str(path), settings.origins), settings
 
 

@@ -10,6 +10,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from megazh.config import nested_model
+from megazh.settings import Settings
 from megazh.training.recipe import MAY_CHANGE, UNTIL_CHECKPOINT, Recipe, read_recipe
 
 _WIDTH = 110
@@ -27,17 +29,30 @@ def recipe_text(path: Path | str, assignments: Sequence[str] = ()) -> Iterator[s
         UsageError: the recipe cannot be read.
     """
     recipe, settings = read_recipe(path, assignments)
-    yield f"# {path}{''.join(f' {each}' for each in assignments)}"
+    yield "# " + " ".join(f"{path} {' '.join(assignments)}".split())
     for name, field in Recipe.model_fields.items():
         section: BaseModel = getattr(recipe, name)
         yield ""
         yield from _comment(field.description or "", indent=0)
         yield f"{name}:"
-        for key, inner in type(section).model_fields.items():
-            yield from _comment(_meaning(inner), indent=2)
-            value = getattr(section, key)
-            line = f"  {key}: {_as_yaml(value)}"
-            yield f"{line:<{_ORIGIN_COLUMN}}  # {settings.origin(f'{name}.{key}') or 'default'}"
+        yield from _keys(section, name, settings, indent=2)
+
+
+def _keys(section: BaseModel, dotted: str, settings: Settings, indent: int) -> Iterator[str]:
+    """The keys of a section, and below a key that holds a mapping of keys, those."""
+    lead = " " * indent
+    for key, field in type(section).model_fields.items():
+        yield from _comment(_meaning(field), indent)
+        value = getattr(section, key)
+        if isinstance(value, BaseModel):
+            yield f"{lead}{key}:"
+            yield from _keys(value, f"{dotted}.{key}", settings, indent + 2)
+            continue
+        inner = nested_model(field.annotation)
+        for name, below in inner.model_fields.items() if inner else ():
+            yield from _comment(f"{key}.{name}: {_meaning(below)}", indent)
+        line = f"{lead}{key}: {_as_yaml(value)}"
+        yield f"{line:<{_ORIGIN_COLUMN}}  # {settings.origin(f'{dotted}.{key}') or 'default'}"
 
 
 def _meaning(field: FieldInfo) -> str:
@@ -67,9 +82,7 @@ def _comment(text: str, indent: int) -> list[str]:
 
 def _as_yaml(value: Any) -> str:
     """A value in YAML on one line."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json", exclude_none=True)
-    elif isinstance(value, StrEnum):
+    if isinstance(value, StrEnum):
         value = value.value
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")

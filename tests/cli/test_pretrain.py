@@ -168,7 +168,8 @@ def errors(finished: Finished) -> list[str]:
 @pytest.mark.slow
 def test_a_run_leaves_all_that_is_promised(complete: Finished, here: Path) -> None:
     run = RunFolder(here / "runs" / "mini")
-    expected = load_recipe(here / "mini.yaml", ["device=cpu"])  # as the command says
+    dtypes = ["dtype=fp32", "grad_accum_dtype=fp32", "communication_dtype=fp32"]
+    expected = load_recipe(here / "mini.yaml", ["device=cpu", *dtypes])  # what ran, written out
     assert run_recipe(run) == expected
     assert load_recipe(run.path / "config.yaml") == expected
     assert run.info().corpora[0].name == "corpus"

@@ -55,6 +55,23 @@ def test_show_prints_the_whole_recipe_with_origins(
     assert load_recipe(saved) == load_recipe(recipe_path("demo"), ["learning_rate=3e-4", "steps=20"])
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("warmup=400", "schedule.warmup=400: longer than the run of 6"),
+        ("global_batch_size=7", "global_batch_size 7 does not divide by"),
+        ("stage_bounds=[0,1,2,4]", "stage_bounds [0, 1, 2, 4] cut into 3 stages, and there are 2"),
+    ],
+)
+def test_check_refuses_what_a_run_would(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, setting: str, message: str
+) -> None:
+    own = write_recipe(tmp_path / "own.yaml")
+    code, out, err = recipe(capsys, "check", own, setting)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {own}: {message}")
+
+
 def test_check_accepts_every_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     own = write_recipe(tmp_path / "own.yaml")
     code, out, err = recipe(capsys, "check", own, *recipe_names())

@@ -98,7 +98,6 @@ def refused(request: Request, launches: Launches, error: type[MegazhError] = Usa
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"engine": "hf"}, ["-t hf comes later", "-t ds_pp"]),
         ({"recipe": "nowhere"}, ["recipe 'nowhere'", "demo, ", "qwen0.5b_6x3090"]),
         ({"recipe": "nowhere.yaml"}, ["nowhere.yaml: no such file"]),
         ({"settings": ["learnin_rate=1"]}, ["unknown key 'learnin_rate'; did you mean 'optimizer.learning_rate'?"]),
@@ -249,6 +248,20 @@ def test_attention_dropout_is_refused_on_gpus(launches: Launches, recipe: str, m
     assert "model.attention_dropout=0.1: flash attention on CUDA in bf16 has no dropout" in line
     settings = ["dtype=fp32", "model.attention_dropout=0.1"]
     assert start(Request(recipe=recipe, settings=settings)) == STOPPED
+
+
+def test_a_dry_run_refuses_what_the_run_would(launches: Launches, recipe: str) -> None:
+    make_run(Path("runs/mini"), Path(recipe))
+    line = refused(Request(recipe=recipe, num_gpus=1, stages=1, settings=["seed=9"], dry_run=True), launches)
+    assert "the run was begun with schedule.seed=" in line
+
+
+def test_dtypes_are_compared_as_they_are_not_as_they_are_written(launches: Launches, recipe: str) -> None:
+    make_run(Path("runs/mini"), Path(recipe))
+    settings = ["dtype=auto", "grad_accum_dtype=fp32", "communication_dtype=fp32"]
+    assert start(Request(recipe=recipe, num_gpus=1, stages=1, settings=settings, dry_run=True)) == 0
+    line = refused(Request(recipe=recipe, num_gpus=1, stages=1, settings=["communication_dtype=bf16"]), launches)
+    assert "precision.communication_dtype=fp32, and this one has bf16" in line
 
 
 def test_a_run_does_not_go_on_with_other_data(launches: Launches, recipe: str, tmp_path: Path) -> None:

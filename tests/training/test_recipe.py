@@ -169,6 +169,38 @@ def test_whether_a_key_may_change_is_said_at_its_field() -> None:
     assert list(fixed_keys_that_differ(before, changed)) == [("model.hidden_size", 32, 64), ("schedule.seed", 42, 7)]
 
 
+@pytest.mark.parametrize(
+    ("key", "candidates"),
+    [
+        ("lr", "'optimizer.learning_rate' or 'schedule.min_lr_ratio'"),
+        ("optimizer.lr", "'optimizer.learning_rate' or 'schedule.min_lr_ratio'"),
+        ("LEARNING_RATE", "'optimizer.learning_rate'"),
+        ("rope", "'model.rope_theta' or 'model.rope_scaling'"),
+    ],
+)
+def test_an_unknown_key_on_the_command_line_names_the_candidates(tmp_path: Path, key: str, candidates: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        load_recipe(write(tmp_path, "schedule: {steps: 9}\n"), [f"{key}=1"])
+    assert str(refusal.value) == f"unknown key '{key}'; did you mean {candidates}?"
+
+
+def test_an_error_about_several_keys_names_the_places_of_those(tmp_path: Path) -> None:
+    path = write(tmp_path, "schedule: {steps: 9}\n")
+    with pytest.raises(UsageError, match=r"^command line: give one of schedule\.tokens and"):
+        load_recipe(path, ["steps=3", "tokens=5M"])
+    with pytest.raises(UsageError, match=r"^.*own\.yaml:\d+, command line: .*hidden_size 32 is not divisible"):
+        load_recipe(path, ["num_attention_heads=5"])
+    with pytest.raises(UsageError, match=r"^command line: stage_bounds \[0, 9\]: expected"):
+        load_recipe(path, ["stage_bounds=[0, 9]"])
+
+
+def test_a_section_without_keys_changes_nothing(tmp_path: Path) -> None:
+    plain = load_recipe(write(tmp_path, "schedule: {steps: 9}\n"))
+    assert load_recipe(write(tmp_path, "schedule: {steps: 9}\nparallel:\nlogging:\n")) == plain
+    with pytest.raises(UsageError, match="key 'parallel': expected a mapping of its keys, found 'two'"):
+        load_recipe(write(tmp_path, "schedule: {steps: 9}\nparallel: two\n"))
+
+
 def test_a_key_of_another_section_is_named_with_its_own(tmp_path: Path) -> None:
     path = write(tmp_path, "schedule: {steps: 9}\nwarmup: 3\n")
     with pytest.raises(UsageError, match=r"own\.yaml:6: unknown key 'warmup'; did you mean 'schedule\.warmup'\?"):

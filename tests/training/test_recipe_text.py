@@ -69,6 +69,21 @@ def test_every_key_is_there_once_with_its_docstring(name: str) -> None:
         assert description in entry.comment, entry.key
 
 
+def test_keys_inside_of_a_key_have_their_own_docstring_and_origin(tmp_path: Path) -> None:
+    path = tmp_path / "long.yaml"
+    path.write_text(
+        f"include: {recipe_path('demo').resolve()}\nmodel:\n  rope_scaling:\n    type: linear\n    factor: 2.0\n"
+    )
+    lines = list(recipe_text(path, ["factor=8"]))
+    start = lines.index("  rope_scaling:")
+    assert re.fullmatch(rf"    type: linear +# {path}:4", lines[start + 2])
+    assert re.fullmatch(r"    factor: 8\.0 +# command line", lines[start + 4])
+    assert "Ratio of the new context length" in lines[start + 3]
+    saved = tmp_path / "saved.yaml"
+    saved.write_text("\n".join(lines), encoding="utf-8")
+    assert load_recipe(saved) == load_recipe(path, ["factor=8"])
+
+
 def test_a_comment_names_the_choices_and_whether_the_key_may_change_on_resume() -> None:
     found = shown("demo")
     assert found["precision.dtype"].comment.endswith(f"One of {', '.join([*Dtype, 'auto'])}.")

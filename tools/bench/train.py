@@ -44,7 +44,7 @@ except ModuleNotFoundError as error:
 EXAMPLES = """examples:
   python tools/bench/train.py                                       0.5B, 1024 tokens, one GPU, all peers
   python tools/bench/train.py --contenders megazh litgpt --steps 20 --json bench.json
-  python tools/bench/train.py --gpus 2 --stages 1 --stages 2 --contenders megazh
+  python tools/bench/train.py --num-gpus 2 --stages 1 --stages 2 --contenders megazh
   python tools/bench/train.py --seq-len 8192 --micro-batch-size 2 --document-tokens 20000
 
 A step is --micro-batches micro-batches and one update of the weights. tokens/s come from the median step after
@@ -204,9 +204,10 @@ def call(arguments: argparse.Namespace) -> None:
     if arguments.rank:
         serve_megazh(arguments.rank, arguments.device)
         return
-    if arguments.device == "cuda" and torch.cuda.device_count() < arguments.gpus:
+    if arguments.device == "cuda" and torch.cuda.device_count() < arguments.num_gpus:
         raise UsageError(
-            f"--gpus {arguments.gpus}, and torch sees {torch.cuda.device_count()}; on a CPU: --device cpu --recipe demo"
+            f"--num-gpus {arguments.num_gpus}, and torch sees {torch.cuda.device_count()}; on a CPU: --device cpu "
+            "--recipe demo"
         )
     if arguments.warm_up >= arguments.steps:
         raise UsageError(f"--warm-up {arguments.warm_up} of --steps {arguments.steps}: no step is left to measure")
@@ -214,11 +215,11 @@ def call(arguments: argparse.Namespace) -> None:
     per_gpu = arguments.micro_batch_size * arguments.micro_batches * arguments.seq_len
     card = torch.cuda.get_device_name(0) if arguments.device == "cuda" else None
     # With stages, each step has as many tokens as with replicas alone: equal work on both sides.
-    tokens = per_gpu * arguments.gpus
+    tokens = per_gpu * arguments.num_gpus
     report = Report(arguments, recipe, tokens, card)
     with tempfile.TemporaryDirectory(prefix="megazh-bench-") as name:
         folder = Path(name)
-        amount = (arguments.steps + 2) * per_gpu * arguments.gpus
+        amount = (arguments.steps + 2) * per_gpu * arguments.num_gpus
         manifest = make_mixture(folder, amount, recipe.model.vocab_size, arguments.document_tokens, arguments.seed)
         for contender in arguments.contenders:
             missing = [each for each in PEERS[contender].packages if not _installed(each)] if contender in PEERS else []
@@ -226,13 +227,13 @@ def call(arguments: argparse.Namespace) -> None:
                 if contender == MEGAZH:
                     for stages in arguments.stages:
                         extra = [f"data.manifest={manifest}", "stories=null", f"pipe_parallel_size={stages}"]
-                        own = _recipe(arguments, arguments.gpus, extra)
+                        own = _recipe(arguments, arguments.num_gpus, extra)
                         report.add(
-                            measure_megazh(folder, own, stages, arguments.gpus, arguments.device, arguments.warm_up)
+                            measure_megazh(folder, own, stages, arguments.num_gpus, arguments.device, arguments.warm_up)
                         )
                 elif missing:
                     report.leave_out(contender, f"not installed: pip install {' '.join(missing)}")
-                elif arguments.gpus > 1 or arguments.device == "cpu":
+                elif arguments.num_gpus > 1 or arguments.device == "cpu":
                     report.leave_out(contender, "runs on one GPU only")
                 else:
                     report.add(measure_peer(contender, folder, arguments))
@@ -267,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=count, default=12, metavar="N", help="steps, warm-up included (default: 12)")
     add("--warm-up", type=int, default=4, metavar="N", help="steps that are not counted (default: 4)")
     add("--document-tokens", type=float, default=500.0, metavar="N", help="mean length of a document (default: 500)")
-    add("--gpus", type=count, default=1, metavar="N", help="megazh alone can use more than one (default: 1)")
+    add("--num-gpus", type=count, default=1, metavar="N", help="megazh alone can use more than one (default: 1)")
     add("--stages", type=count, action="append", metavar="N", help="megazh's pipeline stages; may be given repeatedly")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda")
     add("--seed", type=int, default=0, metavar="N", help="seed of the made-up documents")

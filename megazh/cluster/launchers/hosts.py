@@ -12,7 +12,7 @@ from types import FrameType
 
 from megazh.cluster.hostfile import Host, read_hostfile
 from megazh.cluster.launchers.local import free_port
-from megazh.errors import UsageError, WorkerError
+from megazh.errors import INTERRUPTED, UsageError, WorkerError
 from megazh.training.preflight import Job
 
 
@@ -23,11 +23,13 @@ def launch(job: Job) -> int:
 
     Raises:
         UsageError: as `command`.
-        WorkerError: the launcher failed.
     """
     process = subprocess.Popen(command(job))
+    interrupted = False
 
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
         process.send_signal(signal.SIGINT)  # then wait: this process holds the lock of the run folder
 
     before = {each: signal.signal(each, forward) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -36,12 +38,18 @@ def launch(job: Job) -> int:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    if code:
-        raise WorkerError(
-            f"DeepSpeed's launcher ended with exit code {code}; the output of the ranks is above; run the same command "
-            "again to resume from the last checkpoint"
-        )
-    return 0
+    if not code:
+        return 0
+    again = "run the same command again to resume from the last checkpoint"
+    if interrupted:
+        print(f"interrupted; {again}", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    print(
+        f"error: DeepSpeed's launcher ended with exit code {code}; the output of the ranks is above; {again}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return WorkerError.exit_code
 
 
 def command(job: Job) -> list[str]:

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 from processes import run_command
+from recipes import make_recipe
 
 from megazh.cluster.hostfile import Host
+from megazh.cluster.launchers import hosts
 from megazh.cluster.launchers.hosts import deepspeed_command
-from megazh.errors import UsageError
+from megazh.errors import UsageError, WorkerError
+from megazh.training.preflight import Devices, Request, make_job
+from megazh.training.recipe import Device
 
 
 def test_slots_that_a_host_has_not_are_named() -> None:
@@ -23,6 +27,19 @@ def test_several_hosts_need_pdsh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UsageError, match="apt-get install pdsh"):
         deepspeed_command(Path("hosts"), [Host("a", 1), Host("b", 1)], None, 29500, [])
+
+
+def test_a_failed_launcher_gives_an_exit_code_and_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = make_job(Request(), make_recipe(), tmp_path / "run", tmp_path, Devices(Device.CPU, 2, None))
+    monkeypatch.setattr(hosts, "command", lambda job: [sys.executable, "-c", "raise SystemExit(7)"])
+    assert hosts.launch(job) == WorkerError.exit_code
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: DeepSpeed's launcher ended with exit code 7")
+    monkeypatch.setattr(hosts, "command", lambda job: [sys.executable, "-c", ""])
+    assert hosts.launch(job) == 0
 
 
 @pytest.mark.ranks

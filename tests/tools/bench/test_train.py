@@ -20,7 +20,7 @@ def tool(name: str, *options: object, timeout: float = 200) -> Finished:
 def test_both_layouts_train_on_the_same_tokens(tmp_path: Path) -> None:
     written = tmp_path / "bench.json"
     result = tool(
-        "train.py", *SMALL, "--gpus", 2, "--stages", 1, "--stages", 2, "--steps", 4, "--warm-up", 1,
+        "train.py", *SMALL, "--num-gpus", 2, "--stages", 1, "--stages", 2, "--steps", 4, "--warm-up", 1,
         "--contenders", "megazh", "seed", "--json", written,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
