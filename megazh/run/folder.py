@@ -104,7 +104,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(f"{first.prefix}{info.tokenizer.file}", self._tokenizer_path(info.tokenizer))
             write_atomic(self.path / DESCRIPTION, (info.model_dump_json(indent=1) + "\n").encode())
-        # Written last: config.yaml marks the run as started. Rewritten on every start to record changed settings.
+        self.record(config)  # last: config.yaml marks the run as started
+
+    def record(self, config: str) -> None:
+        """Write `config.yaml` anew: on every start, and once the cut into stages is known."""
         write_atomic(self.config, config.encode())
 
     def _tokenizer_path(self, info: TokenizerInfo) -> Path:

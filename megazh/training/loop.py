@@ -54,7 +54,10 @@ def train(path: Path, device: torch.device, stop: StopRequest, startup: Startup)
     run = RunFolder(path)
     recipe = run_recipe(run)
     layout = make_layout(recipe, dist.get_world_size())
-    Trainer(run, recipe, layout, device, stop, startup).run()
+    trainer = Trainer(run, recipe, layout, device, stop, startup)
+    if dist.get_rank() == 0:
+        run.record(recipe.with_cut(trainer.bounds).to_yaml())
+    trainer.run()
 
 
 class Trainer:

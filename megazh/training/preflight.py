@@ -1,6 +1,6 @@
 """The checks before anything starts: from a request on the command line to a `Job` that launchers can run.
 
-Pure: nothing is written and no process is started here.
+They start no process and write nothing but the cache: `checked_mixture` packs the samples.
 """
 
 from __future__ import annotations

@@ -262,6 +262,10 @@ class Recipe(Config):
         assert self.schedule.tokens is not None
         return -(-self.schedule.tokens // self.batch_tokens)
 
+    def with_cut(self, bounds: list[int]) -> "Recipe":
+        """This recipe with the cut into stages that its ranks agreed on."""
+        return self.model_copy(update={"parallel": self.parallel.model_copy(update={"stage_bounds": bounds})})
+
     def open_mixture(self) -> "Mixture":
         """Open the data of the run. Raises UsageError and DataError as `Mixture` does."""
         from megazh.index.mixture import Mixture
@@ -293,7 +297,7 @@ def load_recipe(path: Path | str, assignments: Sequence[str] = ()) -> Recipe:
 
 
 def run_recipe(run: RunFolder) -> Recipe:
-    """The recipe of a run, with the layout that it ran in. Raises UsageError where the folder holds no run."""
+    """The recipe of a run, with the layout and cut that it ran in. Raises UsageError where the folder holds no run."""
     if not run.exists:
         raise UsageError(f"{run.path}: not the folder of a run: {run.config.name} is missing")
     return load_recipe(run.config)
