@@ -26,7 +26,7 @@ class Mlp(StrEnum):
     """down(gelu(up(x))), the exact GELU."""
 
 
-class RopeScalingKind(StrEnum):
+class RopeScalingMethod(StrEnum):
     """Methods that extend rotary positions beyond the length a model was trained at."""
 
     LINEAR = "linear"
@@ -43,7 +43,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class RopeScaling(Config):
     """Keys under `rope_scaling:`, named as in Hugging Face configs."""
 
-    type: Annotated[RopeScalingKind, choice(RopeScalingKind)]
+    type: Annotated[RopeScalingMethod, choice(RopeScalingMethod)]
     """Method of scaling: linear or yarn."""
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     """Ratio of the new context length to the original one, at least 1."""
@@ -58,7 +58,7 @@ class RopeScaling(Config):
 
     @model_validator(mode="after")
     def _complete(self) -> "RopeScaling":
-        if self.type is RopeScalingKind.YARN and self.original_max_position_embeddings is None:
+        if self.type is RopeScalingMethod.YARN and self.original_max_position_embeddings is None:
             raise ValueError("yarn needs original_max_position_embeddings, the length the model was trained at")
         return self
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from megazh.model.config import ModelConfig, RopeScaling, RopeScalingKind
+from megazh.model.config import ModelConfig, RopeScaling, RopeScalingMethod
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
@@ -19,7 +19,7 @@ def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies.float(), 1.0
-    if scaling.type is RopeScalingKind.LINEAR:
+    if scaling.type is RopeScalingMethod.LINEAR:
         return (frequencies / scaling.factor).float(), 1.0
     kept = _kept_share(scaling, dim, config.rope_theta)
     frequencies = frequencies * kept + frequencies / scaling.factor * (1 - kept)

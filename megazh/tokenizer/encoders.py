@@ -128,7 +128,7 @@ class SentencePieceEncoder:
         return flat + np.uint32(self._shift), offsets
 
 
-class Kind(StrEnum):
+class TokenizerFormat(StrEnum):
     """File format of a tokenizer."""
 
     HUGGING_FACE = "tokenizer.json"
@@ -146,13 +146,17 @@ class EncoderSource:
         shift: number added to every id of a SentencePiece model.
     """
 
-    kind: Kind
+    kind: TokenizerFormat
     path: Path
     shift: int = 0
 
     def tokenizer_json(self) -> str:
         """Contents of the `tokenizer.json` at `path`, or of the one that the rank file is converted to."""
-        return qwen.tokenizer_json(self.path) if self.kind is Kind.QWEN_RANKS else self.path.read_text(encoding="utf-8")
+        return (
+            qwen.tokenizer_json(self.path)
+            if self.kind is TokenizerFormat.QWEN_RANKS
+            else self.path.read_text(encoding="utf-8")
+        )
 
     def reference(self) -> Encoder:
         """Make the reference encoder, whose ids are right by definition.
@@ -160,9 +164,9 @@ class EncoderSource:
         Raises:
             DataError: the file is damaged, or the library cannot read it.
         """
-        if self.kind is Kind.QWEN_RANKS:
+        if self.kind is TokenizerFormat.QWEN_RANKS:
             return TiktokenEncoder(qwen.read_ranks(self.path))
-        if self.kind is Kind.HUGGING_FACE:
+        if self.kind is TokenizerFormat.HUGGING_FACE:
             try:
                 return HuggingFaceEncoder(self.tokenizer_json())
             except Exception as error:  # the library raises bare Exception
@@ -178,7 +182,7 @@ class EncoderSource:
             ImportError: fastokens is not installed.
             Exception: whatever fastokens raises for a tokenizer that it cannot read; a panic is a BaseException.
         """
-        if self.kind is Kind.SENTENCEPIECE:
+        if self.kind is TokenizerFormat.SENTENCEPIECE:
             return None
         return FastokensEncoder(self.tokenizer_json(), self.reference)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from megazh.errors import DataError, UsageError
 from megazh.tokenizer import qwen
-from megazh.tokenizer.encoders import Encoder, EncoderSource, Kind, encode_each
+from megazh.tokenizer.encoders import Encoder, EncoderSource, TokenizerFormat, encode_each
 
 FRONT_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 """Tokens that `--front-tokens` puts before the pieces of a SentencePiece model, as ids 0 to 3."""
@@ -41,7 +41,7 @@ class Tokenizer:
     """
 
     path: Path
-    kind: Kind
+    kind: TokenizerFormat
     vocab_size: int
     eod: str
     eod_id: int
@@ -74,7 +74,7 @@ class Tokenizer:
 class _JsonTokenizer(Tokenizer):
     """A `tokenizer.json`, or Qwen's rank file converted to one; `text` is its contents."""
 
-    def __init__(self, path: Path, kind: Kind, text: str, eod: str | None) -> None:
+    def __init__(self, path: Path, kind: TokenizerFormat, text: str, eod: str | None) -> None:
         self.path, self.kind = path, kind
         try:
             settings: dict[str, Any] = json.loads(text)
@@ -147,7 +147,7 @@ class _JsonTokenizer(Tokenizer):
 class _SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model`."""
 
-    kind = Kind.SENTENCEPIECE
+    kind = TokenizerFormat.SENTENCEPIECE
 
     def __init__(self, path: Path, eod: str | None, front_tokens: bool) -> None:
         import sentencepiece
@@ -240,13 +240,13 @@ def load_tokenizer(path: Path | str, eod: str | None = None, front_tokens: bool 
     if path.suffix == ".model":
         return _SentencePieceTokenizer(path, eod, front_tokens)
     if path.suffix == ".tiktoken":
-        return _JsonTokenizer(path, Kind.QWEN_RANKS, qwen.tokenizer_json(path), eod)
+        return _JsonTokenizer(path, TokenizerFormat.QWEN_RANKS, qwen.tokenizer_json(path), eod)
     if path.suffix == ".json":
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read: {error}") from None
-        return _JsonTokenizer(path, Kind.HUGGING_FACE, text, eod)
+        return _JsonTokenizer(path, TokenizerFormat.HUGGING_FACE, text, eod)
     raise UsageError(f"{path}: unknown tokenizer format; expected tokenizer.json, *.tiktoken or *.model")
 
 

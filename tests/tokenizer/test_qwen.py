@@ -18,8 +18,8 @@ from megazh.tokenizer.encoders import (
     Encoder,
     EncoderSource,
     HuggingFaceEncoder,
-    Kind,
     TiktokenEncoder,
+    TokenizerFormat,
     encode_each,
 )
 
@@ -152,7 +152,7 @@ def test_every_encoder_gives_qwens_ids_on_20_000_odd_strings() -> None:
     definition = by_definition(ranks)
     expected = [definition(text) for text in strings]
     text = qwen.tokenizer_json(QWEN_RANKS)
-    source = EncoderSource(Kind.QWEN_RANKS, QWEN_RANKS)
+    source = EncoderSource(TokenizerFormat.QWEN_RANKS, QWEN_RANKS)
     fast = source.fast()
     assert fast is not None
     assert (source.reference().name, fast.name) == ("tiktoken", "fastokens")

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from megazh.errors import DataError, MegazhError, UsageError
 from megazh.tokenizer import Tokenizer, load_tokenizer, qwen
-from megazh.tokenizer.encoders import FastokensEncoder, HuggingFaceEncoder, Kind, encode_each
+from megazh.tokenizer.encoders import FastokensEncoder, HuggingFaceEncoder, TokenizerFormat, encode_each
 from megazh.tokenizer.tokenizer import dtype_for
 
 CONTROL = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -44,7 +44,7 @@ def variant(folder: Path, change: Callable[[dict[str, Any]], Any], name: str = "
 
 def test_numbers_of_a_trained_tokenizer() -> None:
     tokenizer = load_tokenizer(tokenizer_path())
-    assert (tokenizer.kind, tokenizer.vocab_size) == (Kind.HUGGING_FACE, 1500)
+    assert (tokenizer.kind, tokenizer.vocab_size) == (TokenizerFormat.HUGGING_FACE, 1500)
     assert (tokenizer.eod, tokenizer.eod_id, tokenizer.pad_id) == ("<|endoftext|>", 1, 0)
 
 
@@ -197,9 +197,9 @@ def test_folder_holds_one_of_the_kinds(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no tokenizer\.json, \*\.tiktoken or \*\.model"):
         load_tokenizer(tmp_path)
     write_ranks(tmp_path / "qwen.tiktoken", ranks_of(tokenizer_path()))
-    assert load_tokenizer(tmp_path).kind is Kind.QWEN_RANKS
+    assert load_tokenizer(tmp_path).kind is TokenizerFormat.QWEN_RANKS
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_path().read_bytes())
-    assert load_tokenizer(tmp_path).kind is Kind.HUGGING_FACE
+    assert load_tokenizer(tmp_path).kind is TokenizerFormat.HUGGING_FACE
     assert load_tokenizer(tmp_path).path == tmp_path / "tokenizer.json"
 
 

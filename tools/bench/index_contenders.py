@@ -29,7 +29,7 @@ from index_memory import cpu_seconds, family, forget_peak, peak
 
 from megazh.index.format import HEADER, Header, read_header
 from megazh.tokenizer import Tokenizer, load_tokenizer, qwen
-from megazh.tokenizer.encoders import Encoder, Kind
+from megazh.tokenizer.encoders import Encoder, TokenizerFormat
 from megazh.tokenizer.tokenizer import dtype_for
 
 _CALL_BYTES = 1_000_000  # text per call of the bare encoder
@@ -61,9 +61,9 @@ class Place:
 
     def tokenizer_json(self) -> str:
         """The text of the tokenizer.json, converted from Qwen's ranks if necessary."""
-        if self.tokenizer.kind is Kind.QWEN_RANKS:
+        if self.tokenizer.kind is TokenizerFormat.QWEN_RANKS:
             return qwen.tokenizer_json(self.tokenizer.path)
-        if self.tokenizer.kind is Kind.HUGGING_FACE:
+        if self.tokenizer.kind is TokenizerFormat.HUGGING_FACE:
             return self.tokenizer.path.read_text(encoding="utf-8")
         raise LeftOut(f"`tokenizers` cannot read a {self.tokenizer.kind.value} model")
 
@@ -182,9 +182,9 @@ class Gigatoken(Contender):
         self._place, self._source, self.name = place, JsonlFileSource, "gigatoken"
         tokenizer = place.tokenizer
         try:
-            if tokenizer.kind is Kind.QWEN_RANKS:
+            if tokenizer.kind is TokenizerFormat.QWEN_RANKS:
                 self._tokenizer: Any = BPETokenizer.from_tiktoken(tokenizer.path, "qwen2")
-            elif tokenizer.kind is Kind.SENTENCEPIECE:
+            elif tokenizer.kind is TokenizerFormat.SENTENCEPIECE:
                 self._tokenizer = gigatoken.Tokenizer.from_sentencepiece(tokenizer.path)
             else:
                 self._tokenizer = load_hf_json(place.tokenizer_json())
