@@ -59,7 +59,11 @@ ConfigType = TypeVar("ConfigType", bound=Config)
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error and `5e-4` is a number (YAML 1.1 calls it text)."""
+    """Safe YAML in which a key given twice is an error.
+
+    As in YAML 1.2, `5e-4` is a number, which YAML 1.1 calls text; `010` and `1:30` are text, which YAML 1.1 calls 8 and
+    90.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -74,6 +78,13 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
@@ -207,7 +218,9 @@ def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
     if error["type"] == "model_type":
         return f"key '{key}': expected a mapping of its keys, found {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(error["input"], dict | list) else f", found {error['input']!r}"
+    found = f", found {error['input']!r}"
+    if isinstance(error["input"], dict | list) or message.endswith(found):
+        found = ""
     return f"key '{key}': {message}{found}" if key else message
 
 

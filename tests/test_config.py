@@ -60,6 +60,17 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, written: str, numb
     assert loaded(tmp_path, f"seed: 1\nrate: {written}\n").rate == number
 
 
+@pytest.mark.parametrize("written", ["010", "1:30", "0b11"])
+def test_a_number_in_a_form_that_misleads_is_refused(tmp_path: Path, written: str) -> None:
+    message = refused(tmp_path, f"seed: {written}\n")
+    assert message.endswith(f"key 'seed': Input should be a valid integer, found '{written}'")
+
+
+@pytest.mark.parametrize(("written", "number"), [("0", 0), ("-7", -7), ("1_000", 1000), ("0x1f", 31)])
+def test_whole_numbers(tmp_path: Path, written: str, number: int) -> None:
+    assert loaded(tmp_path, f"seed: {written}\n").seed == number
+
+
 def test_a_quoted_number_stays_text(tmp_path: Path) -> None:
     assert loaded(tmp_path, "seed: 1\nvalidation: {fraction: 1.0, salt: '5e-4'}\n").validation.salt == "5e-4"
 

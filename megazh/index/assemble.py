@@ -100,7 +100,7 @@ class Assembly:
         raise DataError(
             f"{self.rejected} of {self.records} records are bad ({self.rejected / self.records:.3%}, more than "
             f"--max-bad {self._max_bad:.3%}): {reasons}; first: {first['file']} line {first['line']}: "
-            f"{first['detail']}; all in {self.rejected_path}"
+            f"{first['detail']}; all in {self.rejected_path}; repair them, or raise --max-bad"
         )
 
     def finish(self) -> Files:

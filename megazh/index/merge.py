@@ -36,7 +36,7 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
         if inputs and index.metadata.tokenizer != inputs[0].tokenizer:
             raise UsageError(
                 f"{prefix}: tokenizer {index.metadata.tokenizer.fingerprint[:16]}… differs from "
-                f"{inputs[0].tokenizer.fingerprint[:16]}… of {prefixes[0]}"
+                f"{inputs[0].tokenizer.fingerprint[:16]}… of {prefixes[0]}; index both with the same tokenizer"
             )
         inputs.append(index.metadata)
     folder = Path(f"{output}.build")

@@ -81,7 +81,9 @@ class Mixture:
         self._samples = [self._pack(corpus, corpus.training, "training") for corpus in self.corpora]
         for corpus, samples in zip(self.corpora, self._samples, strict=True):
             if len(samples) == 0:
-                raise UsageError(f"corpus '{corpus.entry.name}': no full sample of {seq_len} tokens")
+                raise UsageError(
+                    f"corpus '{corpus.entry.name}': no full sample of {seq_len} tokens; lower seq_len, or leave it out"
+                )
         self._epochs: dict[int, tuple[int, np.uint64]] = {}  # by corpus: latest epoch and its key
         self.blend = Blend([self._amount(number) for number in range(len(self.corpora))])
 
@@ -120,7 +122,8 @@ class Mixture:
             tokens = corpus.tokens(corpus.training)
             if tokens < seq_len:
                 raise UsageError(
-                    f"corpus '{corpus.entry.name}': {tokens} tokens for training, less than one sample of {seq_len}"
+                    f"corpus '{corpus.entry.name}': {tokens} tokens for training, less than one sample of {seq_len}; "
+                    "lower seq_len, or leave the corpus out"
                 )
         validation = self.manifest.validation
         if validation and validation.fraction and not any(len(corpus.validation) for corpus in self.corpora):

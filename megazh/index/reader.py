@@ -87,7 +87,9 @@ class IndexedDataset:
         try:
             size = path.stat().st_size
         except FileNotFoundError:
-            raise DataError(f"{path}: missing; it holds the content hashes that decide the validation split") from None
+            raise DataError(
+                f"{path}: missing; it holds the content hashes that decide the validation split; build the index again"
+            ) from None
         if size != 8 * len(self):
             raise DataError(f"{path}: expected {8 * len(self)} bytes for {len(self)} documents, found {size}")
         if self.metadata is not None:

@@ -110,7 +110,9 @@ class IndexWriter:
         """
         if not self.documents:
             self.abandon()
-            raise DataError("no document to index: the input is empty, or all of it was rejected")
+            raise DataError(
+                "no document to index: the input is empty, or all of it was rejected; look at --input and --text-key"
+            )
         self._lengths.abandon()  # a scratch file, read back below
         idx = _HashedFile(self._folder / "index.idx")
         idx.write(Header(self.dtype, self.documents, self.documents + 1).pack())

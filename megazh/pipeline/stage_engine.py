@@ -80,6 +80,7 @@ class StageEngine(PipelineEngine):
         self.total_loss: torch.Tensor | None
         self.pipe_recv_buf: Tensors | None
         self.first_output_send: bool
+        # Whether the right column of the table above holds: bf16 weights, fp32 sums.
         self._lean = self.using_bf16_optimizer and self.optimizer.grad_acc_dtype is torch.float32
         if not self._lean:
             return
