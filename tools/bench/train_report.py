@@ -50,7 +50,7 @@ class Report:
     def add(self, result: Result) -> None:
         """Keep a result and print its speed."""
         self._results.append(result)
-        rate = rate_of(result, self._tokens, self._arguments.gpus)
+        rate = rate_of(result, self._tokens, self._arguments.num_gpus)
         print(f"measured {result.name}: {rate:,.0f} tokens/s/GPU", file=sys.stderr, flush=True)
         self._write()
 
@@ -70,11 +70,11 @@ class Report:
         print(
             f"{arguments.recipe}, {arguments.seq_len} tokens, documents of {arguments.document_tokens:g} on average, "
             f"{arguments.micro_batches} micro-batches of {arguments.micro_batch_size} per GPU and step, "
-            f"{arguments.gpus} x {self._card or 'CPU rank'}, torch {torch.__version__}; median of "
+            f"{arguments.num_gpus} x {self._card or 'CPU rank'}, torch {torch.__version__}; median of "
             f"{arguments.steps - arguments.warm_up} steps"
         )
         print(self._formula())
-        for line in table(self._results, self._recipe, self._tokens, arguments.gpus, self._card):
+        for line in table(self._results, self._recipe, self._tokens, arguments.num_gpus, self._card):
             print(line)
         for line in describe_stages(self._results, arguments.micro_batches):
             print(line)
