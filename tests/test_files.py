@@ -180,7 +180,9 @@ def test_hash_is_read_once_then_remembered(tmp_path: Path) -> None:
 def test_other_content_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"one")
-    with pytest.raises(DataError, match=rf"^{path}: wrong content: expected sha256 0000.*found [0-9a-f]+…$"):
+    with pytest.raises(
+        DataError, match=rf"^{path}: wrong content: expected sha256 0000.*found [0-9a-f]+…; restore or remake the file$"
+    ):
         check_sha256(path, "0" * 64)
 
 

@@ -195,6 +195,9 @@ class _Run:
 
     def _ended(self, event: _Exit) -> None:
         del self._alive[event.rank]
+        if self.interrupted and event.code == 1 and self.logs[event.rank].ends_with_interrupt():
+            # The signal came while Python itself was starting, which then ends with 1 instead of by the signal.
+            event = _Exit(event.rank, -signal.SIGINT)
         well = event.code == 0 or (event.code == INTERRUPTED and self.interrupted)
         if self.interrupted and self.failed is None and not self._killed:
             self._deadline = min(self._deadline or math.inf, time.monotonic() + _OTHERS_SECONDS)

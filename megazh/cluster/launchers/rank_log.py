@@ -60,6 +60,11 @@ class RankLog:
         found = [match[1] for line in self.tail() if (match := _ERROR.match(line))]
         return found[-1] if found else ""
 
+    def ends_with_interrupt(self) -> bool:
+        """Whether a traceback of Ctrl-C is the last that the rank has written."""
+        lines = [line.strip() for line in self.tail() if line.strip()]
+        return bool(lines) and lines[-1] == "KeyboardInterrupt"
+
     def last_words(self) -> str:
         """The exception that ends a traceback, else the last line that is not blank; empty if the log is empty."""
         lines = [line for line in self.tail() if line.strip()]

@@ -201,6 +201,16 @@ def test_ctrl_c_before_the_ranks_listen_ends_them(tmp_path: Path) -> None:
     assert "Traceback" not in finished.stderr
 
 
+def test_ctrl_c_while_python_starts_is_an_interruption(tmp_path: Path) -> None:
+    """Python then ends with 1 and a traceback that ends in KeyboardInterrupt."""
+    stop = "lambda *_: (print('KeyboardInterrupt', file=sys.stderr, flush=True), os._exit(1))"
+    with running(tmp_path, f"signal.signal(signal.SIGINT, {stop})") as started:
+        started.process.send_signal(signal.SIGINT)
+        finished = started.wait(20)
+    assert finished.returncode == 130
+    assert finished.stderr.splitlines()[-1].startswith("interrupted")
+
+
 def test_the_second_ctrl_c_kills(tmp_path: Path) -> None:
     with running(tmp_path, "signal.signal(signal.SIGINT, signal.SIG_IGN)") as started:
         started.process.send_signal(signal.SIGINT)
