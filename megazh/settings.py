@@ -102,7 +102,7 @@ def override(
         key = resolve_key(written, model)
         try:
             value = yaml.load(value_text, Loader=Loader)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UsageError(f"'{text}': the value is not valid YAML") from None
         section = _section(key, model)
         if section is not None and not isinstance(value, dict):
