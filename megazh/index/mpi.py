@@ -21,6 +21,7 @@ from megazh.index.piece import Result, Setup, Task, Worker
 _POLL_SECONDS = 0.001
 _BEAT_SECONDS = 2.0
 _SILENT_SECONDS = 60.0  # a rank is taken for dead once its heartbeat file has not changed for so long
+_FORWARD_SECONDS = 0.5  # for mpirun to forward what a rank has printed; it may drop the rest when a rank aborts
 _AHEAD = 2  # tasks in flight per rank, so that none waits for its next one
 
 _LAUNCHERS = (
@@ -247,5 +248,6 @@ def serve(world: World, folder: Path) -> NoReturn:
 
 def abort(world: World, code: int) -> NoReturn:
     """End all ranks at once."""
+    time.sleep(_FORWARD_SECONDS)
     world.comm.Abort(code)
     raise SystemExit(code)
