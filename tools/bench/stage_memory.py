@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Measure the GPU memory of each stage of a layout on one GPU, and compare it with `megazh plan`.
+"""Measure the GPU memory of each stage of a layout on one GPU, beside what `megazh plan` predicts.
 
     python tools/bench/stage_memory.py qwen0.5b_6x3090 -n 6 -p 1
+    python tools/bench/stage_memory.py minillm_1.4b -n 6 -p 2
 
-Engine, loop and stage are those of a run with all ranks, but the other ranks are absent: nothing is sent or reduced
-(torch.distributed's "fake" backend), and received tensors are made up. So the memory is that of a real run, optimizer
-shard included, and the losses mean nothing. Known defect: on a GPU it ends with an error (docs/performance.md, Memory).
+Engine, loop, stage and channels are those of a run with all ranks, but the other ranks are absent (`absent_ranks.py`):
+what they would send is made up. So the memory is that of a real run, optimizer shard included, and the losses mean
+nothing.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,14 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 try:
     import torch
+    from absent_ranks import BACKEND, join
     from train_data import make_mixture
 
     from megazh.cli import run
     from megazh.cli.options import count, standalone
     from megazh.errors import UsageError, WorkerError
     from megazh.pipeline.costs import costs_by_flops
+    from megazh.pipeline.precision import check_engine
     from megazh.pipeline.work import Work
     from megazh.run.folder import RunFolder
+    from megazh.run.metrics import Metrics, StepRecord
     from megazh.training.layout import Layout, make_layout
     from megazh.training.recipe import Device, Recipe, load_recipe
     from megazh.training.recipe_files import recipe_path
@@ -47,6 +52,8 @@ stage does not fit, or needs over 10 % more or less than the plan."""
 STEPS = 3
 """Steps to train: the first launches its kernels, the second is recorded as a CUDA graph, the third is replayed."""
 TOLERANCE = 0.1
+TIMEOUT = 600
+"""Seconds that one stage may take."""
 
 
 def call(arguments: argparse.Namespace) -> None:
@@ -68,26 +75,31 @@ def call(arguments: argparse.Namespace) -> None:
             f"micro-batches of {layout.micro_batch_size} x {recipe.batch.seq_len}, torch capped at "
             f"{arguments.memory:g} GiB"
         )
-        print("stage  holds                         allocated   reserved       plan  difference")
+        print("stage  holds                          allocated    reserved        plan  allocated / plan")
         bounds = recipe.parallel.stage_bounds or []
         plan = memory_by_stage(planned_work, bounds)
         for stage, (begin, end) in enumerate(pairwise(bounds)):
             measured = measure(folder, stage, arguments)
-            planned = plan[stage].total
-            off = measured["allocated"] / planned - 1
-            print(
-                f"{stage:>5}  {describe_parts(recipe, begin, end):<28} {measured['allocated'] / 2**30:>6.2f} GiB "
-                f"{measured['reserved'] / 2**30:>6.2f} GiB {planned / 2**30:>6.2f} GiB  {off:>+9.1%}",
-                flush=True,
-            )
-            found.append({"stage": stage, "holds": describe_parts(recipe, begin, end), "plan": planned, **measured})
-            if abs(off) > TOLERANCE and arguments.device == "cuda":
+            planned, holds = plan[stage].total, describe_parts(recipe, begin, end)
+            print(f"{stage:>5}  {holds:<28} {_figures(measured, planned)}", flush=True)
+            found.append({"stage": stage, "holds": holds, "plan": planned, **measured})
+            if measured["allocated"] and abs(measured["allocated"] / planned - 1) > TOLERANCE:
                 missed.append(str(stage))
+    if arguments.device == "cpu":
+        print(f"{STEPS} steps taken by each stage; memory is measured on a GPU only")
     if arguments.json:
         arguments.json.write_text(json.dumps({"recipe": arguments.recipe, "stages": found}, indent=1) + "\n")
     if missed:
         stages = ", ".join(missed)
         raise WorkerError(f"stage {stages}: over {TOLERANCE:.0%} off the plan (megazh/pipeline/memory.py)")
+
+
+def _figures(measured: dict[str, Any], planned: float) -> str:
+    """The columns allocated, reserved, plan and allocated / plan."""
+    sizes = (measured["allocated"], measured["reserved"], planned)
+    columns = [f"{size / 2**30:>7.2f} GiB" if size else f"{'-':>11}" for size in sizes]
+    share = f"{measured['allocated'] / planned:>14.3f} x" if measured["allocated"] else f"{'-':>16}"
+    return " ".join((*columns, share))
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Recipe, Layout, Work]:
@@ -106,13 +118,15 @@ def prepare(arguments: argparse.Namespace) -> tuple[Recipe, Layout, Work]:
         settings += [f"data.manifest={arguments.folder / 'mixture.yaml'}", "stories=null"]
     recipe = load_recipe(path, settings)
     layout = make_layout(recipe, arguments.num_gpus)
-    work = work_of(recipe, layout, recipe.precision.on(Device.CUDA))
+    precision = recipe.precision.on(Device.CUDA)
+    check_engine(stages, precision, recipe.parallel.zero_stage, recipe.model.tie_word_embeddings)
+    work = work_of(recipe, layout, precision)
     bounds = recipe.parallel.stage_bounds or bounds_for(work, costs_by_flops(work), arguments.memory * 2**30)
     return load_recipe(path, [*settings, f"stage_bounds={bounds}"]), layout, work
 
 
-def measure(folder: Path, stage: int, arguments: argparse.Namespace) -> dict[str, int]:
-    """Start a process that is one rank of stage number `stage`."""
+def measure(folder: Path, stage: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Start a process that is one rank of stage number `stage`; returns what `serve` has written."""
     result = folder / f"stage-{stage}.json"
     command = [
         sys.executable, str(Path(__file__).resolve()), arguments.recipe, "-n", str(arguments.num_gpus), "-p",
@@ -120,26 +134,36 @@ def measure(folder: Path, stage: int, arguments: argparse.Namespace) -> dict[str
         "--serve", str(stage), *arguments.settings,
     ]  # fmt: skip
     env = {**os.environ, "DS_ACCELERATOR": arguments.device, "LOCAL_RANK": "0"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        raise WorkerError(f"stage {stage} was ended: {STEPS} steps took over {TIMEOUT} s") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        last = lines[-1] if lines else "no message"
+        last = lines[-1].removeprefix("error: ") if lines else "no message"
         raise WorkerError(f"stage {stage} ended with exit code {done.returncode}: {last}")
     return json.loads(result.read_text())
 
 
+class _Steps(Metrics):
+    """Keeps the records of steps, and writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, 0, quiet=True)
+        self.records: list[StepRecord] = []
+
+    def step(self, record: StepRecord) -> None:
+        """Keep the record."""
+        self.records.append(record)
+
+
 def serve(arguments: argparse.Namespace) -> None:
     """The process of `measure`: one rank of one stage."""
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from megazh.run.metrics import Metrics
+    from megazh.pipeline.engine import use_no_compiled_operators
     from megazh.training.loop import Trainer
     from megazh.training.stop import StopRequest
 
     stage: int = arguments.serve
-    from megazh.pipeline.engine import use_no_compiled_operators
-
     recipe, layout, _ = prepare(arguments)
     use_no_compiled_operators()
     device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
@@ -148,74 +172,53 @@ def serve(arguments: argparse.Namespace) -> None:
     # DeepSpeed numbers its ranks stage by stage.
     rank = stage * layout.replicas
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(layout.ranks))
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.ranks)
+    join(rank, layout.ranks, recipe.batch.seq_len)
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False)
+    deepspeed.init_distributed(dist_backend=BACKEND, auto_mpi_discovery=False)
     path = arguments.folder / f"run-{stage}"
     folder = RunFolder(path)
     mixture = recipe.open_mixture()
     folder.begin(recipe.to_yaml(), mixture)
     trainer = Trainer(folder, recipe, layout, device, StopRequest())
-    if layout.stages > 1:
-        _stand_in(trainer.engine, recipe, mixture.shape.max_docs)
-    with Metrics(path, 0, quiet=True) as metrics:
+    if stage > 0:
+        _tell_shapes(trainer.engine, recipe, mixture.shape.max_docs)
+    with _Steps(path) as steps:
         for _ in range(STEPS):
-            trainer.take_step(metrics)
-    if trainer.engine.skipped_steps:
-        raise WorkerError("a step was skipped, and its optimizer state is missing: made-up numbers were not finite")
+            trainer.take_step(steps)
+    _check(steps.records)
     on_gpu = device.type == "cuda"
     found = {
         "allocated": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "reserved": torch.cuda.max_memory_reserved() if on_gpu else 0,
+        "losses": [record.loss for record in steps.records] if trainer.engine.is_last_stage() else None,
+        "grad_norms": [record.grad_norm for record in steps.records],
     }
     (arguments.folder / f"stage-{stage}.json").write_text(json.dumps(found))
 
 
-class _Absent:
-    """A channel to an absent stage: drops what is sent, and makes up what is received."""
+def _check(records: list[StepRecord]) -> None:
+    """Refuse steps whose memory is not that of a real step.
 
-    def __init__(self, seq_len: int) -> None:
-        self._seq_len = seq_len
-
-    def send(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        """Do nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
-
-    def expect(self, like: tuple[torch.Tensor, ...]) -> None:
-        """Do nothing."""
-
-    def receive(self, like: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Return random hidden states or gradients, or a document map of one document per row."""
-        made = []
-        for tensor in like:
-            if tensor.is_floating_point():
-                made.append(torch.randn_like(tensor))
-            else:
-                document_map = torch.full_like(tensor, self._seq_len)
-                positions = torch.arange(self._seq_len, device=tensor.device, dtype=tensor.dtype)
-                document_map[:, : self._seq_len] = positions
-                document_map[:, self._seq_len] = 0
-                made.append(document_map)
-        return tuple(made)
+    Raises:
+        WorkerError: a step was skipped, so that it made no optimizer state, or a number was not finite.
+    """
+    for record in records:
+        if record.skipped:
+            raise WorkerError(f"step {record.step} was skipped, so that its optimizer state is missing")
+        if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
+            raise WorkerError(f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}")
 
 
-def _stand_in(engine: Any, recipe: Recipe, max_docs: int) -> None:
-    """Replace this stage's channels by channels to absent stages."""
-    absent = _Absent(recipe.batch.seq_len)
-    transfers = engine._transfers
-    for name in ("from_previous", "to_previous", "from_next", "to_next"):
-        if getattr(transfers, name) is not None:
-            setattr(transfers, name, absent)
-    rows = recipe.batch.micro_batch_size
+def _tell_shapes(engine: Any, recipe: Recipe, max_docs: int) -> None:
+    """Make the buffers for what the stage before sends; in a run, its first message tells the shapes."""
+    rows, seq_len = recipe.batch.micro_batch_size, recipe.batch.seq_len
     dtype = next(engine.module.parameters()).dtype
-    engine.first_output_send = False
-    engine.pipe_recv_buf = (
-        torch.empty(rows, recipe.batch.seq_len, recipe.model.hidden_size, device=engine.device, dtype=dtype),
-        torch.empty(rows, recipe.batch.seq_len + max_docs + 1, device=engine.device, dtype=torch.int32),
-    )
+    hidden = engine._allocate_or_extend_buffers(0, [rows, seq_len, recipe.model.hidden_size], dtype)
+    document_map = engine._allocate_or_extend_buffers(1, [rows, seq_len + max_docs + 1], torch.int32)
+    engine.pipe_recv_buf = (hidden, document_map)
+    if engine._lean:
+        engine._grad_layer_buf.clear()  # as the engine does
 
 
 def parser() -> argparse.ArgumentParser:

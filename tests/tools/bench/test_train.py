@@ -45,29 +45,6 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     assert tool("train.py", "--help").returncode == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stages", [1, 3])
-def test_memory_is_measured_of_each_stage_of_a_layout_that_is_not_there(stages: int, tmp_path: Path) -> None:
-    written = tmp_path / "memory.json"
-    result = tool(
-        "stage_memory.py", "demo", "-n", 6, "-p", stages, "--device", "cpu", "--json", written, "dtype=bf16",
-        "micro_batch_size=1",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    found = json.loads(written.read_text())["stages"]
-    assert [stage["stage"] for stage in found] == list(range(stages))
-    assert found[0]["holds"].startswith("embedding")
-    assert found[-1]["holds"].endswith("head")
-    assert all(stage["plan"] > 0 for stage in found)
-    assert f"{stages} stages x {6 // stages} replicas" in result.stdout
-
-
-def test_layouts_that_do_not_add_up_are_refused() -> None:
-    result = tool("stage_memory.py", "demo", "-n", 5, "-p", 2, "--device", "cpu")
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: -n 5 GPUs do not divide into -p 2")
-
-
 def test_kernels_are_grouped_by_what_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TOOLS))
     from profile_step import group_of
