@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from megazh.corpus import pieces, reader
+from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions, TextDocuments
 from megazh.corpus.pieces import cut, piece_sources
 from megazh.corpus.reader import read_piece
-from megazh.corpus.sources import Format, find_sources
+from megazh.corpus.sources import find_sources
 from megazh.index.writer import IndexWriter
 from megazh.tokenizer.encoders import FastokensEncoder, HuggingFaceEncoder
 from megazh.tokenizer.qwen import byte_alphabet
@@ -229,7 +230,7 @@ class Read:
 
 def read_files(inputs: Sequence[Path], options: ReadOptions, size: int, format: Format | None = None) -> Read:
     """Read files as a build does: cut them into pieces of about `size` bytes, and read piece by piece."""
-    sources = find_sources([str(path) for path in inputs], format)
+    sources = find_sources([str(path) for path in inputs], format, options)
     found = Read()
     line_of: dict[int, int] = {}
     for piece in cut(sources, options, size):

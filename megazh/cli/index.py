@@ -96,7 +96,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
 
 def build(options: argparse.Namespace) -> None:
     """Build an index: in this process, with worker processes, or as one of several MPI ranks."""
-    from megazh.corpus.sources import Format
+    from megazh.corpus.formats import Format
     from megazh.index import mpi
     from megazh.index.build import Request, build_index, check_request
 

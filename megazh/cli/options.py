@@ -6,7 +6,7 @@ Modules that are slow to import are imported in the functions that need them, so
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from megazh.corpus.sources import Format
+from megazh.corpus.formats import Format
 
 if TYPE_CHECKING:
     from megazh.corpus.options import ReadOptions
@@ -60,7 +60,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="files, folders or quoted globs: .jsonl .json .txt (also .gz .zst), .parquet, .arrow",
+        help="files, folders or quoted globs: .jsonl .json .csv .tsv .txt .md (also .gz .bz2 .xz .zst) .parquet .arrow",
     )
     parser.add_argument(
         "--format", choices=[format.value for format in Format], help="format of all files (default: by suffix)"
@@ -68,6 +68,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-key", default="text", metavar="KEY", help="key or column of the text; a.b is nested (default: text)"
     )
+    add_encoding(parser)
     parser.add_argument(
         "--text-documents",
         choices=[end.value for end in TextDocuments],
@@ -83,11 +84,28 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_encoding(parser: argparse.ArgumentParser, when: str = "") -> None:
+    """Add the option for the encoding of text; `when` begins its help."""
+    parser.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help=f"{when}encoding of text, JSON and CSV: gb18030, big5, utf-16 ... (default: utf-8)",
+    )
+
+
+def encoding(options: argparse.Namespace) -> str | None:
+    """The value of the option that `add_encoding` adds, as Python names it; None for UTF-8."""
+    from megazh.corpus.encodings import normal_encoding
+
+    return normal_encoding(options.encoding) if options.encoding else None
+
+
 def reading(options: argparse.Namespace) -> "ReadOptions":
     """The values of the options that `add_reading` adds."""
     from megazh.corpus.options import ReadOptions, TextDocuments
 
-    return ReadOptions(options.text_key, TextDocuments(options.text_documents), options.max_document_bytes)
+    documents = TextDocuments(options.text_documents)
+    return ReadOptions(options.text_key, documents, options.max_document_bytes, encoding(options))
 
 
 def standalone(what: str, examples: str) -> argparse.ArgumentParser:

@@ -1,10 +1,14 @@
 """`megazh pretrain`: train a model from a recipe; without one, the demo."""
 
 import argparse
+import glob
+import os
+import re
 import sys
 from pathlib import Path
 
-from megazh.cli.options import Subparsers, add_command, count
+from megazh.cli.options import Subparsers, add_command, add_encoding, count, encoding
+from megazh.errors import UsageError
 
 EXAMPLES = """examples:
   bash jobs/run_pretrain.sh -t ds_pp                              the demo: made-up stories, minutes, also without a GPU
@@ -37,6 +41,7 @@ def add_to(commands: Subparsers) -> None:
         "-i", "--input", nargs="+", metavar="FILE", help="your own text: .jsonl, .txt, .parquet, folders, quoted globs"
     )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="with -i: key of the text (default: text)")
+    add_encoding(parser, "with -i: ")
     parser.add_argument(
         "--text-documents",
         choices=["file", "blank-lines"],
@@ -68,6 +73,7 @@ def _pretrain(options: argparse.Namespace) -> None:
             inputs=inputs,
             text_key=options.text_key,
             text_documents=TextDocuments(options.text_documents) if options.text_documents else None,
+            encoding=encoding(options),
             device=options.device,
             dry_run=options.dry_run,
             settings=settings,
@@ -78,8 +84,35 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _apart(inputs: list[str] | None, settings: list[str]) -> tuple[list[str] | None, list[str]]:
-    """Split `-i a.jsonl steps=5` into inputs and settings: a word with `=` that names no file is a setting."""
+    """Split `-i a.jsonl steps=5` into inputs and settings.
+
+    A word with `=` is a setting if no file matches it and what stands before the `=` is a key of the recipe, or so
+    near to one that the setting's own error names that key.
+
+    Raises:
+        UsageError: a word with `=` is neither a file nor a setting.
+    """
     if inputs is None:
         return None, settings
-    taken = [text for text in inputs if "=" in text and not Path(text).exists()]
+    taken = [text for text in inputs if "=" in text and not os.path.lexists(text) and _is_setting(text)]
     return [text for text in inputs if text not in taken], [*taken, *settings]
+
+
+def _is_setting(text: str) -> bool:
+    from megazh.corpus.formats import by_suffix
+    from megazh.corpus.listing import expand
+    from megazh.settings import resolve_key
+    from megazh.training.recipe import Recipe
+
+    if glob.has_magic(text) and any(expand(text)):
+        return False
+    key, _, value = text.removeprefix("--").partition("=")
+    try:
+        resolve_key(key, Recipe)
+    except UsageError as error:
+        if re.search(r"[/*?\[]", key):
+            return False  # a path or glob, whose own error names it
+        looks_like_a_file = by_suffix(Path(value))[0] is not None or glob.has_magic(value)
+        if "unknown key" in str(error) and ("did you mean" not in str(error) or looks_like_a_file):
+            raise UsageError(f"-i {text}: no such file or folder, nor a setting: {error}") from None
+    return True

@@ -1,6 +1,7 @@
 """`megazh tokenizer`: train a tokenizer, and show what a tokenizer does to a text."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from megazh.cli.options import Subparsers, add_command, add_reading, amount, count, reading
@@ -52,7 +53,8 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from megazh.corpus.sources import Format, find_sources
+    from megazh.corpus.formats import Format
+    from megazh.corpus.sources import list_inputs
     from megazh.tokenizer.train import Digits, train_tokenizer
 
     if options.output.is_dir():
@@ -61,9 +63,11 @@ def _train(options: argparse.Namespace) -> None:
         )
     if options.output.suffix != ".json":
         raise UsageError(f"--output {options.output}: expected a name that ends in .json")
-    sources = find_sources(options.input, Format(options.format) if options.format else None)
+    listing = list_inputs(options.input, Format(options.format) if options.format else None, reading(options))
+    for line in listing.notes():
+        print(line, file=sys.stderr, flush=True)
     size = train_tokenizer(
-        sources, reading(options), options.output, options.vocab_size, Digits(options.digits), options.max_bytes
+        listing.sources, reading(options), options.output, options.vocab_size, Digits(options.digits), options.max_bytes
     )
     wanted = options.vocab_size
     short = "" if size == wanted else f" (fewer than {wanted:,}: the text has too few distinct words)"

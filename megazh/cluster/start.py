@@ -97,6 +97,7 @@ def _prepare(job: Job, request: Request) -> None:
         request.text_key,
         request.text_documents,
         recipe.data.stories or 1,
+        request.encoding,
         say=lambda line: print(line, flush=True),
     )
 
@@ -141,6 +142,7 @@ def _command(request: Request) -> str:
     }  # fmt: skip
     if request.inputs:
         options |= {"--text-key": request.text_key, "--text-documents": request.text_documents}
+        options["--encoding"] = request.encoding
     for name, value in options.items():
         if value is not None:
             words += [name, str(value)]

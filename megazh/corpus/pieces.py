@@ -1,5 +1,7 @@
 """Cutting of sources into pieces for workers: byte ranges, row groups, record batches, whole files or stream chunks.
 
+Streams (compressed files, other encodings, JSON arrays, CSV) are read once, here, and their text goes with the pieces.
+
 Where the cuts fall depends on the sources and the options alone, never on the number of workers.
 """
 
@@ -12,8 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megazh.corpus.compression import Stream
+from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions, TextDocuments
-from megazh.corpus.sources import Format, Source
+from megazh.corpus.sources import Source
+from megazh.corpus.streams import is_stream, open_stream
 from megazh.errors import DataError, UsageError
 
 _BLOCK = 1 << 20
@@ -21,7 +26,14 @@ _SEARCH = 1 << 16
 _OVERLAP = 1 << 10  # a blank line with more white space than this may be missed between two blocks
 ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, SystemError)
 """Exceptions that pyarrow raises for damaged files; ValueError and SystemError come from damage deep inside a file."""
-BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
+# White space as Unicode defines it, and two invisible characters, zero-width space and byte order mark, in UTF-8.
+_SPACES = (
+    rb"(?:[ \t\r\f\v\x1c-\x1f]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8b\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"
+    rb"|\xef\xbb\xbf)*"
+)
+BLANK = re.compile(_SPACES + rb"\n?")
+"""A line without any visible character."""
+BLANK_LINE = re.compile(rb"\n" + _SPACES + rb"\n")
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Piece:
     weight: int
     """Bytes on disk that the piece stands for; used for the progress bar."""
     data: bytes | None = None
-    """Decompressed bytes of a stream chunk; None for all other pieces."""
+    """Bytes of a stream chunk; None for all other pieces."""
     cut_short: bool = False
     """Whether `data` ends within a record too long to be held in memory. That record is the last of the piece."""
     lines_cut: int = 0
@@ -63,11 +75,11 @@ def piece_size(sources: Sequence[Source]) -> int:
 
 
 def cut(sources: Sequence[Source], options: ReadOptions, size: int) -> Iterator[Piece]:
-    """All pieces of about `size` bytes, in document order. Compressed sources are decompressed here, once.
+    """All pieces of about `size` bytes, in document order. Streams are read here, once.
 
     Raises:
         DataError: a source is damaged, or shorter than when it was found.
-        UsageError: a Parquet or Arrow file has no text column `options.text_key`.
+        UsageError: a table has no text column `options.text_key`, or several.
     """
     number = 0
     while number < len(sources):
@@ -80,7 +92,7 @@ def cut(sources: Sequence[Source], options: ReadOptions, size: int) -> Iterator[
             yield Piece(number, 0, number, end, weight)
             number = end
             continue
-        if source.compression:
+        if is_stream(source, options):
             yield from _cut_stream(number, source, options, size)
         elif source.format is Format.PARQUET:
             yield from _cut_groups(number, source, _parquet_group_sizes(source, options.text_key), size)
@@ -140,17 +152,16 @@ _TEXT_TYPES = (
 
 
 def check_column(path: Path, schema: pa.Schema, key: str) -> None:
-    """Raises UsageError if column `key` (`a.b` for a field of nested structs) is missing or does not hold text."""
-    if key in schema.names:
-        found = schema.field(key).type
-    else:
-        head, *rest = key.split(".")
-        found = schema.field(head).type if head in schema.names else None
-        for part in rest:
-            if found is None or not pa.types.is_struct(found) or found.get_field_index(part) < 0:
-                found = None
-                break
-            found = found.field(part).type
+    """Raises UsageError if column `key` (`a.b` for a field of nested structs) is missing, twice there, or not text."""
+    parts = [key] if key in schema.names else key.split(".")
+    fields, found = list(schema), None
+    for number, part in enumerate(parts):
+        same = [field for field in fields if field.name == part]
+        if len(same) > 1:
+            name = ".".join(parts[: number + 1])
+            raise UsageError(f"{path}: has {len(same)} columns '{name}'; rename all but one")
+        found = same[0].type if same else None
+        fields = list(found) if found is not None and pa.types.is_struct(found) else []
     if found is None:
         raise UsageError(f"{path}: no column '{key}'; columns: {', '.join(schema.names)} (choose one with --text-key)")
     value = found.value_type if pa.types.is_dictionary(found) else found
@@ -174,18 +185,9 @@ def _arrow_batch_sizes(source: Source, key: str) -> list[int]:
     return [source.size // batches] * batches if batches else []
 
 
-def open_compressed(source: Source) -> tuple[Any, Any]:
-    """(decompressed stream, file below it) of a compressed source; the file's `tell()` gives the progress in bytes."""
-    file = pa.OSFile(str(source.path))
-    return pa.CompressedInputStream(file, source.compression), file
-
-
-def read_block(source: Source, stream: Any, size: int = _BLOCK) -> bytes:
-    """The next bytes of a decompressed stream, b"" at its end. Raises DataError if it is truncated or damaged."""
-    try:
-        return stream.read(size)
-    except ARROW_ERRORS as error:
-        raise damaged(source.path, str(source.compression), error) from None
+def read_block(stream: Stream, size: int = _BLOCK) -> bytes:
+    """The next bytes of a stream, b"" at its end. Raises DataError if it is truncated or damaged."""
+    return stream.read(size)
 
 
 def _cut_plain(number: int, source: Source, size: int) -> Iterator[Piece]:
@@ -216,7 +218,7 @@ def _cut_plain(number: int, source: Source, size: int) -> Iterator[Piece]:
 def _cut_stream(number: int, source: Source, options: ReadOptions, size: int) -> Iterator[Piece]:
     """Chunks of whole records, cut as in `_cut_plain`; of a record too long for memory, only the beginning is kept."""
     limit = size + options.max_raw_bytes(source.format)
-    stream, file = open_compressed(source)
+    stream = open_stream(source, options)
     pending = bytearray()
     ordinal = position = 0
     at_end = False
@@ -237,10 +239,10 @@ def _cut_stream(number: int, source: Source, options: ReadOptions, size: int) ->
                 end = len(pending)
                 pending += rest
             else:
-                block = read_block(source, stream)
+                block = read_block(stream)
                 at_end = not block
                 pending += block
-        position, before = file.tell(), position
+        position, before = stream.tell(), position
         data = bytes(pending[:end] if end else pending)
         if data:
             yield Piece(number, ordinal, 0, 0, position - before, data, cut_short, lines_cut)
@@ -248,11 +250,11 @@ def _cut_stream(number: int, source: Source, options: ReadOptions, size: int) ->
         ordinal += 1
 
 
-def _skip_record(source: Source, stream: Any, tail: bytes) -> tuple[int, bytes]:
+def _skip_record(source: Source, stream: Stream, tail: bytes) -> tuple[int, bytes]:
     """Read to the end of a record whose bytes read so far end with `tail`: (newlines skipped, bytes after it)."""
     lines = 0
     old = len(tail)
-    while block := read_block(source, stream):
+    while block := read_block(stream):
         tail += block
         if end := _record_end(tail, 0, source.format):
             return lines + tail[old:end].count(b"\n"), tail[end:]
@@ -263,8 +265,8 @@ def _skip_record(source: Source, stream: Any, tail: bytes) -> tuple[int, bytes]:
 
 
 def _record_end(data: bytes | bytearray, start: int, format: Format) -> int:
-    """End of the first record that ends after `start`: behind a newline (JSONL) or a blank line (text); 0 if none."""
-    if format is Format.JSONL:
+    """End of the first record that ends after `start`: behind a blank line (text) or a newline; 0 if none."""
+    if format is not Format.TEXT:
         return data.find(b"\n", start) + 1
     match = BLANK_LINE.search(data, start)
     return match.end() if match else 0

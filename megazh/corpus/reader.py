@@ -3,7 +3,7 @@
 import contextlib
 import io
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -11,19 +11,12 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from megazh.corpus.pieces import (
-    ARROW_ERRORS,
-    Piece,
-    ReadOptions,
-    TextDocuments,
-    damaged,
-    open_arrow,
-    open_compressed,
-    open_parquet,
-    read_block,
-)
-from megazh.corpus.records import Batch, Reason, RecordError, Rejected, add_text, decode, json_text
-from megazh.corpus.sources import Format, Source
+from megazh.corpus.formats import CONVERTED, Format
+from megazh.corpus.options import ReadOptions, TextDocuments
+from megazh.corpus.pieces import ARROW_ERRORS, BLANK, Piece, damaged, open_arrow, open_parquet, read_block
+from megazh.corpus.records import Batch, Reason, RecordError, Rejected, add_text, decode, json_text, row_text
+from megazh.corpus.sources import Source
+from megazh.corpus.streams import is_stream, open_stream
 from megazh.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
@@ -51,7 +44,7 @@ def read_piece(sources: Sequence[Source], piece: Piece, options: ReadOptions) ->
             yield from _parquet_rows(source, piece, options)
         elif source.format is Format.ARROW:
             yield from _arrow_rows(source, piece, options)
-        elif source.format is Format.JSONL:
+        elif source.format is Format.JSONL or source.format in CONVERTED:
             yield from _json_lines(source, piece, options)
         else:
             yield from _paragraphs(_records(source, piece, options), options)
@@ -97,6 +90,7 @@ def _json_lines(source: Source, piece: Piece, options: ReadOptions) -> Iterator[
     key = options.text_key
     plain = options.max_document_bytes // 4  # characters of at most four bytes: no text of this length is too long
     loads = orjson.loads
+    text_of = row_text if source.format in (Format.CSV, Format.TSV) else json_text
     batch = Batch()
     line = batch_line = position = 0
     batch_end = _BATCH_BYTES
@@ -125,7 +119,7 @@ def _json_lines(source: Source, piece: Piece, options: ReadOptions) -> Iterator[
                 batch.rejected.append(_too_long(line - batch_line, options))
                 position = size
             else:
-                _add_json(batch, line - batch_line, raw, options)
+                _add_json(batch, line - batch_line, raw, options, text_of)
             if position >= batch_end:
                 batch.lines = line - batch_line
                 raw = b""
@@ -143,13 +137,22 @@ def _shorter(source: Source) -> DataError:
     return DataError(f"{source.path}: shorter than the {source.size} bytes it had at first; do not change inputs")
 
 
-def _add_json(batch: Batch, line: int, raw: bytes, options: ReadOptions) -> None:
+def _add_json(
+    batch: Batch, line: int, raw: bytes, options: ReadOptions, text_of: Callable[[bytes, str], str | None]
+) -> None:
     try:
-        text = json_text(raw, options.text_key)
+        text = text_of(raw, options.text_key)
         if text is not None:
             add_text(batch, line, text, options.max_document_bytes)
     except RecordError as error:
-        batch.rejected.append(Rejected(line, error.reason, error.detail))
+        batch.rejected.append(_rejected(line, error, options))
+
+
+def _rejected(line: int, error: RecordError, options: ReadOptions) -> Rejected:
+    if options.encoding and error.reason is Reason.INVALID_UTF8:
+        # The stream was decoded from its encoding; what was not valid there is not valid now.
+        return Rejected(line, Reason.INVALID_ENCODING, f"not valid {options.encoding}")
+    return Rejected(line, error.reason, error.detail)
 
 
 def _paragraphs(records: _Records, options: ReadOptions) -> Iterator[Batch]:
@@ -160,7 +163,7 @@ def _paragraphs(records: _Records, options: ReadOptions) -> Iterator[Batch]:
     first = last_end = 0  # number of the document's first line (0: between documents), offset of its end
     for raw in io.BytesIO(records.data):
         line += 1
-        if raw.strip():
+        if not BLANK.fullmatch(raw):
             if not first:
                 first, start = line, position
             last_end = position + len(raw)
@@ -193,7 +196,7 @@ def _add_raw(batch: Batch, line: int, raw: bytes, options: ReadOptions) -> None:
     try:
         add_text(batch, line, decode(raw), options.max_document_bytes)
     except RecordError as error:
-        batch.rejected.append(Rejected(line, error.reason, error.detail))
+        batch.rejected.append(_rejected(line, error, options))
 
 
 def _whole_files(sources: Sequence[Source], options: ReadOptions) -> Iterator[Batch]:
@@ -201,11 +204,12 @@ def _whole_files(sources: Sequence[Source], options: ReadOptions) -> Iterator[Ba
     for source in sources:
         batch = Batch(lines=1)
         limit = options.max_document_bytes + len(_BOM) + 1
-        if source.compression:
-            stream, _ = open_compressed(source)
+        if is_stream(source, options):
+            stream = open_stream(source, options)
             raw = b""
-            while len(raw) < limit and (block := read_block(source, stream, limit - len(raw))):
+            while len(raw) < limit and (block := read_block(stream, limit - len(raw))):
                 raw += block
+            raw = raw[:limit]  # a stream may give a little more than it was asked for
         else:
             with open(source.path, "rb") as file:
                 raw = file.read(limit)

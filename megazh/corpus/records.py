@@ -19,11 +19,18 @@ class Reason(StrEnum):
     INVALID_UTF8 = "invalid UTF-8"
     LONE_SURROGATE = "lone surrogate"
     TOO_LONG = "too long"
+    BROKEN_ROW = "broken row"
+    """A row of a CSV file with another number of fields than its header."""
+    INVALID_ENCODING = "invalid in its encoding"
+    """Bytes that are not valid in the encoding that was given."""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A line (Parquet, Arrow: a row) that gives no document; `line` counts from 1 at the start of its batch."""
+    """A line that gives no document; `line` counts from 1 at the start of its batch.
+
+    A line is a row in Parquet, Arrow and CSV, and an element of a JSON array.
+    """
 
     line: int
     reason: Reason
@@ -102,7 +109,7 @@ def json_text(line: bytes, key: str) -> str | None:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
         value = _python_json(line)
-    text = _value_at(value, key)
+    text = value_at(value, key)
     if not isinstance(text, str):
         raise RecordError(Reason.NOT_TEXT, f"'{key}' is {_type_name(text)}")
     try:
@@ -110,6 +117,15 @@ def json_text(line: bytes, key: str) -> str | None:
     except UnicodeEncodeError as error:
         raise RecordError(Reason.LONE_SURROGATE, f"character {error.start}: {text[error.start]!a}") from None
     return text
+
+
+def row_text(line: bytes, key: str) -> str:
+    """Text of a CSV row as `megazh.corpus.convert.csv_lines` writes it. Raises RecordError if it gives none."""
+    value = orjson.loads(line)
+    if isinstance(value, list):
+        reason, detail = value
+        raise RecordError(Reason(reason), detail)
+    return value[key]
 
 
 def _python_json(line: bytes) -> Any:
@@ -120,7 +136,8 @@ def _python_json(line: bytes) -> Any:
         raise RecordError(Reason.BROKEN_JSON, str(error)) from None
 
 
-def _value_at(value: Any, key: str) -> Any:
+def value_at(value: Any, key: str) -> Any:
+    """The value under `key` (`a.b` reaches into nested objects). Raises RecordError if there is none."""
     if isinstance(value, dict) and key in value:
         return value[key]
     at = value

@@ -1,44 +1,43 @@
-"""From the inputs that a user names (files, folders, globs) to a sorted list of source files of known format."""
+"""From the inputs that a user names (files, folders, globs) to a sorted list of source files of known format.
 
-import glob
+`docs/data.md` (Which files are read) states the rule.
+"""
+
+import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from megazh.corpus.compression import open_bytes
+from megazh.corpus.encodings import SAMPLE_BYTES, byte_order_mark, encoding_fault
+from megazh.corpus.formats import (
+    COLUMNAR,
+    HEAD_BYTES,
+    Content,
+    Format,
+    by_suffix,
+    content_of,
+    remedy_for,
+    unknown_suffix,
+)
+from megazh.corpus.listing import Candidate, LeftOut, list_files, printable
+from megazh.corpus.options import ReadOptions
+from megazh.corpus.records import RecordError, value_at
 from megazh.errors import DataError, UsageError
 
-
-class Format(StrEnum):
-    """File format of a source."""
-
-    JSONL = "jsonl"
-    """One JSON object per line."""
-    PARQUET = "parquet"
-    """One document per row."""
-    ARROW = "arrow"
-    """Arrow IPC file or stream (`datasets` writes streams), one document per row."""
-    TEXT = "text"
-    """Plain text: one document per file, or documents separated by blank lines."""
-
-
-_SUFFIXES = {
-    ".jsonl": Format.JSONL,
-    ".ndjson": Format.JSONL,
-    ".json": Format.JSONL,
-    ".parquet": Format.PARQUET,
-    ".pq": Format.PARQUET,
-    ".arrow": Format.ARROW,
-    ".feather": Format.ARROW,
-    ".ipc": Format.ARROW,
-    ".txt": Format.TEXT,
-    ".text": Format.TEXT,
-    ".md": Format.TEXT,
-}
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_MAGIC = {"gzip": re.compile(rb"\x1f\x8b"), "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")}
+_LARGEST_DESCRIPTION = 32 << 20
+"""Size in bytes up to which a `.json` file of a folder is looked at whole: it may be a description, not text."""
+_ABOUT = re.compile(
+    r"(?:readme|licen[cs]e)(?:[._-][a-z]{2,8}){0,2}|copying|notice|changelog|contributing|code_of_conduct|citation"
+    r"|(?:md5|sha1|sha256)sums?|checksums?|vocab|merges",
+    re.IGNORECASE,
+)
+"""Names, without suffix, of text files that are not text of a data set: about it, or part of a tokenizer."""
+_REJECTED_KEYS = {"file", "line", "reason", "detail"}
+_BOM = "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -50,74 +49,235 @@ class Source:
     """Path relative to the innermost folder that holds all sources, so the same wherever that folder is."""
     format: Format
     compression: str | None
-    """`gzip`, `zstd`, or None for an uncompressed file."""
+    """`gzip`, `zstd`, `bz2`, `xz`, or None for an uncompressed file."""
     size: int
     """Size on disk in bytes."""
 
 
-def find_sources(inputs: Sequence[str], format: Format | None = None) -> list[Source]:
-    """Expand files, folders (searched recursively) and globs into sources, sorted by path, each file once.
+@dataclass
+class Listing:
+    """The files that the inputs lead to."""
+
+    sources: list[Source] = field(default_factory=list)
+    """Files to read, sorted by path."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """Files that were found and are not read."""
+
+    def notes(self) -> list[str]:
+        """Lines for the person at the terminal: what is left out, and which files are empty."""
+        empty = [source.name for source in self.sources if not source.size]
+        lines = []
+        if self.left_out:
+            lines.append(f"left out: {self.left_out.describe()}")
+        if empty:
+            more = f" and {len(empty) - 3:,} more" if len(empty) > 3 else ""
+            lines.append(f"empty files: {', '.join(empty[:3])}{more}")
+        return lines
+
+
+_Properties = tuple[Format, str | None, int]  # format, compression, size of a source
+
+
+class _NotText(Exception):
+    """A file of a folder that is no text of a data set; the message says what files of its kind have in common."""
+
+
+def find_sources(inputs: Sequence[str], format: Format | None = None, read: ReadOptions | None = None) -> list[Source]:
+    """The sources of `list_inputs`."""
+    return list_inputs(inputs, format, read).sources
+
+
+def list_inputs(
+    inputs: Sequence[str], format: Format | None = None, read: ReadOptions | None = None, ignored: Path | None = None
+) -> Listing:
+    """Expand files, folders (searched recursively) and globs into sources, sorted by path, each real file once.
 
     Args:
         inputs: paths of files and folders, and globs.
         format: format of all files; by default, each file's suffix decides. With it, a folder's files of any suffix
             are taken; without it, those of an unknown suffix are left out.
+        read: text key and encoding, which decide whether a file can be read.
+        ignored: a folder that is passed over without a word.
 
     Raises:
-        UsageError: an input matches no file, or a file has an unknown suffix.
-        DataError: a file cannot be read, or its first bytes contradict its suffix.
+        UsageError: an input matches no file, or a file that is named by its path has an unknown suffix.
+        DataError: a file or folder cannot be read, or is not what its suffix says.
     """
-    paths: set[str] = set()
-    for given in inputs:
-        matches = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
-        files = [file for match in matches for file in _files_at(match, format)]
-        if not files:
-            raise UsageError(f"--input {given}: no file matches")
-        paths.update(os.path.abspath(file) for file in files)
-    ordered = sorted(paths)
-    if not ordered:
-        raise UsageError("no input given; name files, folders or globs with --input")
-    root = os.path.commonpath([os.path.dirname(path) for path in ordered])
-    return [_source(Path(path), _printable(os.path.relpath(path, root)), format) for path in ordered]
+    read = read or ReadOptions()
+    listing = Listing()
+    found: list[tuple[str, _Properties]] = []
+    used: list[Candidate] = []
+    files = list_files(inputs, listing.left_out, ignored)
+    for candidate in files.candidates:
+        path, by_name, compression = _chosen_name(candidate, format)
+        name = os.path.basename(path)
+        if not candidate.is_named and _ABOUT.fullmatch(Path(name).stem) and by_name in (None, Format.TEXT):
+            listing.left_out.add(name, name)
+        elif by_name is None and not candidate.is_named:
+            suffix = unknown_suffix(Path(name))
+            listing.left_out.add(f"*{suffix}" if suffix else "without a suffix", name, suffix)
+        else:
+            try:
+                found.append((path, _look_at(Path(path), by_name, compression, format, candidate.is_named, read)))
+                used.append(candidate)
+            except _NotText as kind:
+                listing.left_out.add(str(kind), name)
+    without = files.without_any(used)
+    if without is not None:
+        left = f"; left out: {listing.left_out.describe()}" if listing.left_out else ""
+        raise UsageError(f"--input {without}: no file with text{left}")
+    found.sort()
+    root = os.path.commonpath([os.path.dirname(path) for path, _ in found])
+    listing.sources = [
+        Source(Path(path), printable(os.path.relpath(path, root)), *properties) for path, properties in found
+    ]
+    return listing
 
 
-def _printable(name: str) -> str:
-    """`name` with bytes that are not UTF-8 (as in a GBK file name) written as escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def _chosen_name(candidate: Candidate, given: Format | None) -> tuple[str, Format | None, str | None]:
+    """The first name of a file whose suffix names a format (else its first name), with format and compression."""
+    for path in candidate.names:
+        format, compression = by_suffix(Path(path))
+        if format or given:
+            return path, given or format, compression
+    return candidate.names[0], None, None
 
 
-def _files_at(match: str, format: Format | None) -> list[str]:
-    if not os.path.isdir(match):
-        return [match]
-    found = (os.path.join(folder, name) for folder, _, names in os.walk(match) for name in names)
-    return sorted(file for file in found if format is not None or _suffixes(Path(file))[0] is not None)
+def _look_at(
+    path: Path, format: Format | None, compression: str | None, given: Format | None, is_named: bool, read: ReadOptions
+) -> _Properties:
+    """Format, compression and size of a file, whose beginning is looked at.
 
-
-def _suffixes(path: Path) -> tuple[Format | None, str | None]:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
-    if compression:
-        suffixes.pop()
-    return (_SUFFIXES.get(suffixes[-1]) if suffixes else None), compression
-
-
-def _source(path: Path, name: str, given: Format | None) -> Source:
-    by_suffix, compression = _suffixes(path)
-    format = given or by_suffix
+    Raises:
+        UsageError, DataError: as `list_inputs`.
+        _NotText: a file that is not named by the user is no text of a data set.
+    """
     if format is None:
-        raise UsageError(f"{path}: its suffix names no known format; give --format {'|'.join(Format)}")
-    if compression and format in (Format.PARQUET, Format.ARROW):
+        raise _unknown(path)
+    if compression and format in COLUMNAR:
         raise UsageError(f"{path}: a compressed {format.value} file cannot be read in parts; decompress it first")
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            head = file.read(64)
+            head = file.read(HEAD_BYTES)
+        _check_content(path, head, content_of(head), format, compression, given)
+        if format in COLUMNAR:
+            return format, compression, size
+        sample, whole = _sample(path, compression)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if compression and not _MAGIC[compression].match(head):
-        raise DataError(f"{path}: not a {compression} file: begins with {head[:4].hex(' ') or 'nothing'}")
-    if format is Format.JSONL and not compression and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        raise DataError(
-            f"{path}: holds one JSON array; write one object per line (jq -c '.[]' {path.name} > out.jsonl)"
-        )
-    return Source(path, name, format, compression, size)
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if compression:
+        _check_content(path, sample[:HEAD_BYTES], content_of(sample[:HEAD_BYTES]), format, None, given, within=True)
+    is_lines = format is not Format.TEXT or read.text_documents.value != "file"
+    if fault := encoding_fault(sample, read.encoding, is_lines):
+        raise DataError(f"{path}: {fault}")
+    if format in (Format.JSONL, Format.JSON):
+        text = sample.decode(read.encoding or "utf-8", "surrogateescape" if read.encoding is None else "replace")
+        if not is_named:
+            _check_description(path, text.removeprefix(_BOM), whole, compression, size, read)
+        format = _json_format(text.removeprefix(_BOM), format)
+    return format, compression, size
+
+
+def _unknown(path: Path) -> UsageError:
+    suffix = unknown_suffix(path)
+    if remedy := remedy_for(suffix):
+        return UsageError(f"{path}: {suffix} files are not read; {remedy}")
+    formats = "|".join(Format)
+    return UsageError(f"{path}: its suffix names no known format; give --format {formats}")
+
+
+def _sample(path: Path, compression: str | None) -> tuple[bytes, bool]:
+    """The beginning of a file, decompressed, and whether that is all of it."""
+    stream, sample = open_bytes(path, compression), b""
+    while len(sample) <= SAMPLE_BYTES and (block := stream.read(SAMPLE_BYTES + 1 - len(sample))):
+        sample += block
+    return sample[:SAMPLE_BYTES], len(sample) <= SAMPLE_BYTES
+
+
+def _check_content(
+    path: Path,
+    head: bytes,
+    content: Content | None,
+    format: Format,
+    compression: str | None,
+    given: Format | None,
+    within: bool = False,
+) -> None:
+    """Raises DataError if the first bytes of a file show that it is not what its suffix says.
+
+    Args:
+        within: whether `head` comes from within a compressed file.
+    """
+    expected = compression or (format.value if format in COLUMNAR else None)
+    if content is None:
+        if not compression:
+            return  # text, or a damaged table: its reader will tell
+        if not head:
+            raise DataError(f"{path}: is empty, and no {compression} file; fetch it again, or remove it")
+        plain = f"plain {byte_order_mark(head) or 'text'}" if _is_text(head) else f"it begins with {head[:4].hex(' ')}"
+        raise DataError(f"{path}: is not a {compression} file: {plain}; rename it to {path.stem}, or fetch it again")
+    if expected and expected in (content.compression, content.format):
+        return
+    if content.is_markup and not expected and (format is Format.TEXT or given):
+        return  # it may be meant as text
+    wanted = f"not {expected or format.value}"
+    raise DataError(
+        f"{path}: holds {content.name}{' inside' if within else ''}, {wanted}; "
+        f"{content.remedy.format(name=path.stem if compression else path.name)}"
+    )
+
+
+def _is_text(head: bytes) -> bool:
+    return not any(byte < 9 for byte in head)
+
+
+def _check_description(
+    path: Path, text: str, whole: bool, compression: str | None, size: int, read: ReadOptions
+) -> None:
+    """Raises _NotText for a description: one JSON object without text, or a build's list of rejected lines."""
+    first = _first_value(text)
+    if isinstance(first, dict) and first.keys() == _REJECTED_KEYS and not _has(first, read.text_key):
+        raise _NotText("*.rejected.jsonl")
+    if by_suffix(path)[0] is Format.JSONL and ".json" in path.suffixes[-2:]:
+        if not whole and compression is None and size <= _LARGEST_DESCRIPTION and text.lstrip().startswith("{"):
+            text, whole = path.read_text(read.encoding or "utf-8", "surrogateescape").removeprefix(_BOM), True
+        try:
+            value = json.loads(text) if whole else None
+        except (ValueError, RecursionError):
+            return
+        if isinstance(value, dict) and not _has(value, read.text_key):
+            raise _NotText(f"*.json without '{read.text_key}'")
+
+
+def _has(value: dict[str, Any], key: str) -> bool:
+    try:
+        value_at(value, key)
+    except RecordError:
+        return False
+    return True
+
+
+def _first_value(text: str) -> Any:
+    """The JSON value with which a text begins, if it ends within the text."""
+    try:
+        return json.JSONDecoder().raw_decode(text.lstrip())[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_format(text: str, format: Format) -> Format:
+    """JSONL if a file that begins with `text` holds one object per line, else JSON."""
+    text = text.lstrip()
+    first, _, rest = text.partition("\n")
+    if format is Format.JSON or text.startswith("["):
+        return Format.JSON
+    if not rest or not text.startswith("{"):
+        return Format.JSONL
+    try:
+        end = json.JSONDecoder().raw_decode(text)[1]
+    except json.JSONDecodeError:
+        return Format.JSON if first.strip() == "{" else Format.JSONL
+    except RecursionError:
+        return Format.JSONL
+    return Format.JSON if end > len(first) else Format.JSONL

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from megazh.config import from_mapping
+from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.pieces import cut, piece_size, piece_sources
-from megazh.corpus.sources import Format, Source, find_sources
+from megazh.corpus.sources import Listing, Source, list_inputs
 from megazh.errors import DataError, MegazhError, UsageError, WorkerError
 from megazh.files import locked, write_atomic
 from megazh.index.assemble import Assembly
@@ -50,6 +51,8 @@ class Request:
     """Largest share of records that may be rejected."""
     restart: bool = False
     """Whether to discard the finished pieces of an interrupted build and to replace a complete index."""
+    listing: Listing | None = None
+    """The files of the inputs, if they were listed already."""
 
     @property
     def folder(self) -> Path:
@@ -85,12 +88,15 @@ def build_index(request: Request, pool: Pool, say: Callable[[str], None]) -> Sum
         BusyError: another process is building the same prefix.
         WorkerError: a worker died, or the disk is full; finished pieces are kept.
     """
-    tokenizer, sources = check_request(request)
+    tokenizer, listing = check_request(request)
+    if request.listing is None:
+        for line in listing.notes():
+            say(line)
     folder = request.folder
     try:
         with locked(folder / "lock", busy=f"{request.output}: another process builds this index"):
             try:
-                return _Build(request, tokenizer, sources, pool, say).run()
+                return _Build(request, tokenizer, listing, pool, say).run()
             finally:
                 if not (folder / PLAN).exists():
                     shutil.rmtree(folder, ignore_errors=True)
@@ -103,8 +109,8 @@ def build_index(request: Request, pool: Pool, say: Callable[[str], None]) -> Sum
         raise
 
 
-def check_request(request: Request) -> tuple[Tokenizer, list[Source]]:
-    """Check what can be checked before any work is done; returns the tokenizer and the sources.
+def check_request(request: Request) -> tuple[Tokenizer, Listing]:
+    """Check what can be checked before any work is done; returns the tokenizer and the files of the inputs.
 
     Raises:
         UsageError, DataError: as in `build_index`.
@@ -115,14 +121,15 @@ def check_request(request: Request) -> tuple[Tokenizer, list[Source]]:
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder; give a prefix, such as {output}/NAME")
     tokenizer = load_tokenizer(request.tokenizer, request.eod, request.front_tokens)
-    sources = _without_own_files(find_sources(request.inputs, request.format), output)
+    listing = request.listing or list_inputs(request.inputs, request.format, request.read)
+    listing.sources = _without_own_files(listing.sources, output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output {output}: its folder cannot be created: {error.strerror}") from None
     if not os.access(output.parent, os.W_OK):
         raise UsageError(f"--output {output}: its folder cannot be written to")
-    return tokenizer, sources
+    return tokenizer, listing
 
 
 def _without_own_files(sources: list[Source], output: Path) -> list[Source]:
@@ -162,11 +169,12 @@ class _Build:
         self,
         request: Request,
         tokenizer: Tokenizer,
-        sources: Sequence[Source],
+        listing: Listing,
         pool: Pool,
         notify: Callable[[str], None],
     ) -> None:
-        self._request, self._tokenizer, self._sources = request, tokenizer, sources
+        self._request, self._tokenizer = request, tokenizer
+        self._sources, self._left_out = listing.sources, listing.left_out
         self._pool, self._notify = pool, notify
         self._folder = request.folder
         self._begin = time.monotonic()
@@ -351,14 +359,15 @@ class _Build:
         return metadata
 
     def _append_log(self, summary: Summary) -> None:
-        """Append to OUTPUT.log what varies between builds of the same input: time, host, workers."""
+        """Append to OUTPUT.log what varies between builds of the same input: time, host, workers, files left out."""
         size = sum(source.size for source in self._sources)
+        left_out = f"; left out: {self._left_out.describe()}" if self._left_out else ""
         with open(f"{self._request.output}.log", "a", encoding="utf-8") as file:
             file.write(
                 f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {socket.gethostname()}: built with {self._pool.workers} "
                 f"workers and {summary.encoder} in {duration(summary.seconds)}: {size} bytes of input, "
                 f"{summary.metadata.tokens} tokens, {summary.pieces} pieces ({summary.pieces_kept} kept from before), "
-                f"{summary.samples_checked} documents checked against {self._reference.name}\n"
+                f"{summary.samples_checked} documents checked against {self._reference.name}{left_out}\n"
             )
 
     def _remove_folder(self) -> None:

@@ -72,6 +72,8 @@ class Options(Config):
     text_key: str
     text_documents: str
     max_document_bytes: int
+    encoding: str | None = None
+    """Encoding of text, JSON and CSV; null for UTF-8."""
 
 
 class Rejected(Config):

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megazh.config import Config
+from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions
-from megazh.corpus.sources import Format, Source
+from megazh.corpus.sources import Source
 from megazh.errors import DataError
 from megazh.files import known_sha256, sha256_file
 from megazh.index.metadata import FORMAT_VERSION, Metadata, Options, SourceInfo, TokenizerInfo
@@ -18,7 +19,7 @@ from megazh.tokenizer.tokenizer import dtype_for
 
 PLAN = "plan.json"
 """File name of the plan in the folder of a build."""
-CUT_VERSION = 1
+CUT_VERSION = 2
 """Version of the cutting of the input; pieces of another version cannot be reused."""
 
 
@@ -54,6 +55,7 @@ def make_plan(tokenizer: Tokenizer, sources: Sequence[Source], format: Format | 
             text_key=read.text_key,
             text_documents=read.text_documents.value,
             max_document_bytes=read.max_document_bytes,
+            encoding=read.encoding,
         ),
         sources=[
             SourceInfo(name=source.name, bytes=source.size, sha256=digest)

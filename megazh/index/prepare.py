@@ -11,10 +11,11 @@ import yaml
 from pydantic import ValidationError
 
 from megazh.config import Config
+from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions, TextDocuments
 from megazh.corpus.pieces import cut, piece_size, piece_sources
 from megazh.corpus.reader import read_piece
-from megazh.corpus.sources import Format, Source, find_sources
+from megazh.corpus.sources import Listing, Source, list_inputs
 from megazh.demo.stories import write_stories
 from megazh.errors import DataError, MegazhError, UsageError
 from megazh.files import locked, write_atomic
@@ -51,6 +52,7 @@ class _Plan(Config):
     """Number of stories; None if the text is the user's own."""
     text_key: str
     text_documents: str
+    encoding: str | None = None
     inputs: list[_Input]
 
 
@@ -69,6 +71,7 @@ def prepare(
     text_key: str = "text",
     text_documents: TextDocuments | None = None,
     story_count: int = 20000,
+    encoding: str | None = None,
     *,
     say: Callable[[str], None],
 ) -> Path:
@@ -86,6 +89,7 @@ def prepare(
         text_documents: end of a document in plain text. None means blank lines if all input is plain text in fewer
             than 50 files, otherwise the end of the file.
         story_count: number of stories, if `inputs` is None.
+        encoding: encoding of the text, as `megazh.corpus.encodings.normal_encoding` gives it; None for UTF-8.
         say: called with one line per step: its result and its seconds.
 
     Raises:
@@ -95,7 +99,10 @@ def prepare(
         WorkerError: the disk is full; finished work is kept.
     """
     with locked(folder / "prepare.lock", busy=f"{folder}: another process prepares this folder"):
-        sources = None if inputs is None else _sources_outside(folder, inputs)
+        listing = None if inputs is None else _files_outside(folder, inputs, ReadOptions(text_key, encoding=encoding))
+        sources = None if listing is None else listing.sources
+        for line in listing.notes() if listing else []:
+            say(line)
         if text_documents is None:
             text_documents = _default_text_documents(sources, say)
         plan = _Plan(
@@ -104,6 +111,7 @@ def prepare(
             story_count=story_count if sources is None else None,
             text_key=text_key if sources is not None else "text",
             text_documents=text_documents.value,
+            encoding=encoding,
             inputs=[] if sources is None else [_input(source) for source in sources],
         )
         manifest = folder / _MANIFEST
@@ -119,26 +127,27 @@ def prepare(
         elif before.plan != plan:
             _discard(folder)
         _write_prepared(folder, plan, complete=False)
-        if sources is None:
-            sources = [_write_stories(folder, plan, say)]
-        read = ReadOptions(plan.text_key, text_documents)
-        _train(folder, sources, read, vocab_size, say)
-        _index(folder, sources, read, say)
+        if listing is None:
+            listing = _write_stories(folder, plan, say)
+        read = ReadOptions(plan.text_key, text_documents, encoding=encoding)
+        _train(folder, listing.sources, read, vocab_size, say)
+        _index(folder, listing, read, say)
         _split(folder, seed, say)
         _write_prepared(folder, plan, complete=True)
         return manifest
 
 
-def _sources_outside(folder: Path, inputs: Sequence[str]) -> list[Source]:
+def _files_outside(folder: Path, inputs: Sequence[str], read: ReadOptions) -> Listing:
     """The input files outside `folder`: files that a run writes there must not become input of the next call."""
     own = folder.resolve()
     for given in inputs:
         if Path(given).resolve().is_relative_to(own):
             raise UsageError(f"--input {given}: lies in {folder}, where the run's own files go; put it elsewhere")
-    sources = [source for source in find_sources(inputs) if not source.path.resolve().is_relative_to(own)]
-    if not sources:
+    listing = list_inputs(inputs, read=read, ignored=folder)
+    listing.sources = [source for source in listing.sources if not source.path.resolve().is_relative_to(own)]
+    if not listing.sources:
         raise UsageError(f"--input {' '.join(inputs)}: only files in {folder}, which belong to the run; give others")
-    return sources
+    return listing
 
 
 def _default_text_documents(sources: Sequence[Source] | None, say: Callable[[str], None]) -> TextDocuments:
@@ -172,7 +181,7 @@ def _check_same(folder: Path, before: _Plan, now: _Plan) -> None:
     if before == now:
         return
     remedy = "choose another run name (-r), or delete the folder to prepare it again"
-    for key in ("story_count", "text_key", "text_documents", "vocab_size", "seed"):
+    for key in ("story_count", "text_key", "text_documents", "encoding", "vocab_size", "seed"):
         was, found = getattr(before, key), getattr(now, key)
         if key == "story_count" and (was is None) != (found is None):
             was, found = ("own text" if count is None else "stories" for count in (was, found))
@@ -211,7 +220,7 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _write_stories(folder: Path, plan: _Plan, say: Callable[[str], None]) -> Source:
+def _write_stories(folder: Path, plan: _Plan, say: Callable[[str], None]) -> Listing:
     path = folder / _STORIES
     if not path.exists():
         assert plan.story_count is not None
@@ -219,7 +228,7 @@ def _write_stories(folder: Path, plan: _Plan, say: Callable[[str], None]) -> Sou
         write_stories(path, plan.story_count, plan.seed)
         size = path.stat().st_size / 1e6
         say(f"stories: {plan.story_count:,}, {size:.1f} MB, in {_seconds(begin)}: {path}")
-    return find_sources([str(path)])[0]
+    return list_inputs([str(path)])
 
 
 def _train(folder: Path, sources: Sequence[Source], read: ReadOptions, size: int, say: Callable[[str], None]) -> None:
@@ -251,9 +260,9 @@ def _check_text(sources: Sequence[Source], read: ReadOptions) -> None:
     raise DataError(f"the input holds no text: {sources[0].path}{' and others' if len(sources) > 1 else ''}")
 
 
-def _index(folder: Path, sources: Sequence[Source], read: ReadOptions, say: Callable[[str], None]) -> None:
+def _index(folder: Path, listing: Listing, read: ReadOptions, say: Callable[[str], None]) -> None:
     begin = time.monotonic()
-    request = Request([str(source.path) for source in sources], folder / _CORPUS, folder / _TOKENIZER, read=read)
+    request = Request([], folder / _CORPUS, folder / _TOKENIZER, read=read, listing=listing)
     summary = build_index(request, InlinePool(), say)
     if summary.already_complete:
         return

@@ -43,6 +43,8 @@ class Request:
     """The user's own text, in place of the recipe's data."""
     text_key: str = "text"
     text_documents: TextDocuments | None = None
+    encoding: str | None = None
+    """Encoding of the text, as `megazh.corpus.encodings.normal_encoding` gives it; None for UTF-8."""
     device: str | None = None
     dry_run: bool = False
     settings: list[str] = field(default_factory=list)

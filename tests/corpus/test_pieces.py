@@ -10,13 +10,15 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from textdata import Read, gz, json_lines, read_files, texts, use_small_blocks, write_arrow, write_parquet, zst
 
+from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions, TextDocuments
 from megazh.corpus.pieces import cut, piece_size
 from megazh.corpus.reader import read_piece
-from megazh.corpus.sources import Format, Source, find_sources
+from megazh.corpus.sources import Source, find_sources
 from megazh.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
+WHITE_SPACE = "".join(filter(str.isspace, map(chr, range(0x110000)))) + "\u200b\ufeff"
 STORED = {"plain": lambda data: data, "gz": lambda data: gz(data, 3), "zst": lambda data: zst(data, 3)}
 SUFFIX = {"plain": "", "gz": ".gz", "zst": ".zst"}
 BLANK_LINES = ReadOptions(text_documents=TextDocuments.BLANK_LINES)
@@ -62,7 +64,19 @@ paragraph_file = st.builds(
         st.one_of(
             document.map(str.encode),
             st.sampled_from(
-                [b"\n", b"\n\n", b"\r\n", b"\r\n\r\n", b"\n \t\n", b"\n\f\v\n", b" ", b"\xff", b"a", b"\r"]
+                [
+                    b"\n",
+                    b"\n\n",
+                    b"\r\n",
+                    b"\r\n\r\n",
+                    b"\n \t\n",
+                    b"\n\f\v\n",
+                    b" ",
+                    b"\xff",
+                    b"a",
+                    b"\r",
+                    b"\n\xe3\x80\x80\n",
+                ]
             ),
         ),
         max_size=40,
@@ -104,7 +118,7 @@ def parse_paragraphs(data: bytes, limit: int) -> Read:
     block: list[bytes] = []
     begin = 0
     for number, raw in enumerate([*io.BytesIO(data.removeprefix(BOM)), b"\n"], start=1):
-        if raw.strip(b" \t\r\n\f\v"):
+        if raw.decode("utf-8", "replace").strip(WHITE_SPACE):
             begin = begin if block else number
             block.append(raw)
         elif block:
@@ -147,7 +161,7 @@ def check(folder: Path, name: str, data: bytes, options: ReadOptions, size: int,
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=json_file, size=st.integers(1, 200), block=st.integers(20, 90))
 def test_json_lines_are_the_same_however_cut(tmp_path: Path, stored: str, data: bytes, size: int, block: int) -> None:
-    assume(not data.removeprefix(BOM).lstrip().startswith(b"["))  # refused as one JSON array
+    assume(not data.removeprefix(BOM).lstrip().startswith(b"["))  # read as one JSON array
     with pytest.MonkeyPatch.context() as patch:
         use_small_blocks(patch, size, block)
         check(tmp_path, "a.jsonl", data, ReadOptions(), size, stored, parse_json_lines(data, 10**9))

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from textdata import gz, json_lines, read_files, texts, write_arrow, write_parquet, zst
 
+from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions, TextDocuments
 from megazh.corpus.pieces import cut, piece_sources
 from megazh.corpus.reader import read_piece
 from megazh.corpus.records import Reason
-from megazh.corpus.sources import Format, find_sources
+from megazh.corpus.sources import find_sources
 from megazh.errors import DataError, MegazhError, UsageError
 
 SIZE = 1 << 20
@@ -308,7 +309,10 @@ TEXT_CASES = [
     (b"\n\n\none\n\n\n\ntwo\n\n\n", ["one", "two"]),
     (b"one\n \t \ntwo\n\f\n", ["one", "two"]),
     (b"  one  \n\n\ttwo\t", ["  one  ", "\ttwo\t"]),
-    ("one\n\u3000\ntwo".encode(), ["one\n\u3000\ntwo"]),
+    ("one\n\u3000\ntwo".encode(), ["one", "two"]),
+    ("one\n\u00a0\u3000 \ntwo\n\u200b\nthree".encode(), ["one", "two", "three"]),
+    ("one\n\u2028\ntwo\u2028\u2028three".encode(), ["one", "two\u2028\u2028three"]),
+    ("one\n\ufeff\ntwo\n\u2003\u205f\u1680\u0085\n\u3000three".encode(), ["one", "two", "\u3000three"]),
     (b"one\r\rtwo", ["one\r\rtwo"]),
     (b"", []),
     (b"\n \n", []),

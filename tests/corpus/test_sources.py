@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from textdata import gz, json_lines, zst
 
-from megazh.corpus.sources import Format, find_sources
+from megazh.corpus.formats import Format
+from megazh.corpus.sources import find_sources
 from megazh.errors import DataError, UsageError
 
 LINE = json_lines(["x"])
@@ -86,14 +87,14 @@ def test_given_format_rules_over_suffixes(tmp_path: Path) -> None:
 def test_input_that_matches_nothing_is_named(tmp_path: Path, given: str) -> None:
     (tmp_path / "empty").mkdir()
     put(tmp_path, "a.jsonl")
-    with pytest.raises(UsageError, match=r"no file matches") as caught:
+    with pytest.raises(UsageError, match=r"no such file|no file") as caught:
         find_sources([str(tmp_path / "a.jsonl"), str(tmp_path / given)])
     assert given in str(caught.value)
 
 
 def test_unknown_suffix_is_refused_with_the_choices(tmp_path: Path) -> None:
     put(tmp_path, "a.data")
-    with pytest.raises(UsageError, match=r"a\.data: .*--format jsonl\|parquet\|arrow\|text"):
+    with pytest.raises(UsageError, match=r"a\.data: .*--format jsonl\|json\|csv\|tsv\|parquet\|arrow\|text"):
         find_sources([str(tmp_path / "a.data")])
 
 
@@ -117,13 +118,6 @@ def test_compressed_parquet_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "a.parquet.gz")
     with pytest.raises(UsageError, match="decompress it first"):
         find_sources([str(tmp_path / "a.parquet.gz")])
-
-
-@pytest.mark.parametrize("start", [b"[", b"\xef\xbb\xbf[", b"\n  [\n"])
-def test_json_array_is_refused_with_the_remedy(tmp_path: Path, start: bytes) -> None:
-    (tmp_path / "a.json").write_bytes(start + b'{"text": "x"}]')
-    with pytest.raises(DataError, match=r"a\.json: .*one object per line"):
-        find_sources([str(tmp_path / "a.json")])
 
 
 def test_no_input_at_all() -> None:

@@ -634,5 +634,5 @@ def test_damaged_source_is_named_and_nothing_is_left(tmp_path: Path) -> None:
 
 def test_request_is_what_identity_is_made_of() -> None:
     """A new field of Request that changes the bytes must be part of the plan, so that a resumed build is refused."""
-    known = {"inputs", "output", "tokenizer", "eod", "front_tokens", "format", "read", "max_bad", "restart"}
+    known = {"inputs", "output", "tokenizer", "eod", "front_tokens", "format", "read", "max_bad", "restart", "listing"}
     assert {field.name for field in dataclasses.fields(Request)} == known
