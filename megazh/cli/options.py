@@ -97,7 +97,7 @@ def encoding(options: argparse.Namespace) -> str | None:
     """The value of the option that `add_encoding` adds, as Python names it; None for UTF-8."""
     from megazh.corpus.encodings import normal_encoding
 
-    return normal_encoding(options.encoding) if options.encoding else None
+    return normal_encoding(options.encoding) if options.encoding is not None else None
 
 
 def reading(options: argparse.Namespace) -> "ReadOptions":

@@ -104,7 +104,7 @@ def _is_setting(text: str) -> bool:
     from megazh.settings import resolve_key
     from megazh.training.recipe import Recipe
 
-    if glob.has_magic(text) and any(expand(text)):
+    if glob.has_magic(text) and expand(text):
         return False
     key, _, value = text.removeprefix("--").partition("=")
     try:

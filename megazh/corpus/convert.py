@@ -108,8 +108,8 @@ class _JsonReader:
                 raise self.fault(f"longer than {self._limit:,} characters; raise --max-document-bytes")
             self._more()
         if fault:
-            ended = self._ended and (at >= len(self._text) - _NEAR or fault.startswith("Unterminated string"))
-            raise self.fault("the file ends within it: it is cut off" if ended else fault, at)
+            is_cut = fault.startswith("Unterminated string") or not self._text[at:].strip()
+            raise self.fault("the file ends within it: it is cut off" if self._ended and is_cut else fault, at)
         line = _LINE_BREAKS.sub(" ", self._text[self._at : end])
         self._at, self._count = end, self._count + 1
         return line.encode("utf-8", "surrogateescape") + b"\n"

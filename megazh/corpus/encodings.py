@@ -24,6 +24,8 @@ _PUNCTUATION = "　、。，．：；？！“”‘’（）《》〈〉「」�
 _LEAST_COMMON = 0.7  # share of common characters in text that was decoded with the right encoding
 _LEAST_EVIDENCE = 4  # characters that are not ASCII; fewer show nothing
 _CLEARLY_BETTER = 0.2
+_SURELY_COMMON = 0.9  # a share that no text in another language has by chance
+_NOT_OF_FILES = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined")
 
 codecs.register_error(INVALID, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
@@ -37,6 +39,8 @@ def normal_encoding(name: str) -> str | None:
     try:
         info = codecs.lookup(name)
         "".encode(info.name)  # raises LookupError for base64 and others that do not encode text
+        if info.name in _NOT_OF_FILES:
+            raise LookupError
     except (LookupError, ValueError):
         raise UsageError(
             f"--encoding {name}: no encoding of that name; such as gb18030, big5, utf-16, utf-8, cp1252"
@@ -125,24 +129,34 @@ def encoding_fault(sample: bytes, given: str | None, is_lines: bool) -> str | No
     if given is None:
         if found in (None, "utf-8") or (is_lines and marked is None and _mostly_utf8(sample)):
             return None
-        return f"is in {found.upper()}, not in UTF-8; give --encoding {found}, or convert it: {_iconv(found)}"
+        return f"looks like {found.upper()}, not UTF-8; give --encoding {found}, or convert it: {_iconv(found)}"
+    if given in ("utf-16", "utf-32") and marked != given and sample:
+        if found in (None, f"{given}-le", f"{given}-be"):
+            ends = found.removeprefix(given) if found else "-le or -be"
+            return f"has no byte order mark; give --encoding {given}{ends}"
+        return _another(found, given)
     text = decode_sample(sample, given, INVALID)
     valid = "\udcff" not in text
     if found is None:
         if valid or commonness(text) >= _LEAST_COMMON:
             return None
         at = len(text[: text.index("\udcff")].encode(given, "ignore"))
-        return f"is not in {given.upper()}: byte {at:,} is not valid; give another --encoding"
+        return f"is not {given.upper()}: byte {at:,} is not valid; give another --encoding"
     if marked:
         agrees = marked == given or text.startswith("\ufeff")
     elif found == "utf-8":
         agrees = sample.isascii()
     else:
-        agrees = valid and commonness(text) > commonness(decode_sample(sample, found)) - _CLEARLY_BETTER
-    if agrees:
-        return None
-    advice = "leave --encoding out" if found == "utf-8" else f"give --encoding {found}"
-    return f"is in {found.upper()}, not in {given.upper()}; {advice} (or convert it: {_iconv(found)})"
+        share = commonness(decode_sample(sample, found))
+        agrees = valid and (
+            commonness(text) > share - _CLEARLY_BETTER or (given not in _CANDIDATES and share < _SURELY_COMMON)
+        )
+    return None if agrees else _another(found, given)
+
+
+def _another(found: str, given: str) -> str:
+    advice = "leave --encoding out" if found == "utf-8" else f"give --encoding {found}, or convert it: {_iconv(found)}"
+    return f"looks like {found.upper()}, not {given.upper()}; {advice}"
 
 
 def _mostly_utf8(sample: bytes) -> bool:

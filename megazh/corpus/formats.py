@@ -100,8 +100,9 @@ def _packed(compression: str) -> Content:
 
 _LFS = Content("a Git LFS pointer in place of the file", "fetch the file: git lfs pull")
 _FEATHER_1 = Content(
-    "a table in Feather V1, which is no longer read",
-    "write it again as Parquet: pandas.read_feather(...).to_parquet(...)",
+    "a table in the old format Feather V1",
+    'write it again as Parquet: python -c "import pyarrow.feather as f, pyarrow.parquet as p; '
+    "p.write_table(f.read_table('{name}'), '{name}.parquet')\"",
 )
 _HTML = Content("an HTML or XML page", "it may be the error page of a failed download: fetch it again", is_markup=True)
 _SIGNATURES = [

@@ -10,9 +10,10 @@ import glob
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from typing import NoReturn
 
 from megazh.corpus.formats import remedy_for
 from megazh.errors import DataError, UsageError
@@ -23,51 +24,57 @@ _SPECIAL = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
-_MOST_NAMED = 12  # entries of the line that tells what is left out
+_MOST_NAMED = 16  # entries of the line that tells what is left out
+_FEW_NAMES = 3  # names of one kind that are told; of more, only the kind
 Identity = tuple[int, int]
 """Device and inode of a file: equal for all names of one real file."""
 
 
 class LeftOut:
-    """What was found and is not read, counted by suffix, name or kind."""
+    """What was found and is not read, counted by name, suffix or kind."""
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
-        self._remedies: dict[str, list[str]] = {}
+        self._names: dict[str, Counter[str]] = {}  # by label
+        self._by_suffix: set[str] = set()  # labels
+        self._remedies: dict[str, set[str]] = {}
 
     def add(self, label: str, name: str, suffix: str = "") -> None:
         """Count a file.
 
         Args:
             label: what files of its kind have in common, such as `*.pdf`.
-            name: its own name, which stands for the label if it is the only one.
+            name: its own name, which is told if there are few of its kind; if a suffix is the reason, if it is alone.
             suffix: the suffix that makes it unreadable, if that is the reason.
         """
-        self._counts[label] += 1
-        self._first.setdefault(label, printable(name))
-        remedy = remedy_for(suffix)
-        if remedy and suffix not in self._remedies.setdefault(remedy, []):
-            self._remedies[remedy].append(suffix)
+        self._names.setdefault(label, Counter())[printable(name)] += 1
+        if suffix:
+            self._by_suffix.add(label)
+        if remedy := remedy_for(suffix):
+            self._remedies.setdefault(remedy, set()).add(suffix)
 
     def __bool__(self) -> bool:
-        return bool(self._counts)
+        return bool(self._names)
 
-    def describe(self, most: int = _MOST_NAMED) -> str:
+    def describe(self, most: int | None = _MOST_NAMED) -> str:
         """One line such as `12 *.pdf, 3 *.docx, README.md (to read them: save .docx, .pdf as .txt)`.
 
         Args:
-            most: number of entries; the files of all others are only counted.
+            most: number of entries; the files of all others are only counted. None for all entries.
         """
-        ordered = sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
-        parts = [self._first[label] if count == 1 else f"{count:,} {label}" for label, count in ordered[:most]]
-        if rest := sum(count for _, count in ordered[most:]):
+        entries: list[tuple[int, str]] = []
+        for label, names in self._names.items():
+            if len(names) > (1 if label in self._by_suffix else _FEW_NAMES):
+                entries.append((names.total(), label))
+            else:
+                entries += ((count, name) for name, count in names.items())
+        entries.sort(key=lambda entry: (-entry[0], entry[1]))
+        parts = [name if count == 1 else f"{count:,} {name}" for count, name in entries[:most]]
+        if most is not None and (rest := sum(count for count, _ in entries[most:])):
             parts.append(f"{rest:,} more")
-        remedies = [
-            f"{words[0]} {', '.join(sorted(suffixes))}{' '.join(['', *words[1:]])}"
-            for remedy, suffixes in sorted(self._remedies.items())
-            for words in [remedy.split(" ", 1)]
-        ]
+        remedies = []
+        for remedy, suffixes in sorted(self._remedies.items()):
+            verb, _, how = remedy.partition(" ")
+            remedies.append(f"{verb} {', '.join(sorted(suffixes))} {how}".strip())
         return ", ".join(parts) + (f" (to read them: {'; '.join(remedies)})" if remedies else "")
 
 
@@ -92,11 +99,13 @@ class Files:
 
     candidates: list[Candidate]
     starts: dict[str, list[str]]
-    """By input: the paths that it stands for. One with a folder that was looked at under another name is not here."""
+    """By input: the paths that it stands for."""
+    known: list[str]
+    """Folders that had been looked at under another name."""
 
     def without_any(self, used: Iterable[Candidate]) -> str | None:
         """The first input that leads to none of the candidates `used`; None if there is no such input."""
-        names = sorted(name for candidate in used for name in candidate.names)
+        names = sorted([*self.known, *(name for candidate in used for name in candidate.names)])
 
         def leads_to_one(start: str) -> bool:
             return any(
@@ -143,7 +152,8 @@ class _Search:
         self._folders: set[Identity] = set()
         self._found: dict[Identity, Candidate] = {}
         self._starts: dict[str, list[str]] = {}
-        self._known: set[str] = set()
+        self._known: list[str] = []
+        self._special: set[Identity] = set()
 
     def start(self, given: str) -> None:
         """Take an input of the user's."""
@@ -152,7 +162,7 @@ class _Search:
             found = [_Path(os.path.abspath(given), named)]
         else:
             if not glob.has_magic(given):
-                raise UsageError(f"--input {given}: no such file or folder{_reason(given)}")
+                _refuse_missing(given)
             found = [_Path(path) for path in expand(given)]
             if not found:
                 raise UsageError(f"--input {given}: no file matches")
@@ -170,10 +180,7 @@ class _Search:
                     candidate.names.append(each.path)
                 candidate.is_named |= each.is_named
             self._now, self._links, self._files = self._links, [], []
-        starts = {
-            given: paths for given, paths in self._starts.items() if not any(path in self._known for path in paths)
-        }
-        return Files(list(self._found.values()), starts)
+        return Files(list(self._found.values()), self._starts, self._known)
 
     def _look(self, each: _Path) -> None:
         """Take a file, or all files of a folder."""
@@ -190,6 +197,10 @@ class _Search:
         kind = _SPECIAL.get(stat.S_IFMT(status.st_mode), "special file")
         if each.is_named:
             raise UsageError(f"--input {each.path}: is a {kind}, not a file; write its contents to a file first")
+        identity = status.st_dev, status.st_ino
+        if identity in self._special:
+            return
+        self._special.add(identity)
         self._left_out.add(f"{kind}s", f"{os.path.basename(each.path)} ({kind})")
 
     def _walk(self, folder: str, status: os.stat_result) -> None:
@@ -198,7 +209,7 @@ class _Search:
             folder, status = pending.pop()
             identity = status.st_dev, status.st_ino
             if identity in self._folders:
-                self._known.add(folder)
+                self._known.append(folder)
                 continue  # read already, under another name; also ends cycles
             self._folders.add(identity)
             if self._ignored and Path(folder).resolve() == self._ignored:
@@ -255,19 +266,19 @@ def _own_folder(folder: str, names: set[str]) -> str:
     return ""
 
 
-def _reason(given: str) -> str:
-    """Why a path cannot be seen, if it is not simply missing."""
+def _refuse_missing(given: str) -> NoReturn:
+    """Raises the error for an input that cannot be seen."""
     try:
         os.stat(given)
     except (FileNotFoundError, NotADirectoryError):
-        return ""
+        pass
     except OSError as error:
-        return f" ({error.strerror})"
-    return ""
+        raise DataError(f"{given}: cannot be read: {error.strerror}") from None
+    raise UsageError(f"--input {given}: no such file or folder")
 
 
-def expand(pattern: str) -> Iterator[str]:
-    """Absolute paths that match a glob, as `glob.glob` with `**` gives them, but ends where links lead in a circle.
+def expand(pattern: str) -> list[str]:
+    """Sorted absolute paths that match a glob, as `glob.glob` with `**` gives them; links in a circle end.
 
     A name that begins with a dot matches only a pattern that begins with one.
 
@@ -277,11 +288,26 @@ def expand(pattern: str) -> Iterator[str]:
     parts = PurePath(os.path.abspath(pattern)).parts
     plain = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     top = os.path.join(*parts[:plain])
-    if os.path.isdir(top):
-        yield from sorted(set(_below(top, parts[plain:], set())))
+    if not os.path.isdir(top):
+        return []
+    found: set[str] = set()
+    seen: set[tuple[Identity, int]] = set()
+    now: list[_Place] = [(top, parts[plain:])]
+    while now:  # as in _Search: links are followed after all that needs none
+        links: list[_Place] = []
+        for folder, rest in now:
+            _match(folder, rest, seen, found, links)
+        now = sorted(links)
+    return sorted(found)
 
 
-def _below(folder: str, parts: Sequence[str], seen: set[tuple[Identity, int]]) -> Iterator[str]:
+_Place = tuple[str, tuple[str, ...]]  # a folder, and the parts of a pattern that are to match below it
+
+
+def _match(
+    folder: str, parts: tuple[str, ...], seen: set[tuple[Identity, int]], found: set[str], links: list[_Place]
+) -> None:
+    """Add what matches in a folder to `found`; links to folders that may hold more are added to `links`."""
     status = _status(folder)
     here = (status.st_dev, status.st_ino), len(parts)
     if here in seen:
@@ -290,33 +316,34 @@ def _below(folder: str, parts: Sequence[str], seen: set[tuple[Identity, int]]) -
     part, rest = parts[0], parts[1:]
     if part == "**":
         if rest:
-            yield from _below(folder, rest, seen)
-        for entry in _visible(_entries(folder)):
-            if _is_folder(entry):
-                yield from _below(entry.path, parts, seen)
-            if not rest:
-                yield entry.path
+            _match(folder, rest, seen, found, links)
+        for entry in _entries(folder):
+            if not entry.name.startswith("."):
+                _enter(entry.path, parts, seen, found, links)
+                if not rest:
+                    found.add(entry.path)
         return
     if not glob.has_magic(part):
-        matches: Iterable[str] = [part] if os.path.lexists(os.path.join(folder, part)) else []
+        matches = [part] if os.path.lexists(os.path.join(folder, part)) else []
     else:
-        entries = _entries(folder)
-        names = [entry.name for entry in (entries if part.startswith(".") else _visible(entries))]
-        matches = [name for name in names if fnmatch.fnmatchcase(name, part)]
+        matches = [
+            entry.name
+            for entry in _entries(folder)
+            if fnmatch.fnmatchcase(entry.name, part) and (part.startswith(".") or not entry.name.startswith("."))
+        ]
     for name in matches:
         path = os.path.join(folder, name)
-        if not rest:
-            yield path
-        elif os.path.isdir(path):
-            yield from _below(path, rest, seen)
+        if rest:
+            _enter(path, rest, seen, found, links)
+        else:
+            found.add(path)
 
 
-def _visible(entries: Sequence[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
-    return [entry for entry in entries if not entry.name.startswith(".")]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads in a circle
-        return False
+def _enter(
+    path: str, parts: tuple[str, ...], seen: set[tuple[Identity, int]], found: set[str], links: list[_Place]
+) -> None:
+    if os.path.isdir(path):
+        if os.path.islink(path):
+            links.append((path, parts))
+        else:
+            _match(path, parts, seen, found, links)

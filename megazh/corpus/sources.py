@@ -111,10 +111,11 @@ def list_inputs(
     for candidate in files.candidates:
         path, by_name, compression = _chosen_name(candidate, format)
         name = os.path.basename(path)
-        if not candidate.is_named and _ABOUT.fullmatch(Path(name).stem) and by_name in (None, Format.TEXT):
+        suffix = unknown_suffix(Path(name))
+        by_own_name = by_suffix(Path(name))[0]
+        if not candidate.is_named and by_own_name in (None, Format.TEXT) and _ABOUT.fullmatch(Path(name).stem):
             listing.left_out.add(name, name)
-        elif by_name is None and not candidate.is_named:
-            suffix = unknown_suffix(Path(name))
+        elif not candidate.is_named and (by_name is None or (by_own_name is None and remedy_for(suffix))):
             listing.left_out.add(f"*{suffix}" if suffix else "without a suffix", name, suffix)
         else:
             try:
@@ -211,12 +212,16 @@ def _check_content(
     """
     expected = compression or (format.value if format in COLUMNAR else None)
     if content is None:
-        if not compression:
-            return  # text, or a damaged table: its reader will tell
+        if expected is None:
+            return
         if not head:
-            raise DataError(f"{path}: is empty, and no {compression} file; fetch it again, or remove it")
+            raise DataError(f"{path}: is empty, and no {expected} file; fetch it again, or remove it")
+        if not compression:
+            if not _is_text(head):
+                return  # an Arrow stream, or a damaged table: its reader will tell
+            raise DataError(f"{path}: holds text, not {expected}; rename it to end in what it is (.jsonl, .csv, .txt)")
         plain = f"plain {byte_order_mark(head) or 'text'}" if _is_text(head) else f"it begins with {head[:4].hex(' ')}"
-        raise DataError(f"{path}: is not a {compression} file: {plain}; rename it to {path.stem}, or fetch it again")
+        raise DataError(f"{path}: is no {compression} file: {plain}; rename it to {path.stem}, or fetch it again")
     if expected and expected in (content.compression, content.format):
         return
     if content.is_markup and not expected and (format is Format.TEXT or given):

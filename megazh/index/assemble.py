@@ -10,6 +10,7 @@ import numpy as np
 
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.pieces import Piece, piece_sources
+from megazh.corpus.records import Reason
 from megazh.corpus.sources import Source
 from megazh.errors import DataError, WorkerError
 from megazh.index.metadata import Files
@@ -96,11 +97,12 @@ class Assembly:
         self._rejected_file.flush()
         with open(self.rejected_path, encoding="utf-8") as file:
             first = json.loads(file.readline())
+        encoding = " (text that is not UTF-8 needs --encoding)" if Reason.INVALID_UTF8 in self.reasons else ""
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
         raise DataError(
             f"{self.rejected} of {self.records} records are bad ({self.rejected / self.records:.3%}, more than "
             f"--max-bad {self._max_bad:.3%}): {reasons}; first: {first['file']} line {first['line']}: "
-            f"{first['detail']}; all in {self.rejected_path}; repair them, or raise --max-bad"
+            f"{first['detail']}; all in {self.rejected_path}; repair them, or raise --max-bad{encoding}"
         )
 
     def finish(self) -> Files:

@@ -361,7 +361,7 @@ class _Build:
     def _append_log(self, summary: Summary) -> None:
         """Append to OUTPUT.log what varies between builds of the same input: time, host, workers, files left out."""
         size = sum(source.size for source in self._sources)
-        left_out = f"; left out: {self._left_out.describe()}" if self._left_out else ""
+        left_out = f"; left out: {self._left_out.describe(None)}" if self._left_out else ""
         with open(f"{self._request.output}.log", "a", encoding="utf-8") as file:
             file.write(
                 f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {socket.gethostname()}: built with {self._pool.workers} "

@@ -82,6 +82,56 @@ def test_settings_stand_anywhere(
 
 
 @pytest.mark.parametrize(
+    ("words", "inputs", "settings"),
+    [
+        ("lang=zh/*.jsonl steps=5", ["lang=zh/*.jsonl"], ["steps=5"]),
+        ("lang=*/a.jsonl", ["lang=*/a.jsonl"], []),
+        ("seed=4 a", ["seed=4", "a"], []),
+        ("raw/lang=en/*.jsonl a", ["raw/lang=en/*.jsonl", "a"], []),
+        ("raw/lang=en/a.jsonl", ["raw/lang=en/a.jsonl"], []),
+        ("a learning_rate=3e-4 data.manifest=x/y.yaml", ["a"], ["learning_rate=3e-4", "data.manifest=x/y.yaml"]),
+        ("a stpes=5", ["a"], ["stpes=5"]),
+    ],
+)
+def test_a_word_with_an_equals_sign_is_a_setting_only_if_it_can_be_one(
+    capsys: pytest.CaptureFixture[str],
+    requests: list[Request],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    inputs: list[str],
+    settings: list[str],
+) -> None:
+    """Also for files that are missing: what they are named later is a missing file, not an unknown key."""
+    monkeypatch.chdir(tmp_path)
+    Path("lang=zh").mkdir()
+    Path("lang=zh", "a.jsonl").touch()
+    Path("seed=4").touch()
+    assert pretrain(capsys, f"-i {words}") == (0, "", "")
+    assert (requests[0].inputs, requests[0].settings) == (inputs, settings)
+
+
+@pytest.mark.parametrize("word", ["lang=en.jsonl", "lang=en", "steps_of=x.txt"])
+def test_a_word_that_is_neither_file_nor_setting_is_named_as_both(
+    capsys: pytest.CaptureFixture[str], requests: list[Request], word: str
+) -> None:
+    code, _, err = pretrain(capsys, f"-i a.jsonl {word}")
+    assert (code, requests) == (2, [])
+    assert err.startswith(
+        f"error: -i {word}: no such file or folder, nor a setting: unknown key '{word.split('=')[0]}'"
+    )
+    assert err.count("\n") == 1
+
+
+def test_the_encoding_reaches_the_run(capsys: pytest.CaptureFixture[str], requests: list[Request]) -> None:
+    assert pretrain(capsys, "-i a.txt --encoding GBK") == (0, "", "")
+    assert requests[0].encoding == "gb18030"
+    code, _, err = pretrain(capsys, "-i a.txt --encoding klingon")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--encoding klingon: no encoding of that name" in err
+
+
+@pytest.mark.parametrize(
     "line", ["-t gpt", "-n 0", "-n two", "-p 0", "--learning_rate 1e-3", "--device tpu", "-i", "steps"]
 )
 def test_a_line_that_cannot_be_read(capsys: pytest.CaptureFixture[str], requests: list[Request], line: str) -> None:

@@ -1,8 +1,11 @@
 """Cutting into pieces: however a corpus is cut, its documents and rejected lines are the same."""
 
+import bz2
 import io
 import json
+import lzma
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -358,22 +361,59 @@ def test_file_that_shrinks_after_it_was_found(tmp_path: Path) -> None:
         list(read_piece(sources, piece, ReadOptions()))
 
 
-@pytest.mark.parametrize("stored", ["gz", "zst"])
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gz, "zst": zst, "bz2": bz2.compress, "xz": lzma.compress}
+PROGRAMS = {"gz": "gzip", "zst": "zstd", "bz2": "bzip2", "xz": "xz"}
+
+
+@pytest.mark.parametrize("stored", PACKERS)
 def test_compressed_file_cut_off_anywhere_is_noticed(tmp_path: Path, stored: str) -> None:
-    whole = gz(json_lines(texts(30))) if stored == "gz" else zst(json_lines(texts(30)))
+    whole = PACKERS[stored](json_lines(texts(30)))
     path = tmp_path / f"a.jsonl.{stored}"
-    for length in [4, 5, 8, 11, *range(20, len(whole), 61), len(whole) - 1]:
+    for length in [14, 15, 18, *range(20, len(whole), 61), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=rf"a\.jsonl\.{stored}: truncated or damaged") as caught:
+        with pytest.raises(
+            DataError, match=rf"a\.jsonl\.{stored}: truncated or damaged \w+ file, near byte "
+        ) as caught:
             read_files([path], ReadOptions(), 500)
+        assert str(caught.value).endswith(f"keep what can be read: {PROGRAMS[stored]} -dc a.jsonl.{stored} > a.jsonl")
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("stored", ["gz", "zst"])
+@pytest.mark.parametrize("stored", PACKERS)
 def test_compressed_file_with_other_bytes_inside_is_noticed(tmp_path: Path, stored: str) -> None:
-    whole = bytearray(gz(json_lines(texts(300))) if stored == "gz" else zst(json_lines(texts(300))))
+    whole = bytearray(PACKERS[stored](json_lines(texts(300))))
     whole[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
     path = tmp_path / f"a.jsonl.{stored}"
     path.write_bytes(whole)
     with pytest.raises(DataError, match=rf"a\.jsonl\.{stored}: truncated or damaged"):
         read_files([path], ReadOptions(), 500)
+
+
+@pytest.mark.parametrize("stored", ["gz", "bz2", "xz"])
+def test_members_and_zero_bytes_between_them(tmp_path: Path, stored: str) -> None:
+    data, pack = json_lines(texts(20)), PACKERS[stored]
+    path = tmp_path / f"a.jsonl.{stored}"
+    path.write_bytes(pack(data[:101]) + pack(b"") + bytes(8) + pack(data[101:]) + bytes(512))
+    for size in (1, 700, 1 << 20):
+        assert read_files([path], ReadOptions(), size).texts == texts(20)
+    path.write_bytes(pack(data) + b"not part of it")
+    with pytest.raises(DataError, match="truncated or damaged"):
+        read_files([path], ReadOptions(), 700)
+
+
+def test_data_that_packs_a_thousandfold_is_unpacked_step_by_step(tmp_path: Path) -> None:
+    line = json_lines(["今" * 20_000])
+    for stored in ("gz", "bz2", "xz"):
+        (tmp_path / f"a.jsonl.{stored}").write_bytes(PACKERS[stored](line * 20))
+    found = read_files([tmp_path], ReadOptions(), 1 << 20)
+    assert [len(text) for text in found.texts] == [20_000] * 60
+
+
+def test_zstd_with_a_window_above_128_mib_is_named_with_the_remedy(tmp_path: Path) -> None:
+    """The frame header asks for a window of 2 GiB, as `zstd --long=31` writes it."""
+    path = tmp_path / "a.jsonl.zst"
+    data = b"x" * 100
+    block = (len(data) << 3 | 1).to_bytes(3, "little") + data  # the last block, stored as it is
+    path.write_bytes(bytes.fromhex("28b52ffd 00 a8") + block)
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst: .*window above 128 MiB .*zstd -dc --long=31 a\.jsonl\.zst \|"):
+        find_sources([str(path)])

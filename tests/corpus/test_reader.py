@@ -244,6 +244,21 @@ def test_rows_are_numbered_across_row_groups_and_batches(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize("form", ["parquet", "file", "stream"])
+def test_two_columns_of_one_name_are_refused_in_one_line(tmp_path: Path, form: str) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["x", "x", "text"])
+    path = tmp_path / f"a.{'parquet' if form == 'parquet' else 'arrow'}"
+    if form == "parquet":
+        pq.write_table(table, path)
+    else:
+        new = pa.ipc.new_stream if form == "stream" else pa.ipc.new_file
+        with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table)
+    assert read_files([path], ReadOptions(), SIZE).texts == ["c"]
+    with pytest.raises(UsageError, match=rf"{path.name}: has 2 columns 'x'; rename all but one"):
+        read_files([path], ReadOptions(text_key="x"), SIZE)
+
+
 def test_bytes_that_are_no_text_in_a_binary_column(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([b"ok", b"\xff", b"\xed\xa0\x80"])}), tmp_path / "a.parquet")
     found = read_files([tmp_path / "a.parquet"], ReadOptions(), SIZE)

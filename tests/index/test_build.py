@@ -1,7 +1,11 @@
 """Building an index within this process: its contents, resuming, refusals, bad records, the fast encoder."""
 
+import bz2
+import csv
 import dataclasses
+import gzip
 import json
+import lzma
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -630,6 +634,69 @@ def test_damaged_source_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.parquet: truncated or damaged"):
         build(path, tmp_path / "x")
     assert not (tmp_path / "x.idx").exists()
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A folder with one file of each kind that is cut as a stream, and some that are left out."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    parts = [texts(60, seed) for seed in range(6)]
+    (folder / "a.jsonl.bz2").write_bytes(bz2.compress(json_lines(parts[0])))
+    (folder / "b.jsonl.xz").write_bytes(lzma.compress(json_lines(parts[1])))
+    (folder / "c.json").write_text(json.dumps([{"text": text} for text in parts[2]], indent=1), encoding="utf-8")
+    with open(folder / "d.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["id", "text"], *enumerate(parts[3])])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "e.tsv.gz").write_bytes(gzip.compress(b"text\nplain words\nand more\n"))
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "again").symlink_to(folder)
+    (folder / "README.md").write_text("about", encoding="utf-8")
+    for number in range(3):
+        (folder / f"{number}.pdf").write_bytes(b"%PDF-1.7")
+    return folder
+
+
+def test_streams_of_every_kind_give_one_result_also_after_an_interruption(mixed: Path, tmp_path: Path) -> None:
+    whole = build(mixed, tmp_path / "x")
+    assert whole.metadata.documents == 242
+    assert whole.metadata.rejected.total == 0
+    assert whole.pieces > 8
+    interrupted(mixed, tmp_path / "y", 5)
+    resumed = CountingPool()
+    assert build(mixed, tmp_path / "y", resumed).pieces_kept == 5
+    assert resumed.encoded == whole.pieces - 5
+    assert index_bytes(tmp_path / "x") == index_bytes(tmp_path / "y")
+
+
+def test_what_is_left_out_is_told_and_logged(mixed: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    build(mixed, tmp_path / "x", said=said)
+    left_out = "left out: 3 *.pdf, README.md (to read them: save .pdf as .txt)"
+    assert said[0] == left_out
+    assert left_out in (tmp_path / "x.log").read_text(encoding="utf-8")
+
+
+def test_another_encoding_is_another_plan(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines(["今天天气不错"] * 3).decode().encode("gbk"))
+    with pytest.raises(DataError, match=r"a\.jsonl: looks like GB18030, not UTF-8; give --encoding gb18030"):
+        build(path, tmp_path / "x")
+    data = build(path, tmp_path / "x", read=ReadOptions(encoding="gb18030")).metadata
+    assert (data.documents, data.options.encoding) == (3, "gb18030")
+    path.write_bytes(json_lines(["plain"]))
+    build(path, tmp_path / "y")
+    with pytest.raises(UsageError, match="another option: encoding was None, is 'gb18030'"):
+        build(path, tmp_path / "y", read=ReadOptions(encoding="gb18030"))
+
+
+def test_index_from_before_encodings_is_still_known(corpus: Path, tmp_path: Path) -> None:
+    build(corpus, tmp_path / "x")
+    description = json.loads((tmp_path / "x.json").read_bytes())
+    del description["options"]["encoding"]
+    (tmp_path / "x.json").write_text(json.dumps(description), encoding="utf-8")
+    assert build(corpus, tmp_path / "x").already_complete
 
 
 def test_request_is_what_identity_is_made_of() -> None:

@@ -173,7 +173,7 @@ def test_missing_key_names_those_there_are(call: Call, tmp_path: Path, jsonl: Pa
         ("empty", DataError, "holds no text"),
         ("vocabulary", UsageError, "--vocab-size 100"),
         ("inside", UsageError, "lies in .*put it elsewhere"),
-        ("GBK", DataError, "b.txt: is in GB18030, .*--encoding gb18030"),
+        ("GBK", DataError, "b.txt: looks like GB18030, .*--encoding gb18030"),
     ],
 )
 def test_refused_in_one_line_and_no_obstacle(
