@@ -123,7 +123,7 @@ def test_summary_tells_what_is_there(corpus: Path, tmp_path: Path) -> None:
         ({"--tokenizer": "nowhere.json"}, 2, "no such file"),
         ({"--eod": "<|nowhere|>"}, 2, "--eod"),
         ({"--text-key": "body"}, 3, "missing key"),
-        ({"--format": "parquet"}, 3, "Parquet"),
+        ({"--format": "parquet"}, 3, "holds text, not parquet"),
         ({"--output": "."}, 2, "is a folder"),
         ({"--output": "x.bin"}, 2, "without .bin"),
     ],
