@@ -9,12 +9,24 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from megazh.errors import BusyError, DataError
 from megazh.progress import Progress
 
 _BLOCK = 1 << 18  # stays in the processor's cache between reading and hashing
 _LARGE = 1 << 31
+_locks: set[TextIO] = set()  # lock files that this process holds
+
+
+def _close_locks() -> None:
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+# A forked process shares the files of its parent: it must not hold a lock beyond its parent's death.
+os.register_at_fork(after_in_child=_close_locks)
 
 
 def fsync_directory(path: Path) -> None:
@@ -95,12 +107,14 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
         if same:
             break
         file.close()  # the holder before us removed the file while we waited: lock the new one
+    _locks.add(file)
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
     finally:
+        _locks.discard(file)
         file.close()
 
 

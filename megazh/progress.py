@@ -56,6 +56,37 @@ class Progress:
             self._bar.close()
 
 
+class Elapsed:
+    """Shows on stderr for how long some work of unknown length has been going on.
+
+    Args:
+        what: the word in front of the time.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._begin = self._printed = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def tick(self) -> None:
+        """Show the time so far: each second on a terminal, each half minute in a log file."""
+        now = time.monotonic()
+        if now - self._printed < (1 if self._terminal else _LOG_SECONDS):
+            return
+        self._printed = now
+        line = f"{self._what}: {duration(now - self._begin)} so far"
+        sys.stderr.write(f"\r{line}" if self._terminal else f"{line}\n")
+        sys.stderr.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal and self._printed > self._begin:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+
 def _scaled(number: float) -> str:
     for unit in ("", "k", "M", "G"):
         if abs(number) < 1000:

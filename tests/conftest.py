@@ -90,7 +90,7 @@ def tokenizer_json(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     from megazh.tokenizer.train import train_tokenizer
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    assert train_tokenizer(find_sources([str(corpus)]), ReadOptions(), path, 1000) == 1000
+    assert train_tokenizer(find_sources([str(corpus)]), ReadOptions(), path, 1000).ids == 1000
     return path
 
 

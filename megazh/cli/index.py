@@ -1,7 +1,6 @@
 """`megazh index`: build, inspect, verify and merge indexes."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
 
 if TYPE_CHECKING:  # slow to import: the functions below import what they need
     from megazh.index.build import Request, Summary
-    from megazh.index.pools import Pool
 
 BUILD_EXAMPLES = """examples:
   megazh index build --input 'raw/*.jsonl.zst' --tokenizer qwen.tiktoken --output data_index/wiki
@@ -84,7 +82,11 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         help="largest share of bad records to accept, such as 0.001 or 0.1%% (default: 0.1%%)",
     )
     parser.add_argument(
-        "--workers", type=count, metavar="N", help="worker processes (default: one per core; 1 for little input)"
+        "--workers",
+        type=_workers,
+        metavar="N|auto",
+        help="worker processes; auto, the default: one for each 8 MB of text, at most one per core (the text of "
+        "compressed and Parquet files is taken for four times their size)",
     )
     parser.add_argument(
         "--restart",
@@ -94,11 +96,16 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(call=build)
 
 
+def _workers(text: str) -> int | None:
+    return None if text == "auto" else count(text)
+
+
 def build(options: argparse.Namespace) -> None:
     """Build an index: in this process, with worker processes, or as one of several MPI ranks."""
     from megazh.corpus.formats import Format
     from megazh.index import mpi
     from megazh.index.build import Request, build_index, check_request
+    from megazh.index.pools import ProcessPool
 
     request = Request(
         inputs=options.input,
@@ -113,7 +120,7 @@ def build(options: argparse.Namespace) -> None:
     )
     world = mpi.join_world()
     if world is None:
-        pool = _local_pool(options.workers, request)
+        pool = ProcessPool(options.workers)
         try:
             _print_summary(build_index(request, pool, _print_notice), request)
         finally:
@@ -147,18 +154,6 @@ def build(options: argparse.Namespace) -> None:
     _print_summary(summary, request)
 
 
-def _local_pool(workers: int | None, request: "Request") -> "Pool":
-    from megazh.index.pools import InlinePool, ProcessPool
-
-    if workers is None:
-        size = sum(os.path.getsize(path) for path in request.inputs if os.path.isfile(path))
-        folders_or_globs = any(not os.path.isfile(path) for path in request.inputs)
-        cores = len(os.sched_getaffinity(0))
-        # A worker process takes seconds to load its tokenizer, too long for a few megabytes.
-        workers = cores if folders_or_globs or size > 64 << 20 else 1
-    return InlinePool() if workers == 1 else ProcessPool(workers)
-
-
 def _print_notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -171,6 +166,7 @@ def _print_summary(summary: "Summary", request: "Request") -> None:
         print(f"{request.output}: complete already, from the same input; nothing to do")
         return
     size = sum(source.bytes for source in data.sources)
+    workers = "1 process" if summary.workers == 1 else f"{summary.workers} workers"
     rows: list[tuple[str, Any]] = [
         ("index", f"{request.output}.bin, .idx ({data.dtype})"),
         ("documents", f"{data.documents:,}"),
@@ -178,7 +174,7 @@ def _print_summary(summary: "Summary", request: "Request") -> None:
         ("text", f"{data.text_bytes:,} bytes, {data.text_bytes / max(data.tokens - data.documents, 1):.2f} per token"),
         ("empty", f"{data.empty_documents:,} documents without text, left out"),
         ("rejected", _rejected(summary, request)),
-        ("time", f"{duration(summary.seconds)}, {size / 1e6 / summary.seconds:.1f} MB/s of input"),
+        ("time", f"{duration(summary.seconds)}, {size / 1e6 / summary.seconds:.1f} MB/s of input, {workers}"),
         ("encoder", f"{summary.encoder}, {summary.samples_checked} documents checked against the reference"),
     ]
     if summary.pieces_kept:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from megazh.cli.options import Subparsers, add_command, add_reading, amount, count, reading
@@ -11,12 +12,12 @@ TRAIN_EXAMPLES = """example:
   megazh tokenizer train --input corpus.jsonl --vocab-size 8000 --output tok/tokenizer.json
 
 <|pad|>, <|endoftext|>, <|im_start|> and <|im_end|> become ids 0 to 3; the 256 bytes follow, then the
-learnt tokens."""
+learnt tokens. FILE.training, beside the tokenizer, records what it was trained on."""
 
 
 def add_to(commands: Subparsers) -> None:
     """Add `tokenizer` and its commands."""
-    from megazh.tokenizer.train import Digits
+    from megazh.tokenizer.train import SAMPLE_BYTES, Digits
 
     parser = commands.add_parser("tokenizer", help="train a tokenizer, or show one")
     below = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -30,7 +31,15 @@ def add_to(commands: Subparsers) -> None:
         default=Digits.SINGLE.value,
         help="one token per digit (Qwen's regex, the default), or up to three digits together",
     )
-    train.add_argument("--max-bytes", type=amount, metavar="N", help="learn from the first N bytes of text, such as 2G")
+    train.add_argument(
+        "--sample",
+        type=_sample,
+        default=SAMPLE_BYTES,
+        metavar="SIZE|all",
+        help="bytes of input to learn from, spread evenly over all of it, such as 200M (default: 64M); compressed "
+        "files are read as a whole all the same. More takes time in proportion, and teaches little",
+    )
+    train.add_argument("--restart", action="store_true", help="replace an existing tokenizer")
     train.set_defaults(call=_train)
     show = add_command(
         below,
@@ -52,26 +61,43 @@ def add_to(commands: Subparsers) -> None:
     show.set_defaults(call=_show)
 
 
+def _sample(text: str) -> int | None:
+    """Parse an amount of at least 1, or `all`, which is None."""
+    if text == "all":
+        return None
+    size = amount(text)
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 200M, or all, found {text}")
+    return size
+
+
 def _train(options: argparse.Namespace) -> None:
     from megazh.corpus.formats import Format
     from megazh.corpus.sources import list_inputs
-    from megazh.tokenizer.train import Digits, train_tokenizer
+    from megazh.progress import duration
+    from megazh.tokenizer.train import Digits, describe_training, train_tokenizer, trained_already
 
-    if options.output.is_dir():
-        raise UsageError(
-            f"--output {options.output}: is a folder; give a file, such as {options.output}/tokenizer.json"
-        )
-    if options.output.suffix != ".json":
-        raise UsageError(f"--output {options.output}: expected a name that ends in .json")
+    output, wanted, digits = options.output, options.vocab_size, Digits(options.digits)
+    if output.is_dir():
+        raise UsageError(f"--output {output}: is a folder; give a file, such as {output}/tokenizer.json")
+    if output.suffix != ".json":
+        raise UsageError(f"--output {output}: expected a name that ends in .json")
     listing = list_inputs(options.input, Format(options.format) if options.format else None, reading(options))
     for line in listing.notes():
         print(line, file=sys.stderr, flush=True)
-    size = train_tokenizer(
-        listing.sources, reading(options), options.output, options.vocab_size, Digits(options.digits), options.max_bytes
-    )
-    wanted = options.vocab_size
-    short = "" if size == wanted else f" (fewer than {wanted:,}: the text has too few distinct words)"
-    print(f"{options.output}: {size:,} ids{short}")
+    sources = listing.sources
+    training = describe_training(sources, reading(options), wanted, digits, options.sample)
+    if not options.restart and trained_already(output, training):
+        print(f"{output}: complete already, from the same input; nothing to do")
+        return
+    begin = time.monotonic()
+    trained = train_tokenizer(sources, reading(options), output, wanted, digits, options.sample, training)
+    short = "" if trained.ids == wanted else f" (fewer than {wanted:,}: the text has too few distinct words)"
+    print(f"{output}: {trained.ids:,} ids{short}, in {duration(time.monotonic() - begin)}")
+    sample = trained.sample
+    of = "all there is" if sample.everything else f"a sample of {sample.input_bytes / 1e6:,.1f} MB of input"
+    files = "1 file" if len(sources) == 1 else f"{len(sources):,} files"
+    print(f"learnt from {sample.text_bytes / 1e6:,.1f} MB of text, {of} in {files}")
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -73,6 +73,7 @@ class Summary:
     samples_checked: int = 0
     """Number of documents whose ids were compared with those of the reference encoder."""
     already_complete: bool = False
+    workers: int = 1
 
 
 def build_index(request: Request, pool: Pool, say: Callable[[str], None]) -> Summary:
@@ -187,6 +188,7 @@ class _Build:
         if complete is not None:
             self._remove_folder()
             return Summary(complete, time.monotonic() - self._begin, already_complete=True)
+        self._pool.begin(self._sources)
         self._prepare_folder(plan)
         copy = self._folder / f"tokenizer{self._tokenizer.path.suffix}"
         write_atomic(copy, self._tokenizer.path.read_bytes(), durable=False)  # flushed to disk at the end
@@ -205,7 +207,9 @@ class _Build:
                 assembly.abandon()
                 raise DataError(f"{each.path}: changed while it was read; run again with --restart")
         metadata = self._finish(assembly, plan, copy)
-        summary = Summary(metadata, time.monotonic() - self._begin, **dataclasses.asdict(run))
+        summary = Summary(
+            metadata, time.monotonic() - self._begin, **dataclasses.asdict(run), workers=self._pool.workers
+        )
         self._append_log(summary)
         self._remove_folder()
         return summary

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from megazh.errors import DataError, UsageError
 from megazh.files import locked, write_atomic
-from megazh.index.metadata import Metadata, Rejected
+from megazh.index.metadata import Metadata, Rejected, load_tokenizer_of
 from megazh.index.plan import PLAN
 from megazh.index.reader import IndexedDataset
 from megazh.index.writer import IndexWriter
 from megazh.progress import Progress
+from megazh.tokenizer.compare import tokenizer_difference
+from megazh.tokenizer.tokenizer import dtype_for
 
 _DOCUMENTS = 1 << 16  # documents per copy step
 
@@ -29,25 +31,20 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
     if Path(f"{output}.idx").exists():
         raise UsageError(f"--output {output}: an index is there already; choose another name, or delete {output}.idx")
     indexes = [IndexedDataset(prefix) for prefix in prefixes]
-    inputs: list[Metadata] = []
-    for prefix, index in zip(prefixes, indexes, strict=True):
-        if index.metadata is None:
-            raise DataError(f"{prefix}.json: missing; only indexes that megazh built can be merged")
-        if inputs and index.metadata.tokenizer != inputs[0].tokenizer:
-            raise UsageError(
-                f"{prefix}: tokenizer {index.metadata.tokenizer.fingerprint[:16]}… differs from "
-                f"{inputs[0].tokenizer.fingerprint[:16]}… of {prefixes[0]}; index both with the same tokenizer"
-            )
-        inputs.append(index.metadata)
+    inputs = [_metadata(prefix, index) for prefix, index in zip(prefixes, indexes, strict=True)]
+    for prefix, data in zip(prefixes[1:], inputs[1:], strict=True):
+        _check_tokenizer(prefixes[0], inputs[0], prefix, data)
+    dtypes = {index.dtype for index in indexes}
+    dtype = dtypes.pop() if len(dtypes) == 1 else dtype_for(inputs[0].tokenizer.vocab_size)
     folder = Path(f"{output}.build")
     with locked(folder / "lock", busy=f"{output}: another process builds this index"), _temporary(folder):
-        writer = IndexWriter(folder, indexes[0].dtype)
+        writer = IndexWriter(folder, dtype)
         with Progress("merging", sum(index.tokens.nbytes for index in indexes)) as progress:
             for index in indexes:
                 hashes = index.document_hashes()
                 for at in range(0, len(index), _DOCUMENTS):
                     end = min(at + _DOCUMENTS, len(index))
-                    tokens = index.tokens[index.starts[at] : index.starts[end]]
+                    tokens = index.tokens[index.starts[at] : index.starts[end]].astype(dtype, copy=False)
                     lengths = index.starts[at + 1 : end + 1] - index.starts[at:end]
                     writer.append(tokens, lengths, hashes[at:end])
                     progress.advance(tokens.nbytes)
@@ -59,7 +56,7 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
                 reasons[reason] = reasons.get(reason, 0) + number
         metadata = Metadata(
             tokenizer=first.tokenizer,
-            dtype=first.dtype,
+            dtype=dtype.name,
             documents=writer.documents,
             tokens=writer.tokens,
             text_bytes=sum(each.text_bytes for each in inputs),
@@ -74,6 +71,26 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
         shutil.copyfile(f"{prefixes[0]}{first.tokenizer.file}", folder / "tokenizer")
         writer.commit(output, files, {".json": folder / "index.json", first.tokenizer.file: folder / "tokenizer"})
     return metadata
+
+
+def _metadata(prefix: str, index: IndexedDataset) -> Metadata:
+    if index.metadata is None:
+        raise DataError(
+            f"{prefix}.json: missing; for an index of Megatron-LM, make it with 'megazh index adopt {prefix} "
+            "--tokenizer TOK'"
+        )
+    return index.metadata
+
+
+def _check_tokenizer(first: str, expected: Metadata, prefix: str, found: Metadata) -> None:
+    """Raises UsageError if the tokenizers give other ids; copies of one tokenizer may differ in form."""
+    if found.tokenizer.fingerprint == expected.tokenizer.fingerprint:
+        return
+    different = tokenizer_difference(load_tokenizer_of(first, expected), load_tokenizer_of(prefix, found))
+    if different:
+        raise UsageError(
+            f"{prefix}: its tokenizer differs from that of {first}: {different}; index both with the same tokenizer"
+        )
 
 
 @contextlib.contextmanager

@@ -10,11 +10,12 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megazh.corpus.sources import Source
 from megazh.errors import MegazhError, UsageError, WorkerError
 from megazh.index.piece import Result, Setup, Task, Worker
 
@@ -161,6 +162,9 @@ class MpiPool:
                 self._results.put(worker.run(setup, task))
             except BaseException as error:
                 self._results.put(error)
+
+    def begin(self, sources: Sequence[Source]) -> None:
+        pass
 
     def run(self, setup: Setup, tasks: Iterator[Task]) -> Iterator[Result]:
         in_flight = dict.fromkeys(range(self.workers), 0)

@@ -4,6 +4,7 @@ A piece file holds tokens, int32 lengths, uint64 content hashes, a JSON footer, 
 magic number. It appears by rename. It is not flushed to disk: its checksum shows damage after a power failure.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -106,6 +107,11 @@ class Worker:
             if not task.fast:
                 raise
             return Result(task.piece.key, encoder=encoder.name, failure=str(error))
+
+    def load(self, setup: Setup, fast: bool) -> None:
+        """Load an encoder before the first task that needs it; one that cannot be loaded fails in that task."""
+        with contextlib.suppress(ImportError):
+            self._encoder(setup, fast)
 
     def _encoder(self, setup: Setup, fast: bool) -> Encoder | None:
         key = (setup.encoders, fast)

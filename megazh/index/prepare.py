@@ -31,7 +31,6 @@ _STORIES, _TOKENIZER, _CORPUS, _MANIFEST = "stories.jsonl", "tokenizer.json", "c
 _PREPARED = "prepared.json"
 _OWN_FILES = (_MANIFEST, *(f"{_CORPUS}{suffix}" for suffix in INDEX_SUFFIXES), _TOKENIZER, _STORIES)
 _FEW_FILES = 50  # fewer plain text files than this are split at blank lines by default
-_TOKENIZER_BYTES = 200_000_000  # more text hardly changes the merges, but takes minutes and gigabytes
 _LEAST_VALIDATION, _MOST_VALIDATION, _VALIDATION_DOCUMENTS = 0.02, 0.1, 20
 
 
@@ -237,9 +236,10 @@ def _train(folder: Path, sources: Sequence[Source], read: ReadOptions, size: int
         return
     begin = time.monotonic()
     _check_text(sources, read)
-    found = train_tokenizer(sources, read, path, size, max_bytes=_TOKENIZER_BYTES)
-    short = f" (fewer than {size:,}: the text has too few distinct words)" if found < size else ""
-    say(f"tokenizer: {found:,} ids{short}, in {_seconds(begin)}: {path}")
+    trained = train_tokenizer(sources, read, path, size)
+    short = f" (fewer than {size:,}: the text has too few distinct words)" if trained.ids < size else ""
+    part = "" if trained.sample.everything else f" from a sample of {trained.sample.text_bytes / 1e6:.1f} MB"
+    say(f"tokenizer: {trained.ids:,} ids{short}{part}, in {_seconds(begin)}: {path}")
 
 
 def _check_text(sources: Sequence[Source], read: ReadOptions) -> None:

@@ -99,12 +99,9 @@ def pieces(prefix: Path) -> list[Path]:
 
 
 def children(pid: int) -> Iterator[int]:
-    """Ids of all descendants of a process that are worker processes of `multiprocessing`."""
+    """Ids of the worker processes of a build, which are its only children."""
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                yield child
-            yield from children(child)
+        yield from map(int, (task / "children").read_text().split())
 
 
 def is_alive(pid: int) -> bool:

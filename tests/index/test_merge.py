@@ -5,6 +5,7 @@ import resource
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,8 +93,84 @@ def test_tokenizers_that_differ_are_refused_by_name(folder: Path) -> None:
     build([folder / "b.jsonl"], folder / "other", eod="<|im_end|>")
     code, out, err = megazh("index", "merge", folder / "a", folder / "other", "--output", folder / "x")
     assert (code, out) == (2, "")
-    assert is_one_line_error(err, folder / "other", folder / "a", "tokenizer")
+    assert is_one_line_error(
+        err, folder / "other", folder / "a", "end-of-document token '<|endoftext|>' (1) and '<|im_end|>' (3)"
+    )
     assert not (folder / "x.build").exists()
+
+
+def reformatted(settings: dict[str, Any], how: str) -> str:
+    """The same tokenizer as another tool would write it."""
+    if how == "spaces":
+        return json.dumps(settings, indent=4)
+    if how == "order of keys":
+        return json.dumps(settings, sort_keys=True)
+    if how == "merges as strings":
+        merges = [" ".join(pair) for pair in settings["model"]["merges"]]
+        return json.dumps({**settings, "model": {**settings["model"], "merges": merges}})
+    if how == "padding":
+        return json.dumps({**settings, "truncation": None, "padding": None, "post_processor": None})
+    assert how == "defaults left out"
+    del settings["model"]["ignore_merges"], settings["model"]["fuse_unk"]
+    return json.dumps(settings)
+
+
+@pytest.mark.parametrize(
+    "how", ["copy", "spaces", "order of keys", "merges as strings", "padding", "defaults left out"]
+)
+def test_equal_tokenizers_of_other_form_or_place_are_merged(folder: Path, how: str) -> None:
+    """They were refused with "X differs from X"."""
+    other = folder / "elsewhere" / "tokenizer.json"
+    other.parent.mkdir()
+    text = tokenizer_path().read_text(encoding="utf-8")
+    other.write_text(text if how == "copy" else reformatted(json.loads(text), how), encoding="utf-8")
+    made = Request([str(folder / "b.jsonl")], folder / "other", other, max_bad=0.5)
+    build_index(made, InlinePool(), lambda line: pytest.fail(line))
+    code, _, err = megazh("index", "merge", folder / "a", folder / "other", "--output", folder / "x")
+    assert (code, err) == (0, "")
+    merge_indexes([str(folder / "a"), str(folder / "b")], folder / "expected")
+    assert index_bytes(folder / "x") == index_bytes(folder / "expected")
+    assert "are right" in verify_index(str(folder / "x"))
+
+
+def changed(settings: dict[str, Any], how: str) -> None:
+    if how == "added token":
+        new = {**settings["added_tokens"][0], "id": 1500, "content": "<|new|>"}
+        settings["added_tokens"].append(new)
+    elif how == "normalizer":
+        settings["normalizer"] = {"type": "NFKC"}
+    elif how == "merges":
+        merges = settings["model"]["merges"]
+        merges[-1], merges[-2] = merges[-2], merges[-1]
+    elif how == "regex":
+        settings["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += r"|x{3}"
+    else:
+        vocabulary = settings["model"]["vocab"]
+        first, second = list(vocabulary)[-2:]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+
+@pytest.mark.parametrize(
+    ("how", "part"),
+    [
+        ("added token", "added token 1500 is missing and '<|new|>' (special)"),
+        ("normalizer", "different 'normalizer'"),
+        ("merges", "different 'merges'"),
+        ("regex", "different 'pre_tokenizer'"),
+        ("ids", "vocabularies in which"),
+    ],
+)
+def test_what_differs_between_tokenizers_is_named(folder: Path, how: str, part: str) -> None:
+    settings = json.loads(tokenizer_path().read_text(encoding="utf-8"))
+    changed(settings, how)
+    other = folder / "other.json"
+    other.write_text(json.dumps(settings), encoding="utf-8")
+    made = Request([str(folder / "b.jsonl")], folder / "other", other, max_bad=0.5)
+    build_index(made, InlinePool(), lambda line: None)
+    with pytest.raises(UsageError) as caught:
+        merge_indexes([str(folder / "a"), str(folder / "other")], folder / "x")
+    assert part in str(caught.value)
+    assert str(folder / "other") in str(caught.value)
 
 
 def test_index_without_description_is_refused(folder: Path) -> None:
