@@ -180,10 +180,36 @@ def from_mapping(
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        errors = error.errors()
-        # An unknown key first: a key that is missing may be the one that was meant.
-        first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-        raise UsageError(f"{_place(first, model, origins or {}) or where}: {_describe(first, model)}") from None
+        first = _by_key(error.errors(), model)[0]
+        raise UsageError(_located(first, model, where, origins)) from None
+
+
+def all_errors(values: dict[str, Any], model: type[Config], where: str, origins: Mapping[str, str]) -> list[str]:
+    """The errors of a mapping that does not fit `model`: a line for each key, as `from_mapping` has them."""
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        return [_located(each, model, where, origins) for each in _by_key(error.errors(), model)]
+    return []
+
+
+def _by_key(errors: list[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:
+    """The first error of each key, unknown keys first; missing ones go where an unknown key may be what was meant."""
+    unknown = [each for each in errors if each["type"] == "extra_forbidden"]
+    others = [each for each in errors if each["type"] not in ("extra_forbidden", "missing" if unknown else "")]
+    found: dict[str, ErrorDetails] = {}
+    known = _field_types(model)
+    for each in [*unknown, *others]:
+        words = [str(part) for part in each["loc"]]
+        dotted = [".".join(words[:count]) for count in range(len(words), 0, -1)]
+        # An annotation with alternatives, such as `Dtype | Literal["auto"]`, has an error for each of them.
+        key = next((name for name in dotted if name in known), "")
+        found.setdefault(".".join(words) if nested_model(known.get(key)) else key or ".".join(words), each)
+    return list(found.values())
+
+
+def _located(error: ErrorDetails, model: type[BaseModel], where: str, origins: Mapping[str, str] | None) -> str:
+    return f"{_place(error, model, origins or {}) or where}: {_describe(error, model)}"
 
 
 def _place(error: ErrorDetails, model: type[BaseModel], origins: Mapping[str, str]) -> str:

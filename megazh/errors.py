@@ -13,6 +13,9 @@ code  meaning
 ====  =======================================================================
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 
 class MegazhError(Exception):
     """An error whose message is one line for the person at the terminal: what, where, what to do."""
@@ -42,6 +45,43 @@ class WorkerError(MegazhError):
     """A worker process, a rank or the machine (disk, memory) failed; the same command continues after finished work."""
 
     exit_code = 5
+
+
+class SeveralErrors(MegazhError):
+    """Errors that were found together, each of which is one line; the first one decides the exit code."""
+
+    def __init__(self, errors: Sequence[MegazhError]) -> None:
+        self.errors = tuple(errors)
+        self.exit_code = errors[0].exit_code
+        super().__init__("\nerror: ".join(map(str, errors)))  # whoever prints `error: ...` prints one line for each
+
+
+class Collector:
+    """Collects the errors of several checks, so that a user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[MegazhError] = []
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep a MegazhError that the block raises, and go on behind the block; an error of the same text only once."""
+        try:
+            yield
+        except MegazhError as error:
+            self.add(error)
+
+    def add(self, error: MegazhError) -> None:
+        """Keep an error; one of the same text only once."""
+        for each in error.errors if isinstance(error, SeveralErrors) else (error,):
+            if str(each) not in map(str, self.errors):
+                self.errors.append(each)
+
+    def raise_all(self) -> None:
+        """Raise what was collected: nothing, a single error as it is, several as `SeveralErrors`."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise SeveralErrors(self.errors)
 
 
 INTERRUPTED = 130

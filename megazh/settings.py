@@ -3,6 +3,8 @@
 The values are those of a configuration model (`megazh.config`); `from_mapping` validates them in the end.
 """
 
+import difflib
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from megazh.config import Loader, dotted_fields, keys_beside, nested_model, read_mapping, unknown_key
-from megazh.errors import UsageError
+from megazh.errors import Collector, UsageError
 
 COMMAND_LINE = "command line"
 """Origin of a `key=value` setting."""
@@ -35,17 +37,35 @@ class Settings:
             value = value[part]
         return self.origins.get(key)
 
+    def with_places(self, message: str) -> str:
+        """A message, followed by the places where the keys were written that it names.
+
+        A key is named by its dotted name, by `name=`, or by a last name of several words such as `micro_batch_size`.
+        """
+        named = {}
+        for key in self.origins:
+            section, _, name = key.rpartition(".")
+            forms = [rf"\b{re.escape(key)}\b", rf"(?<![\w.-]){name}="]
+            forms += [rf"(?<![\w.=]){name}\b"] if "_" in name else []
+            place = self.origin(key) if section else None
+            if place and place not in message and re.search("|".join(forms), message):
+                named[name] = f"on the {place}" if place == COMMAND_LINE else f"in {place}"
+        if not named:
+            return message
+        return f"{message} ({', '.join(f'{name} is set {place}' for name, place in named.items())})"
+
 
 def read_layers(
     path: Path | str,
     alternatives: Sequence[tuple[str, str]] = (),
     sections: Collection[str] = (),
     inside: Sequence[Path] = (),
+    library: Path | None = None,
 ) -> Settings:
     """Read a YAML file on top of those that its key `include` names.
 
-    `include: base.yaml`, or a list of files, relative to the including file. Files included later override earlier
-    ones, and the file itself overrides all of them, key by key, also inside nested mappings.
+    `include: base.yaml`, or a list of files, relative to the including file, or else in the library. Files included
+    later override earlier ones, and the file itself overrides all of them, key by key, also inside nested mappings.
 
     Args:
         path: the file.
@@ -53,9 +73,11 @@ def read_layers(
             the layers below.
         sections: keys that hold a mapping; one that is written without any keys below it changes nothing.
         inside: the files that include this one, outermost first.
+        library: the folder of files that can be included from anywhere by their names.
 
     Raises:
-        UsageError: as `read_mapping`, and for a file that includes itself or one that is not there.
+        UsageError: as `read_mapping`, and for a file that includes itself or one that is not there; an error in an
+            included file says which file includes it.
     """
     path = Path(path)
     values, lines = read_mapping(path)
@@ -68,11 +90,29 @@ def read_layers(
         raise UsageError(f"{path}: key 'include': expected the name of a file or a list of such, found {include!r}")
     below = Settings()
     for name in names:
-        if "\0" in name or not (path.parent / name).is_file():
-            raise UsageError(f"{path}:{lines['include']}: include {name!r}: no such file in {path.parent}")
-        included = read_layers(path.parent / name, alternatives, sections, [*inside, path.resolve()])
+        here = f"{path}:{lines['include']}"
+        file = _included(name, path, library, here)
+        try:
+            included = read_layers(file, alternatives, sections, [*inside, path.resolve()], library)
+        except UsageError as error:
+            raise UsageError(f"{error} (included by {here})") from None
         below = _stacked(below, included, alternatives)
     return _stacked(below, Settings(values, {key: f"{path}:{line}" for key, line in lines.items()}), alternatives)
+
+
+def _included(name: str, path: Path, library: Path | None, here: str) -> Path:
+    """The file that an include names: beside the including file, else in the library."""
+    folders = [path.parent, *([library] if library else [])]
+    found = [folder / name for folder in folders if "\0" not in name and (folder / name).is_file()]
+    # In a file that is named like the one that it includes, the library's is meant.
+    others = [file for file in found if file.resolve() != path.resolve()]
+    if found:
+        return (others or found)[0]
+    where = " or ".join(str(folder) for folder in dict.fromkeys(folders))
+    there = {file.name for folder in folders for file in folder.glob("*.y*ml") if file.resolve() != path.resolve()}
+    near = difflib.get_close_matches(name if Path(name).suffix else f"{name}.yaml", sorted(there), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"{here}: include {name!r}: no such file in {where}{hint}")
 
 
 def override(
@@ -90,27 +130,32 @@ def override(
             recipe's own check refuses them.
 
     Raises:
-        UsageError: no `=`, not valid YAML, or a key that is unknown, ambiguous or a section; names the candidates.
+        MegazhError: no `=`, not valid YAML, or a key that is unknown, ambiguous or a section; names the candidates.
+            Several such settings are refused together.
     """
-    above = Settings()
+    above, found = Settings(), Collector()
     for text in assignments:
-        written, equals, value_text = text.removeprefix("--").partition("=")
-        if not equals:
-            raise UsageError(
-                f"'{text}': expected key=value, such as {[name for name, _ in dotted_fields(model)][-1]}=..."
-            )
-        key = resolve_key(written, model)
-        try:
-            value = yaml.load(value_text, Loader=Loader)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise UsageError(f"'{text}': the value is not valid YAML") from None
-        section = _section(key, model)
-        if section is not None and not isinstance(value, dict):
-            keys = ", ".join(f"{key}.{name}" for name in section.model_fields)
-            raise UsageError(f"'{text}': '{key}' is a section; give one of its keys: {keys}")
-        origins = dict.fromkeys((key, *_keys_in(value, key)), COMMAND_LINE)
-        above = _stacked(above, Settings(_nested(key, value), origins))
+        with found.collecting():
+            above = _stacked(above, _assigned(text, model))
+    found.raise_all()
     return _stacked(settings, above, alternatives)
+
+
+def _assigned(text: str, model: type[BaseModel]) -> Settings:
+    """A layer of one `key=value` setting."""
+    written, equals, value_text = text.removeprefix("--").partition("=")
+    if not equals:
+        raise UsageError(f"'{text}': expected key=value, such as {[name for name, _ in dotted_fields(model)][-1]}=...")
+    key = resolve_key(written, model)
+    try:
+        value = yaml.load(value_text, Loader=Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UsageError(f"'{text}': the value is not valid YAML") from None
+    section = _section(key, model)
+    if section is not None and not isinstance(value, dict):
+        keys = ", ".join(f"{key}.{name}" for name in section.model_fields)
+        raise UsageError(f"'{text}': '{key}' is a section; give one of its keys: {keys}")
+    return Settings(_nested(key, value), dict.fromkeys((key, *_keys_in(value, key)), COMMAND_LINE))
 
 
 def resolve_key(key: str, model: type[BaseModel]) -> str:

@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
     "steps": 6,
     "learning_rate": 1e-2,
     "warmup": 0.1,
-    "dtype": "fp32",
+    "dtype": "auto",
     "num_gpus": 2,
     "pipe_parallel_size": 2,
     "checkpoint_every": 0,

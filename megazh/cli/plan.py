@@ -38,12 +38,12 @@ def add_to(commands: Subparsers) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from megazh.cluster.plan import MEASURED_MFU, Assumptions, plan
-    from megazh.training.recipe import load_recipe
+    from megazh.training.recipe import read_recipe
     from megazh.training.recipe_files import recipe_path
 
-    recipe = load_recipe(recipe_path(options.recipe), options.settings)
+    recipe, settings = read_recipe(recipe_path(options.recipe), options.settings)
     assumed = Assumptions(
         options.card, options.memory, MEASURED_MFU if options.mfu is None else options.mfu, options.bandwidth
     )
-    for line in plan(recipe, options.num_gpus or recipe.parallel.num_gpus or 1, assumed):
+    for line in plan(recipe, settings, options.num_gpus or recipe.parallel.num_gpus or 1, assumed):
         print(line)

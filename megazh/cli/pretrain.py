@@ -58,7 +58,7 @@ def add_to(commands: Subparsers) -> None:
 def _pretrain(options: argparse.Namespace) -> None:
     from megazh.cluster.start import start
     from megazh.corpus.options import TextDocuments
-    from megazh.training.preflight import Request
+    from megazh.training.job import Request
 
     inputs, settings = _apart(options.input, options.settings)
     code = start(

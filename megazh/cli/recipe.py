@@ -55,20 +55,20 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from megazh.errors import UsageError
+    from megazh.errors import Collector, UsageError
     from megazh.training.preflight import check_recipe
-    from megazh.training.recipe import load_recipe
+    from megazh.training.recipe import read_recipe
     from megazh.training.recipe_files import recipe_path
 
     settings = [word for word in options.recipe if "=" in word]
     names = [word for word in options.recipe if word not in settings]
     if not names:
         raise UsageError("megazh recipe check: give the path of a .yaml file, or a name from 'megazh recipe list'")
+    found = Collector()
     for name in names:
-        path = recipe_path(name)
-        recipe = load_recipe(path, settings)
-        try:
-            check_recipe(recipe)
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
-        print(f"{path}: a recipe of {recipe.total_steps:,} steps x {recipe.batch_tokens:,} tokens")
+        with found.collecting():
+            path = recipe_path(name)
+            recipe, written = read_recipe(path, settings)
+            check_recipe(recipe, written, path)
+            print(f"{path}: a recipe of {recipe.total_steps:,} steps x {recipe.batch_tokens:,} tokens")
+    found.raise_all()

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import runpy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ class Torch(NamedTuple):
     """Number of GPUs that torch can use, among those that CUDA_VISIBLE_DEVICES shows."""
     failure: str = ""
     """Reason why it can use none; empty where there is no NVIDIA driver, or where it can."""
+    memory: tuple[int, ...] = ()
+    """Bytes of memory of each of these GPUs, as far as the driver says."""
 
 
 def describe_torch() -> Torch:
@@ -32,7 +35,9 @@ def describe_torch() -> Torch:
         driver: Any = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return Torch(version, cuda, 0)
-    return Torch(version, cuda, *usable_gpus(driver, cuda))
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # in the order in which the ranks will see them
+    gpus, failure = usable_gpus(driver, cuda)
+    return Torch(version, cuda, gpus, failure, gpu_memory(driver, gpus))
 
 
 def usable_gpus(driver: Any, cuda: str) -> tuple[int, str]:
@@ -56,6 +61,22 @@ def usable_gpus(driver: Any, cuda: str) -> tuple[int, str]:
     if code := driver.cuDeviceGetCount(ctypes.byref(number)):
         return 0, _error_text(driver, code)
     return number.value, ""
+
+
+def gpu_memory(driver: Any, gpus: int) -> tuple[int, ...]:
+    """Bytes of memory of each GPU, as far as the driver says.
+
+    Args:
+        driver: libcuda, initialised.
+        gpus: number of GPUs.
+    """
+    found = []
+    for number in range(gpus):
+        device, size = ctypes.c_int(), ctypes.c_size_t()
+        if driver.cuDeviceGet(ctypes.byref(device), number) or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device):
+            break
+        found.append(size.value)
+    return tuple(found)
 
 
 def _error_text(driver: Any, code: int) -> str:

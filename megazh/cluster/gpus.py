@@ -2,11 +2,12 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from megazh.cluster.cuda import Torch, describe_torch
 from megazh.errors import UsageError
-from megazh.training.preflight import Devices
+from megazh.training.job import Devices
 from megazh.training.recipe import Device
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -31,7 +32,15 @@ def parse_gpu_list(text: str) -> list[int]:
     return numbers
 
 
-def choose_devices(device: str | None, gpus: str | None, count: int | None, wanted: int | None) -> Devices:
+def choose_devices(
+    device: str | None,
+    gpus: str | None,
+    count: int | None,
+    wanted: int | None,
+    *,
+    cpu_may_stand_in: bool = True,
+    elsewhere: bool = False,
+) -> Devices:
     """Choose the devices of a run from its options and from the GPUs of the machine.
 
     Args:
@@ -41,10 +50,13 @@ def choose_devices(device: str | None, gpus: str | None, count: int | None, want
         count: number of ranks. None: as many as `gpus` lists, else as many as `wanted` or as there are GPUs,
             whichever is less.
         wanted: number of GPUs that the recipe is made for. None: all GPUs, or one rank on the CPU.
+        cpu_may_stand_in: whether the recipe computes on the CPU where there is no GPU. Else `device` must be `cpu`.
+        elsewhere: whether the run is only described, and may start on another machine: GPUs that were requested are
+            taken as they were given where this machine has none.
 
     Raises:
-        UsageError: the options contradict each other or name GPUs that are not there, or the machine has an NVIDIA
-            card that torch cannot use and the CPU was not requested.
+        UsageError: the options contradict each other or name GPUs that are not there, or the machine has no GPU that
+            torch can use and the CPU was neither requested nor may stand in.
     """
     numbers = None if gpus is None else parse_gpu_list(gpus)
     if device == "cpu":
@@ -56,15 +68,34 @@ def choose_devices(device: str | None, gpus: str | None, count: int | None, want
     requested = f"-g {gpus}" if gpus is not None else "--device cuda" if device == "cuda" else ""
     torch = describe_torch()
     available = _available(torch)
+    if not available and elsewhere and (requested or (count is not None and not cpu_may_stand_in)):
+        chosen = numbers if numbers is not None else list(range(count or wanted or 1))
+        note = f"this machine has no GPU for torch; {requested or f'-n {count}'} is taken as given, for another machine"
+        return Devices(Device.CUDA, len(chosen), tuple(map(str, chosen)), note)
     if not available:
         why = _why_none(torch, requested)
+        if not cpu_may_stand_in:
+            raise UsageError(
+                f"no GPU to compute on: {why}; {_gpus_from_slurm()}give --device cpu to compute on the CPU, which says "
+                "how long that takes (precision.dtype=auto lets a recipe do so by itself)"
+            )
         return Devices(Device.CPU, count or wanted or 1, None, f"computing on the CPU: {why}")
     if numbers is not None:
-        return _listed(numbers, available, str(gpus))
+        return _listed(numbers, available, str(gpus), torch)
     if count is not None and count > len(available):
         raise UsageError(f"-n {count}: there are {len(available)} GPUs ({_names(available)}); give a smaller -n")
     taken = available[: count or wanted or len(available)]
-    return Devices(Device.CUDA, len(taken), tuple(taken))
+    return Devices(Device.CUDA, len(taken), tuple(taken), memory=_smallest(torch, range(len(taken))))
+
+
+def _smallest(torch: Torch, numbers: Iterable[int]) -> int | None:
+    """Bytes of memory of the smallest GPU of those with these numbers; None where the driver does not say."""
+    return min((torch.memory[number] for number in numbers if number < len(torch.memory)), default=None)
+
+
+def _gpus_from_slurm() -> str:
+    """The remedy inside of a Slurm job; empty elsewhere."""
+    return "submit the Slurm job with GPUs (--gres=gpu:N), or " if os.environ.get("SLURM_JOB_ID") else ""
 
 
 def nvidia_card(root: Path = Path("/")) -> str:
@@ -92,7 +123,7 @@ def _available(torch: Torch) -> list[str]:
 
 def _why_none(torch: Torch, requested: str) -> str:
     """The reason why no GPU is used. Raises UsageError where one was requested, or where one cannot be used."""
-    visible, card = os.environ.get(_VISIBLE), nvidia_card()
+    visible, card, slurm = os.environ.get(_VISIBLE), nvidia_card(), _gpus_from_slurm()
     hidden = visible is not None and not re.match(r"\s*(\d|GPU-|MIG-)", visible)
     if torch.cuda is None:
         why = f"this torch ({torch.version}) is built without CUDA"
@@ -105,20 +136,21 @@ def _why_none(torch: Torch, requested: str) -> str:
     if hidden:
         why = f"{_VISIBLE}={visible} hides all GPUs"
         if requested:
-            raise UsageError(f"{requested}: {why}; unset it, or ask Slurm for GPUs (--gres=gpu:N)")
+            raise UsageError(f"{requested}: {why}; {slurm or 'unset it, or '}give --device cpu")
         return why
     if card:
         raise UsageError(
             f"an NVIDIA card is in this machine ({card}), but torch {torch.version} cannot use it"
-            f"{f' ({torch.failure})' if torch.failure else ''}; see whether nvidia-smi works, repair the driver or "
-            f"upgrade it to one for CUDA {torch.cuda}, or give --device cpu"
+            f"{f' ({torch.failure})' if torch.failure else ''}; {slurm}see whether nvidia-smi works, repair the driver "
+            f"or upgrade it to one for CUDA {torch.cuda}, or give --device cpu"
         )
     if requested:
-        raise UsageError(f"{requested}: no NVIDIA GPU is in this machine; leave that out, or give --device cpu")
+        remedy = slurm or "leave that out, or "
+        raise UsageError(f"{requested}: no NVIDIA GPU is in this machine; {remedy}give --device cpu")
     return "no NVIDIA GPU is in this machine"
 
 
-def _listed(numbers: list[int], available: list[str], text: str) -> Devices:
+def _listed(numbers: list[int], available: list[str], text: str, torch: Torch) -> Devices:
     """The GPUs that a list of numbers selects."""
     visible = os.environ.get(_VISIBLE)
     missing = [number for number in numbers if number >= len(available)]
@@ -131,7 +163,7 @@ def _listed(numbers: list[int], available: list[str], text: str) -> Devices:
     note = ""
     if visible is not None and ids != tuple(map(str, numbers)):
         note = f"-g {text} counts within {_VISIBLE}={visible}: GPUs {','.join(ids)} of this machine"
-    return Devices(Device.CUDA, len(ids), ids, note)
+    return Devices(Device.CUDA, len(ids), ids, note, _smallest(torch, numbers))
 
 
 def _names(ids: list[str] | range) -> str:

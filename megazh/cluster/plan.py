@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megazh.errors import UsageError
+from megazh.errors import MegazhError, SeveralErrors, UsageError
 from megazh.model.counts import Flops, flops_per_token, parameter_counts
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
 from megazh.pipeline.memory import StageMemory, stage_parameters
@@ -12,10 +12,21 @@ from megazh.pipeline.passes import makespan
 from megazh.pipeline.timing import remembered_seconds
 from megazh.pipeline.work import Work
 from megazh.run.peaks import peak_flops
-from megazh.training.layout import Layout, make_layout
-from megazh.training.learning_rate import warmup_steps
+from megazh.settings import Settings
+from megazh.training.checks import fit
+from megazh.training.job import Devices
+from megazh.training.layout import Layout
+from megazh.training.preflight import DATA, planned_case, preflight, warnings_of
 from megazh.training.recipe import Device, Recipe
-from megazh.training.stages import OUTSIDE_TORCH, bounds_for, describe_parts, memory_by_stage, work_of
+from megazh.training.stages import (
+    OUTSIDE_TORCH,
+    MemoryLimit,
+    describe_parts,
+    fitting_bounds,
+    memory_by_stage,
+    memory_limit,
+    work_of,
+)
 
 CARDS = {
     "3090": ("NVIDIA GeForce RTX 3090", 24.0),
@@ -70,11 +81,12 @@ class Projection:
         return max(stage.total for stage in self.memory) / 2**30
 
 
-def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
+def plan(recipe: Recipe, settings: Settings, gpus: int, assumed: Assumptions) -> Iterator[str]:
     """Yield the lines of the plan.
 
     Args:
         recipe: the recipe.
+        settings: its values with the places where they were written, for errors.
         gpus: number of GPUs.
         assumed: assumptions behind the projected speed.
 
@@ -91,24 +103,27 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
         raise UsageError(
             f"--memory {assumed.memory_gib}: expected more GiB than the {OUTSIDE_TORCH} that CUDA and NCCL use"
         )
-    warmup_steps(recipe.total_steps, recipe.schedule.warmup)  # refuses a warm-up that cannot be
     name, memory_gib = CARDS[assumed.card]
-    limit_gib = (assumed.memory_gib or memory_gib) - OUTSIDE_TORCH
-    if recipe.parallel.memory_limit_gib is not None:
-        limit_gib = min(limit_gib, recipe.parallel.memory_limit_gib)
+    card = (assumed.memory_gib or memory_gib) * 2**30
+    limit = memory_limit(recipe, card)
+    assert limit is not None
+    limit_gib = limit.bytes / 2**30
     peak = peak_flops(name, recipe.logging.peak_tflops)
     assert peak is not None
     batch = recipe.batch.model_copy(update={"gradient_accumulation_steps": None})
     any_batch = recipe.model_copy(update={"batch": batch})
+    devices = Devices(Device.CUDA, gpus, None, memory=int(card))
+    warnings = warnings_of(planned_case(any_batch, settings, devices, stages=1), (fit.length, *DATA))
     choices, refused = [], []
     for stages in range(1, gpus + 1):
         if gpus % stages:
             continue
         try:
-            layout = make_layout(any_batch, gpus, stages)
-            choices.append(_estimate(recipe, layout, name, peak, limit_gib, assumed))
-        except UsageError as error:
-            refused.append(f"pp={stages} x dp={gpus // stages}: {error}")
+            layout = preflight(planned_case(any_batch, settings, devices, stages), (fit.layout, fit.dtypes)).layout
+            choices.append(_estimate(recipe, layout, name, peak, limit, assumed))
+        except MegazhError as error:
+            errors = error.errors if isinstance(error, SeveralErrors) else [error]
+            refused += [f"pp={stages} x dp={gpus // stages}: {each}" for each in errors]
     if not choices:
         raise UsageError(f"no layout of {gpus} GPUs works: {'; '.join(refused)}")
     choices.sort(key=lambda choice: (choice.memory_gib > limit_gib, choice.step_seconds))
@@ -117,8 +132,9 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
     yield ""
     yield from _describe_choices(choices, limit_gib)
     yield from refused
+    yield from warnings
     yield ""
-    yield from _projection(recipe, choices[0], name, limit_gib)
+    yield from _projection(recipe, choices[0], name, limit_gib, assumed)
     yield ""
     for choice in choices:
         yield from _describe_stages(recipe, choice, name)
@@ -128,18 +144,14 @@ def plan(recipe: Recipe, gpus: int, assumed: Assumptions) -> Iterator[str]:
 
 
 def _estimate(
-    recipe: Recipe, layout: Layout, card: str, peak: float, limit_gib: float, assumed: Assumptions
+    recipe: Recipe, layout: Layout, card: str, peak: float, limit: MemoryLimit, assumed: Assumptions
 ) -> Projection:
     work = work_of(recipe, layout, recipe.precision.on(Device.CUDA))
     costs = remembered_seconds(work, card) or costs_by_flops(work)
-    by_hand = recipe.parallel.stage_bounds
-    if by_hand and len(by_hand) == layout.stages + 1:
-        bounds = by_hand
-    else:
-        try:
-            bounds = bounds_for(work, costs, limit_gib * 2**30)
-        except UsageError:  # shown nevertheless, as too large
-            bounds = bounds_for(work, costs, None)
+    try:
+        bounds = fitting_bounds(recipe, work, costs, limit)
+    except UsageError:  # shown nevertheless, as too large
+        bounds = fitting_bounds(recipe, work, costs, None)
     blocks = recipe.model.num_hidden_layers
     costs_of_parts = costs.parts(blocks)
     per_second = 1.0 if costs.unit == "seconds" else peak * assumed.mfu
@@ -200,7 +212,8 @@ def _describe_model(
         f"layer {flops.block / 1e6:.1f} M, head {flops.head / 1e6:.1f} M = {_in_blocks(flops):.1f} layers"
     )
     yield f"run         {recipe.total_steps:,} steps x {recipe.batch_tokens:,} = {tokens:,} tokens"
-    speed = "" if measured else f"MFU {assumed.mfu:.0%}, "
+    as_measured = " (one H100 without a pipeline)" if assumed.mfu == MEASURED_MFU else ""
+    speed = "" if measured else f"MFU {assumed.mfu:.0%}{as_measured}, "
     yield (
         f"GPUs        {gpus} x {card}, {limit_gib:.1f} GiB for torch, {peak / 1e12:g} TFLOP/s peak; assumed: "
         f"{speed}{assumed.bandwidth:g} GB/s between GPUs"
@@ -235,18 +248,21 @@ def _describe_choices(choices: list[Projection], limit_gib: float) -> Iterator[s
         )
 
 
-def _projection(recipe: Recipe, best: Projection, card: str, limit_gib: float) -> Iterator[str]:
-    """Speed and length of the best layout, beside the recipe's reference."""
+def _projection(recipe: Recipe, best: Projection, card: str, limit_gib: float, assumed: Assumptions) -> Iterator[str]:
+    """Speed and length of the best layout, beside the recipe's reference where that is for the same cards."""
     if best.memory_gib > limit_gib:
         return
     tokens = recipe.total_steps * recipe.batch_tokens
-    beside, reference = "", recipe.logging.reference_days
-    if reference is not None:
-        beside = f"; the recipe's reference: {reference:g} days ({reference / best.days:.2f} x)"
     yield (
         f"projection, not measured: {best.tokens_per_second:,.0f} tokens/s on {best.layout.ranks} x {card}, "
-        f"{best.days:.2f} days for {tokens / 1e9:.1f} billion tokens{beside}"
+        f"{best.days:.2f} days for {tokens / 1e9:.1f} billion tokens"
     )
+    log = recipe.logging
+    if log.reference_days is None or log.reference_tokens is None:
+        return
+    if (log.reference_card, log.reference_gpus) == (assumed.card, best.layout.ranks):
+        days = log.reference_days * tokens / log.reference_tokens
+        yield f"the recipe's reference for these GPUs and tokens: {days:.2f} days, projected {best.days:.2f}"
 
 
 def _describe_stages(recipe: Recipe, choice: Projection, card: str) -> Iterator[str]:

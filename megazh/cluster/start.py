@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,71 +10,89 @@ from megazh.cluster.gpus import choose_devices, parse_gpu_list
 from megazh.cluster.hostfile import Host, is_this_machine, read_hostfile
 from megazh.cluster.launchers import hosts as on_hosts
 from megazh.cluster.launchers import local
-from megazh.errors import UsageError, WorkerError
+from megazh.errors import Collector, UsageError, WorkerError
 from megazh.files import locked
 from megazh.model.counts import flops_per_token
 from megazh.run.summary import describe_end
+from megazh.training.checks.data import checked_mixture, describe_data, makes_data
+from megazh.training.checks.resume import check_resume, is_complete, steps_done
 from megazh.training.describe import describe_job
-from megazh.training.preflight import (
-    Devices,
-    Job,
-    Request,
-    check_resume,
-    checked_mixture,
-    is_complete,
-    make_job,
-    requested_recipe,
-)
-from megazh.training.recipe import Device, Recipe
+from megazh.training.job import Case, Devices, Job, Request
+from megazh.training.preflight import CHECKS, DATA, WITHOUT_DEVICES, preflight, requested_case, warnings_of
+from megazh.training.recipe import Device
 
 
 def start(request: Request) -> int:
     """Train; returns the exit code.
 
     Raises:
-        MegazhError: the request cannot work; nothing was started.
+        MegazhError: the request cannot work; nothing was started. All that is wrong with it is raised together.
     """
-    recipe, run, data_folder = requested_recipe(request)
-    hosts = read_hostfile(request.hostfile) if request.hostfile else []
+    case, found = requested_case(request), Collector()
+    hosts: list[Host] = []
+    with found.collecting():
+        hosts = read_hostfile(request.hostfile) if request.hostfile else []
+    checks = WITHOUT_DEVICES
+    with found.collecting():
+        case, checks = replace(case, devices=_devices(case, hosts)), CHECKS
+    job = preflight(case, checks, found)
     remote = bool(hosts) and not is_this_machine(hosts)
-    job = make_job(request, recipe, run, data_folder, _devices(request, hosts, recipe))
     if remote:
         job = replace(job, hostfile=request.hostfile)
     launcher = on_hosts if remote else local
     command = launcher.command(job)  # refuses hosts that cannot work
-    for line in job.notes:
-        print(line, file=sys.stderr, flush=True)
-    check_resume(job)
+    _note(job.notes)
     if request.dry_run:
         _dry_run(job, command)
         return 0
     if request.inputs:
         _prepare(job, request)
-    if is_complete(job):
+    if is_complete(job.run, job.recipe):
         _describe_end(job, request)
         return 0
-    if job.recipe.data.stories and not Path(job.recipe.data.manifest).exists():
+    if not request.inputs and makes_data(case) and not Path(job.recipe.data.manifest).exists():
         _prepare(job, request)
+    _note([line for line in warnings_of(case, DATA) if line not in job.notes])  # of data that has just been made
     mixture = checked_mixture(job.recipe)
     with locked(job.run.lock, f"{job.run.path}: another job is training in this folder"):
         check_resume(job)
         job.run.begin(job.recipe.to_yaml(), mixture)
-        for line in describe_job(job):
+        for line in (*describe_job(job), *describe_data(job.recipe)):
             print(line, flush=True)
         code = launcher.launch(job)
-    if code == 0 and not is_complete(job):
+    if code == 0 and not is_complete(job.run, job.recipe):
         raise WorkerError(f"{job.run.path}: the ranks ended before the run was complete; run the same command again")
     if code == 0:
         _describe_end(job, request)
     return code
 
 
-def _devices(request: Request, hosts: list[Host], recipe: Recipe) -> Devices:
+def _note(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _devices(case: Case, hosts: list[Host]) -> Devices:
+    request, recipe = case.request, case.recipe
     if not hosts or is_this_machine(hosts):
         count = request.num_gpus or (hosts[0].slots if hosts and request.gpus is None else None)
+        taken = len(parse_gpu_list(request.gpus)) if request.gpus else count
+        if hosts and taken and taken > hosts[0].slots:
+            option = f"-g {request.gpus}" if request.gpus else f"-n {request.num_gpus}"
+            raise UsageError(
+                f"{option}: {taken} GPUs, and {hosts[0].name} has slots={hosts[0].slots} in -H {request.hostfile}; "
+                "take fewer, or raise slots there"
+            )
         wanted = recipe.parallel.device
         device = request.device or (None if wanted is Device.AUTO else wanted.value)
-        return choose_devices(device, request.gpus, count, recipe.parallel.num_gpus)
+        return choose_devices(
+            device,
+            request.gpus,
+            count,
+            recipe.parallel.num_gpus,
+            cpu_may_stand_in=recipe.precision.dtype == "auto",
+            elsewhere=request.dry_run,
+        )
     slots = parse_gpu_list(request.gpus) if request.gpus else None
     ranks = sum(len(slots) if slots is not None else host.slots for host in hosts)
     if request.num_gpus not in (None, ranks):
@@ -108,21 +127,26 @@ def _dry_run(job: Job, command: list[str]) -> None:
     print(f"{'precision':<12}{job.precision.compute}")
     if job.devices.ids:
         print(f"{'GPUs':<12}{','.join(job.devices.ids)}")
-    manifest = job.recipe.data.manifest
-    print(f"{'data':<12}{manifest}{'' if Path(manifest).exists() else ' (not there yet)'}")
+    for line in describe_data(job.recipe):
+        print(line)
     print(f"{'command':<12}{' '.join([command[0], shlex.join(command[1:])])}")
     print("dry run: nothing was started")
 
 
 def _describe_end(job: Job, request: Request) -> None:
     recipe, run = job.recipe, job.run
+    done = steps_done(run) or recipe.total_steps
+    if done > recipe.total_steps:
+        print(
+            f"{run.path}: has {done:,} steps already, and {recipe.total_steps:,} were asked for: nothing is left to do"
+        )
     kept = [text for text in request.settings if _last_name(text) not in ("steps", "tokens", "resume")]
-    longer = replace(request, settings=[*kept, f"steps={2 * recipe.total_steps}"])
+    longer = replace(request, settings=[*kept, f"steps={2 * done}"])
     anew = replace(request, run=run.path.with_name(f"{run.path.name}-2"))
     flops = flops_per_token(recipe.model, recipe.batch.seq_len).total * recipe.batch_tokens
     prompts = recipe.evaluation.sample_prompts
     prompt = prompts[0] if prompts else "从前，"
-    for line in describe_end(run, recipe.total_steps, flops, prompt, _command(longer), _command(anew)):
+    for line in describe_end(run, done, flops, prompt, _command(longer), _command(anew)):
         print(line)
 
 

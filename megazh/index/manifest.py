@@ -97,6 +97,13 @@ def load_manifest(path: Path | str) -> Manifest:
     return load_yaml(path, Manifest)
 
 
+def manifest_at(path: Path) -> Manifest:
+    """The manifest at `path`, or, if `path` is the PREFIX of an index, a manifest with that index alone."""
+    if path.suffix not in (".yaml", ".yml") and Path(f"{path}.idx").exists():
+        return Manifest(corpora=[CorpusEntry(name=path.name, prefix=path.name, weight=1.0)])
+    return load_manifest(path)
+
+
 def exact(value: float | int) -> Fraction:
     """The decimal number as written: 0.3 is exactly three tenths."""
     return Fraction(str(value))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megazh.errors import DataError, MegazhError, UsageError
-from megazh.index.manifest import CorpusEntry, Manifest, OnExhausted, exact, load_manifest
+from megazh.index.manifest import CorpusEntry, OnExhausted, exact, manifest_at
 from megazh.index.metadata import Metadata
 from megazh.index.order import Blend, permuted, select_side, stream_key
 from megazh.index.packing import Packing, SampleTable, default_max_docs
@@ -70,7 +70,7 @@ class Mixture:
         if max_docs is not None and max_docs < 2:
             raise UsageError(f"max_docs {max_docs}: expected at least 2 (a document and padding)")
         self.path = Path(manifest)
-        self.manifest = _manifest_at(self.path)
+        self.manifest = manifest_at(self.path)
         self.seed = self.manifest.seed if seed is None else seed
         self.shape = SampleShape(seq_len, packing, max_docs or default_max_docs(seq_len), running_positions)
         self.corpora = [self._open(entry) for entry in self.manifest.corpora]
@@ -295,10 +295,3 @@ def _gather_batch(places: list[tuple[int, int]], corpora: list[CorpusSamples], s
 def _only(batch: Sample) -> Sample:
     """The only sample of a batch of one."""
     return Sample(batch.tokens[0], batch.labels[0], batch.position_ids[0], batch.cu_seqlens[0])
-
-
-def _manifest_at(path: Path) -> Manifest:
-    """The manifest at `path`, or, if `path` is the prefix of an index, a manifest with that index alone."""
-    if path.suffix not in (".yaml", ".yml") and Path(f"{path}.idx").exists():
-        return Manifest(corpora=[CorpusEntry(name=path.name, prefix=path.name, weight=1.0)])
-    return load_manifest(path)

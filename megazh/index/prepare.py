@@ -179,7 +179,7 @@ def _write_prepared(folder: Path, plan: _Plan, complete: bool) -> None:
 def _check_same(folder: Path, before: _Plan, now: _Plan) -> None:
     if before == now:
         return
-    remedy = "choose another run name (-r), or delete the folder to prepare it again"
+    remedy = "choose another run name (-r), or give the same again"
     for key in ("story_count", "text_key", "text_documents", "encoding", "vocab_size", "seed"):
         was, found = getattr(before, key), getattr(now, key)
         if key == "story_count" and (was is None) != (found is None):
@@ -195,11 +195,14 @@ def _check_same(folder: Path, before: _Plan, now: _Plan) -> None:
 
 
 def _check_prepared(folder: Path) -> None:
+    load_manifest(folder / _MANIFEST)
     try:
-        load_manifest(folder / _MANIFEST)
         IndexedDataset(folder / _CORPUS).document_hashes()
     except MegazhError as error:
-        raise type(error)(f"{error}; delete {folder} to prepare it again") from None
+        raise type(error)(
+            f"{error}; choose another run name (-r), or delete {folder / _CORPUS}.idx, which a preparation made, to "
+            "index the text again"
+        ) from None
 
 
 def _check_free(folder: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megazh.model.config import Mlp, ModelConfig
 from megazh.model.counts import chunk_tokens, parameter_counts
 from megazh.pipeline.passes import kept_micro_batches, weight_passes_deferred
+from megazh.pipeline.precision import Dtype
 from megazh.pipeline.tuning import REDUCE_BUCKET_ELEMENTS
 from megazh.pipeline.work import Work
 
@@ -62,11 +63,31 @@ def stage_memory(work: Work, stage: int, begin: int, end: int) -> StageMemory:
     return StageMemory(
         weights=parameters * size,
         gradients=parameters * gradient_bytes,
-        optimizer=12 * parameters / work.replicas,
+        optimizer=_optimizer_memory(work, parameters),
         activations=activations,
         head=_head_memory(work, stage) if has_head else 0,
         reduction=_reduction_memory(work, parameters),
     )
+
+
+def checkpoint_bytes(work: Work, parameters: int) -> float:
+    """Bytes of a checkpoint: the weights, and the optimizer state of all replicas.
+
+    Args:
+        work: the step's shapes and dtypes.
+        parameters: parameters of all stages, a tied matrix once for each stage with a copy.
+    """
+    return (work.precision.compute.bytes + _state_bytes(work)) * parameters
+
+
+def _optimizer_memory(work: Work, parameters: int) -> float:
+    """Bytes of optimizer state of one rank: a shard, or all of it where the replicas do not share it."""
+    return _state_bytes(work) * parameters / (work.replicas if work.shards_optimizer else 1)
+
+
+def _state_bytes(work: Work) -> int:
+    """Bytes per parameter of Adam's two averages, and of master weights where they are kept beside the weights."""
+    return 12 if work.shards_optimizer or work.precision.compute is not Dtype.FP32 else 8
 
 
 def _head_memory(work: Work, stage: int) -> float:

@@ -82,7 +82,7 @@ def check_engine(stages: int, precision: Precision, zero_stage: int, tied: bool)
     Raises:
         UsageError: names the combination, what is wrong with it, and what to use instead.
     """
-    compute, accumulation = precision.compute, precision.accumulation
+    compute, accumulation, communication = precision.compute, precision.accumulation, precision.communication
     if zero_stage not in (0, 1):
         raise UsageError(
             f"zero_stage={zero_stage}: a pipeline works with ZeRO-1 only (2 and 3 shard gradients and weights that "
@@ -96,6 +96,11 @@ def check_engine(stages: int, precision: Precision, zero_stage: int, tied: bool)
     if accumulation not in (Dtype.FP32, compute):
         raise UsageError(
             f"grad_accum_dtype={accumulation} with precision.dtype={compute}: use fp32, or {compute} like the model"
+        )
+    if communication is Dtype.FP16 and compute is not Dtype.FP16:
+        raise UsageError(
+            f"communication_dtype=fp16 with precision.dtype={compute}: only fp16 has a loss scale, without which small "
+            "gradients vanish in fp16; set communication_dtype=bf16, or fp32"
         )
     if compute is Dtype.FP16 and accumulation is Dtype.FP32 and tied and stages > 1:
         raise UsageError(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megazh.model.backend import Backend
 from megazh.model.config import ModelConfig
-from megazh.pipeline.precision import Precision
+from megazh.pipeline.precision import Dtype, Precision
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,13 @@ class Work:
     """Whether blocks are recomputed in the backward pass instead of keeping their activations."""
     backend: Backend
     """What computes blocks and loss."""
+    zero_stage: int = 1
+    """ZeRO stage: 1 shards the optimizer state over the replicas."""
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether replicas share the optimizer state. DeepSpeed's bf16 optimizer always does."""
+        return self.zero_stage > 0 or self.precision.compute is Dtype.BF16
 
     @property
     def tokens(self) -> int:

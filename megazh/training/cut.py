@@ -9,19 +9,19 @@ from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.timing import layer_seconds
 from megazh.pipeline.work import Work
 from megazh.training.recipe import Recipe, StageCosts
-from megazh.training.stages import OUTSIDE_TORCH, bounds_for
+from megazh.training.stages import fitting_bounds, memory_limit
 
 
 def agree_on_bounds(recipe: Recipe, work: Work, device: torch.device) -> list[int]:
     """The stage bounds of a new run. All ranks call it; rank 0 decides.
 
     Raises:
-        UsageError: no cut fits the memory of a GPU.
+        UsageError: a stage does not fit the memory of a GPU.
     """
-    if work.stages == 1:
-        return [0, recipe.model.num_hidden_layers + 2]
-    if recipe.parallel.stage_bounds is not None:
-        return recipe.parallel.stage_bounds
+    card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    limit = memory_limit(recipe, card)
+    if work.stages == 1 or recipe.parallel.stage_bounds is not None:
+        return fitting_bounds(recipe, work, costs_by_flops(work), limit)
     measured = recipe.parallel.stage_costs is StageCosts.MEASURED or (
         recipe.parallel.stage_costs is StageCosts.AUTO and device.type == "cuda"
     )
@@ -33,15 +33,6 @@ def agree_on_bounds(recipe: Recipe, work: Work, device: torch.device) -> list[in
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-        box = [bounds_for(work, costs, memory_limit(recipe, device))]
+        box = [fitting_bounds(recipe, work, costs, limit)]
     dist.broadcast_object_list(box, 0)
     return box[0]
-
-
-def memory_limit(recipe: Recipe, device: torch.device) -> float | None:
-    """Bytes of a GPU that torch may use; None on the CPU, where nothing limits them."""
-    if recipe.parallel.memory_limit_gib is not None:
-        return recipe.parallel.memory_limit_gib * 2**30
-    if device.type != "cuda":
-        return None
-    return torch.cuda.get_device_properties(device).total_memory - OUTSIDE_TORCH * 2**30

@@ -7,17 +7,18 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megazh.model.backend import why_not_fused
-from megazh.model.counts import parameter_counts
+from megazh.model.counts import flops_per_token, parameter_counts
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.memory import stage_parameters
+from megazh.training.cpu_time import describe_cpu_time
 from megazh.training.recipe import Device, Kernels, Recipe, StageCosts
-from megazh.training.stages import bounds_for, describe_parts, memory_by_stage, work_of
+from megazh.training.stages import describe_parts, fitting_bounds, memory_by_stage, memory_limit, work_of
 
 if TYPE_CHECKING:
     import torch
 
     from megazh.pipeline.precision import Precision
-    from megazh.training.preflight import Job
+    from megazh.training.job import Job
 
 
 def describe_job(job: Job, detailed: bool = False) -> Iterator[str]:
@@ -37,6 +38,9 @@ def describe_job(job: Job, detailed: bool = False) -> Iterator[str]:
         f"{recipe.batch.seq_len} = {recipe.batch_tokens:,} tokens per step"
     )
     yield f"{'length':<12}{recipe.total_steps:,} steps, {tokens:,} tokens"
+    if job.device is Device.CPU:
+        operations = flops_per_token(recipe.model, recipe.batch.seq_len).total * tokens
+        yield f"{'time':<12}{describe_cpu_time(operations)}"
     if detailed:
         yield from describe_stages(job)
 
@@ -44,10 +48,9 @@ def describe_job(job: Job, detailed: bool = False) -> Iterator[str]:
 def describe_stages(job: Job) -> Iterator[str]:
     """A table of the stages: parts, parameters, share of FLOPs, memory."""
     recipe, parallel = job.recipe, job.recipe.parallel
-    limit = parallel.memory_limit_gib * 2**30 if parallel.memory_limit_gib else None
     work = work_of(recipe, job.layout, job.precision)
     costs = costs_by_flops(work)
-    bounds = parallel.stage_bounds or bounds_for(work, costs, limit)
+    bounds = fitting_bounds(recipe, work, costs, memory_limit(recipe, job.devices.memory))
     parts = costs.parts(recipe.model.num_hidden_layers)
     if job.device is Device.CUDA and parallel.stage_bounds is None and parallel.stage_costs is not StageCosts.FLOPS:
         yield "stages by FLOPs; the run measures its layers first, and may cut elsewhere:"

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from megazh.config import Config, choice, dotted_fields, from_mapping
-from megazh.errors import UsageError
+from megazh.config import Config, all_errors, choice, dotted_fields, from_mapping
+from megazh.errors import Collector, UsageError
 from megazh.index.choices import Packing
 from megazh.index.manifest import Amount
 from megazh.model.config import Count, ModelConfig, Positive, Share
 from megazh.pipeline.precision import Dtype, Precision
 from megazh.run.folder import RunFolder
 from megazh.settings import Settings, override, read_layers
+from megazh.training.recipe_files import recipes_folder
 
 if TYPE_CHECKING:
     from megazh.index.mixture import Mixture
@@ -207,7 +208,13 @@ class LoggingConfig(Config):
     peak_tflops: Annotated[Positive | None, MAY_CHANGE] = None
     """Peak TFLOP/s of one GPU for MFU. Default: the data sheet's, where the card is known."""
     reference_days: Annotated[Positive | None, MAY_CHANGE] = None
-    """Days that such a run took or was estimated at elsewhere, for `megazh plan` to compare with."""
+    """Days that such a run took or was estimated at elsewhere, for `megazh plan` to show beside its projection."""
+    reference_card: Annotated[str | None, MAY_CHANGE] = None
+    """Card of reference_days, as `megazh plan --card` names it; other cards are not compared."""
+    reference_gpus: Annotated[Count | None, MAY_CHANGE] = None
+    """Number of GPUs of reference_days; other numbers are not compared."""
+    reference_tokens: Annotated[Amount | None, MAY_CHANGE] = None
+    """Tokens of reference_days; the days of another length are in proportion."""
 
 
 class Recipe(Config):
@@ -285,9 +292,14 @@ def read_recipe(path: Path | str, assignments: Sequence[str] = ()) -> tuple[Reci
     """Read the recipe in a file with `key=value` settings on top, and the origin of each value.
 
     Raises:
-        UsageError: a key or value cannot work; one line that names the key and the place where it was written.
+        MegazhError: keys or values cannot work; a line for each that names the key and the place where it was written.
     """
-    settings = override(read_layers(path, ALTERNATIVES, Recipe.model_fields), assignments, Recipe, ALTERNATIVES)
+    layers = read_layers(path, ALTERNATIVES, Recipe.model_fields, library=recipes_folder())
+    settings = override(layers, assignments, Recipe, ALTERNATIVES)
+    found = Collector()
+    for line in all_errors(settings.values, Recipe, str(path), settings.origins):
+        found.add(UsageError(line))
+    found.raise_all()
     return from_mapping(settings.values, Recipe, str(path), settings.origins), settings
 
 
@@ -303,15 +315,15 @@ def run_recipe(run: RunFolder) -> Recipe:
     return load_recipe(run.config)
 
 
-def fixed_keys_that_differ(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """Keys without a mark whose values differ: (dotted key, old value, new value)."""
+def differing_keys(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any, bool]]:
+    """Keys whose values differ: (dotted key, old value, new value, whether it has a mark and may differ)."""
     for name, field in Recipe.model_fields.items():
         section: Any = field.annotation
         old, new = getattr(before, name), getattr(now, name)
         for key, inner in section.model_fields.items():
-            marked = MAY_CHANGE in inner.metadata or UNTIL_CHECKPOINT in inner.metadata
-            if not marked and getattr(old, key) != getattr(new, key):
-                yield f"{name}.{key}", getattr(old, key), getattr(new, key)
+            if getattr(old, key) != getattr(new, key):
+                marked = MAY_CHANGE in inner.metadata or UNTIL_CHECKPOINT in inner.metadata
+                yield f"{name}.{key}", getattr(old, key), getattr(new, key), marked
 
 
 def keys() -> Iterator[tuple[str, Any]]:

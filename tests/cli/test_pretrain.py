@@ -20,7 +20,7 @@ from megazh.errors import INTERRUPTED, BusyError, DataError, UsageError, WorkerE
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
-from megazh.training.preflight import Request
+from megazh.training.job import Request
 from megazh.training.recipe import load_recipe, run_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from megazh.cluster import gpus
 from megazh.cluster.cuda import Torch
 from megazh.cluster.gpus import choose_devices, nvidia_card, parse_gpu_list
 from megazh.errors import UsageError
-from megazh.training.preflight import Devices
+from megazh.training.job import Devices
 from megazh.training.recipe import Device
 
 DESCRIBE_TORCH = gpus.describe_torch  # each test replaces it

@@ -23,8 +23,8 @@ from megazh.errors import BusyError, MegazhError, UsageError
 from megazh.files import locked
 from megazh.index.prepare import prepare
 from megazh.run.folder import RunFolder
-from megazh.training import preflight
-from megazh.training.preflight import Request
+from megazh.training.checks import fit
+from megazh.training.job import Request
 from megazh.training.recipe import run_recipe
 
 STOPPED = 5
@@ -116,7 +116,10 @@ def refused(request: Request, launches: Launches, error: type[MegazhError] = Usa
         ({"settings": ["data.manifest=other/mine.yaml"]}, ["other/mine.yaml: no such file", "--output other/mine'"]),
         ({"settings": ["zero_stage=0"]}, ["zero_stage=0 with pipe_parallel_size=2", "set zero_stage=1"]),
         ({"settings": ["zero_stage=2"]}, ["zero_stage=2", "set zero_stage=1"]),
-        ({"settings": ["dtype=fp16"]}, ["precision.dtype=fp16", "on this CPU", "set precision.dtype=fp32 or bf16"]),
+        (
+            {"settings": ["dtype=fp16"], "device": "cpu"},
+            ["precision.dtype=fp16", "on this CPU", "set precision.dtype=fp32 or bf16"],
+        ),
         ({"settings": ["warmup=7"]}, ["schedule.warmup=7: longer than the run of 6"]),
         ({"settings": ["seq_len=1000000"]}, ["tokens for training, less than one sample of 1000000"]),
         ({"hostfile": Path("nowhere")}, ["-H nowhere: no such file"]),
@@ -133,7 +136,7 @@ def test_what_cannot_work_is_refused(
     changes: dict[str, Any],
     parts: list[str],
 ) -> None:
-    monkeypatch.setattr(preflight, "_cpu_has_fp16", lambda: False)
+    monkeypatch.setattr(fit, "_cpu_has_fp16", lambda: False)
     line = refused(Request(**{"recipe": recipe, **changes}), launches)
     for part in parts:
         assert part in line
@@ -216,7 +219,7 @@ def test_a_second_job_in_the_same_folder_is_refused(launches: Launches, recipe: 
         ({"settings": ["model.hidden_size=64"]}, ["begun with model.hidden_size=32, and this one has 64", "-r"]),
         ({"settings": ["seed=7"]}, ["begun with schedule.seed=42, and this one has 7", "-r"]),
         ({"settings": ["data.packing=concat"]}, ["begun with data.packing=best_fit, and this one has concat", "-r"]),
-        ({"settings": ["dtype=bf16"]}, ["was saved in fp32, and this is bf16", "-r"]),
+        ({"settings": ["dtype=bf16"], "device": "cpu"}, ["was saved in fp32, and this is bf16", "-r"]),
         ({"num_gpus": 2, "stages": 2}, ["saved by 1 stages x 1 replicas, and this is 2 x 1", "-n 1 -p 1", "-r"]),
     ],
 )
@@ -392,7 +395,7 @@ def test_other_text_of_the_same_name_is_refused(launches: Launches, recipe: str,
     launches.clear()
     line = refused(Request(recipe=recipe, inputs=[str(second)]), launches)
     assert line.startswith("data_index/novels: was prepared from other input: ")
-    assert "choose another run name (-r), or delete the folder" in line
+    assert line.endswith("choose another run name (-r), or give the same again")
     assert start(Request(recipe=recipe, inputs=[str(second)], run=Path("runs/again"))) == STOPPED
     assert run_recipe(RunFolder(Path("runs/again"))).data.manifest == "data_index/again/mixture.yaml"
 

@@ -98,8 +98,11 @@ def test_what_is_missing_is_made_again(call: Call, missing: str) -> None:
 def test_damaged_index_is_told_with_the_remedy(call: Call) -> None:
     call()
     (call.folder / "corpus.docs").write_bytes(b"short")
-    with pytest.raises(DataError, match=f"corpus.docs.*delete {call.folder} "):
+    with pytest.raises(DataError, match=f"corpus.docs.*delete {call.folder}/corpus.idx, which a prep"):
         call()
+    (call.folder / "corpus.idx").unlink()
+    call()
+    verify_index(str(call.folder / "corpus"))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "nested key", "folder of files", "one text"])
@@ -231,7 +234,7 @@ def test_other_input_in_the_same_folder_is_refused(
     if change == "file":
         (tmp_path / "more.jsonl").write_bytes(json_lines(texts(3)))
         inputs.append(tmp_path / "more.jsonl")
-    with pytest.raises(UsageError, match=f"{message}.*-r.*delete"):
+    with pytest.raises(UsageError, match=f"{message}.*-r.*the same again$"):
         call(*inputs, **(change if isinstance(change, dict) else {}))
     assert index_bytes(call.folder / "corpus") == before
 

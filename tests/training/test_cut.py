@@ -8,8 +8,9 @@ from ranks import run_ranks
 from recipes import make_recipe
 from training.cut_rank import RANKS, RECIPE, measured_costs
 
+from megazh.errors import UsageError
 from megazh.pipeline.split import best_bounds
-from megazh.training.cut import agree_on_bounds, memory_limit
+from megazh.training.cut import agree_on_bounds
 from megazh.training.layout import make_layout
 from megazh.training.recipe import Device, Recipe
 from megazh.training.stages import work_of
@@ -42,6 +43,9 @@ def test_a_cut_by_hand_is_taken() -> None:
     assert agreed(recipe, 2) == [0, 1, 7]
 
 
-def test_only_a_recipe_limits_memory_on_the_cpu() -> None:
-    assert memory_limit(make_recipe(), CPU) is None
-    assert memory_limit(make_recipe(memory_limit_gib=1.5), CPU) == 1.5 * 2**30
+def test_one_stage_and_a_cut_by_hand_respect_the_limit() -> None:
+    small = {"memory_limit_gib": 1e-6, "model": {"num_hidden_layers": 5}}
+    with pytest.raises(UsageError, match=r"^the model in one stage needs 0\.0 GiB .*memory_limit_gib=1e-06"):
+        agreed(make_recipe(**small), 1)
+    with pytest.raises(UsageError, match=r"^stage 1 of the cut \[0, 1, 7\] needs"):
+        agreed(make_recipe(**small, stage_bounds=[0, 1, 7]), 2)

@@ -12,7 +12,7 @@ from megazh.kernels import support
 from megazh.model.counts import parameter_counts
 from megazh.pipeline.memory import stage_parameters
 from megazh.training.describe import describe_job, describe_kernels, describe_stages
-from megazh.training.preflight import Devices, Job, Request, make_job
+from megazh.training.job import Devices, Job, Request, make_job
 from megazh.training.recipe import Device, Recipe, load_recipe
 from megazh.training.recipe_files import recipe_path
 

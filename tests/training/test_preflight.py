@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from recipes import make_recipe
 
-from megazh.errors import UsageError
+from megazh.errors import SeveralErrors, UsageError
 from megazh.run.folder import RunFolder
-from megazh.training.preflight import Devices, Job, Request, check_resume, make_job
+from megazh.training.checks.resume import check_resume
+from megazh.training.job import Devices, Job, Request, make_job
 from megazh.training.recipe import Device, Recipe, run_recipe
 
 
@@ -65,10 +66,19 @@ def test_what_decides_the_result_may_not_change(
     assert str(refusal.value).endswith("another folder with -r")
 
 
-def test_another_model_is_refused(run: RunFolder) -> None:
-    recipe = make_recipe(model={"num_hidden_layers": 3, "qkv_bias": True})
-    with pytest.raises(UsageError, match=r"model\.num_hidden_layers=2, and this one has 3"):
+def test_all_that_differs_is_refused_at_once(run: RunFolder) -> None:
+    recipe = make_recipe(model={"num_hidden_layers": 3, "qkv_bias": True}, seed=3)
+    with pytest.raises(SeveralErrors) as refusal:
         check_resume(job_of(run, recipe))
+    lines = [str(error) for error in refusal.value.errors]
+    for line, part in zip(
+        lines,
+        ("model.num_hidden_layers=2, and this one has 3", "model.qkv_bias=False, and", "schedule.seed=42, and"),
+        strict=True,
+    ):
+        assert part in line
+    assert refusal.value.exit_code == 2
+    assert str(refusal.value).split("\nerror: ") == lines, "each is a line of its own on the terminal"
 
 
 def test_the_layout_that_runs_is_in_the_recipe(run: RunFolder) -> None:

@@ -8,7 +8,7 @@ from recipes import make_recipe
 
 from megazh.errors import UsageError
 from megazh.training.layout import make_layout
-from megazh.training.recipe import MAY_CHANGE, UNTIL_CHECKPOINT, Recipe, fixed_keys_that_differ, keys, load_recipe
+from megazh.training.recipe import MAY_CHANGE, UNTIL_CHECKPOINT, Recipe, differing_keys, keys, load_recipe
 from megazh.training.recipe_files import recipe_names, recipe_path
 
 NAMES = recipe_names()
@@ -164,9 +164,13 @@ def test_whether_a_key_may_change_is_said_at_its_field() -> None:
     assert later == {"parallel.num_gpus", "parallel.pipe_parallel_size", "parallel.stage_bounds"}
     assert not free & {"model.hidden_size", "schedule.seed", "batch.global_batch_size", "precision.dtype"}
     before = make_recipe()
-    assert list(fixed_keys_that_differ(before, make_recipe(steps=20, learning_rate=1.0, num_gpus=3))) == []
-    changed = make_recipe(model={"hidden_size": 64}, seed=7, steps=20)
-    assert list(fixed_keys_that_differ(before, changed)) == [("model.hidden_size", 32, 64), ("schedule.seed", 42, 7)]
+    assert list(differing_keys(before, make_recipe(steps=20, num_gpus=3))) == [
+        ("schedule.steps", 10, 20, True),
+        ("parallel.num_gpus", None, 3, True),
+    ]
+    changed = make_recipe(model={"hidden_size": 64}, seed=7)
+    fixed = [("model.hidden_size", 32, 64, False), ("schedule.seed", 42, 7, False)]
+    assert list(differing_keys(before, changed)) == fixed
 
 
 @pytest.mark.parametrize(

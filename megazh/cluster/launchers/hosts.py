@@ -13,7 +13,7 @@ from types import FrameType
 from megazh.cluster.hostfile import Host, read_hostfile
 from megazh.cluster.launchers.local import free_port
 from megazh.errors import INTERRUPTED, UsageError, WorkerError
-from megazh.training.preflight import Job
+from megazh.training.job import Job
 
 
 def launch(job: Job) -> int:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from megazh.cluster.launchers.rank_log import RankLog
 from megazh.errors import INTERRUPTED, UsageError, WorkerError
-from megazh.training.preflight import Job
+from megazh.training.job import Job
 from megazh.training.startup import BEGUN, process_begun
 
 _ATTEMPTS = 3  # attempts to find a port that nobody takes before rank 0 listens on it

@@ -14,7 +14,7 @@ from megazh.cluster.hostfile import Host
 from megazh.cluster.launchers import hosts
 from megazh.cluster.launchers.hosts import deepspeed_command
 from megazh.errors import UsageError, WorkerError
-from megazh.training.preflight import Devices, Request, make_job
+from megazh.training.job import Devices, Request, make_job
 from megazh.training.recipe import Device
 
 

@@ -1,0 +1,85 @@
+"""Whether a recipe works by itself and on its devices: length, layout, dtypes, memory."""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+
+from megazh.errors import Collector, UsageError
+from megazh.pipeline.costs import costs_by_flops
+from megazh.pipeline.precision import Dtype, check_deepspeed_version, check_engine
+from megazh.training.checkpoint_list import list_checkpoints, read_manifest
+from megazh.training.job import Case
+from megazh.training.learning_rate import warmup_steps
+from megazh.training.recipe import Device
+from megazh.training.stages import (
+    ASSUMED_CARD_GIB,
+    MemoryLimit,
+    check_memory,
+    fitting_bounds,
+    memory_limit,
+    work_of,
+)
+
+
+def length(case: Case) -> Iterator[str]:
+    """The warm-up is not longer than the run."""
+    warmup_steps(case.recipe.total_steps, case.recipe.schedule.warmup)
+    yield from ()
+
+
+def layout(case: Case) -> Iterator[str]:
+    """Ranks, stages, replicas and the batch go together."""
+    _ = case.job.layout
+    yield from ()
+
+
+def dtypes(case: Case) -> Iterator[str]:
+    """DeepSpeed computes these dtypes rightly, and the device has them."""
+    precision, recipe, device = case.recipe.precision.on(case.devices.device), case.recipe, case.devices.device
+    found = Collector()
+    with found.collecting():
+        check_deepspeed_version(version("deepspeed"))
+    with found.collecting():
+        stages = case.request.stages or recipe.parallel.pipe_parallel_size
+        check_engine(stages, precision, recipe.parallel.zero_stage, recipe.model.tie_word_embeddings)
+    if recipe.model.attention_dropout and device is Device.CUDA and precision.compute is not Dtype.FP32:
+        found.add(
+            UsageError(
+                f"model.attention_dropout={recipe.model.attention_dropout}: flash attention on CUDA in "
+                f"{precision.compute} has no dropout; set it to 0 (model.residual_dropout works), or "
+                "precision.dtype=fp32"
+            )
+        )
+    if precision.compute is Dtype.FP16 and device is Device.CPU and not _cpu_has_fp16():
+        found.add(
+            UsageError("precision.dtype=fp16: DeepSpeed has no fp16 on this CPU; set precision.dtype=fp32 or bf16")
+        )
+    found.raise_all()
+    yield from ()
+
+
+def _cpu_has_fp16() -> bool:
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    return CPU_Accelerator().is_fp16_supported()
+
+
+def memory(case: Case) -> Iterator[str]:
+    """Each stage fits `memory_limit_gib`, or the card. A card that is not known is compared with an RTX 3090."""
+    job = case.job
+    limit = memory_limit(job.recipe, job.devices.memory)
+    assumed = limit is None and job.device is Device.CUDA and not case.planned
+    if assumed:
+        limit = MemoryLimit.of_card(ASSUMED_CARD_GIB * 2**30)
+    if limit is None:
+        return
+    work = work_of(job.recipe, job.layout, job.precision)
+    checkpoints = list_checkpoints(job.run.checkpoints)
+    try:
+        if checkpoints:
+            check_memory(work, read_manifest(checkpoints[-1]).bounds, limit)
+        else:
+            fitting_bounds(job.recipe, work, costs_by_flops(work), limit)
+    except UsageError as error:
+        if not assumed:
+            raise
+        yield f"warning: {error}; the memory of the run's GPUs is not known here: this is an RTX 3090's"

@@ -1,0 +1,101 @@
+"""Whether what the command line names is there, and the run folder is free and its disk large enough."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from megazh.corpus.sources import find_sources
+from megazh.errors import UsageError
+from megazh.pipeline.costs import costs_by_flops
+from megazh.pipeline.memory import checkpoint_bytes, stage_parameters
+from megazh.training.checks.resume import steps_done
+from megazh.training.job import Case
+from megazh.training.recipe import Recipe
+from megazh.training.stages import bounds_for, work_of
+
+_MADE_FIRST = {".lock", "run.json", "logs"}
+"""Files of a run that may be there before its config.yaml; besides them its copy of the tokenizer."""
+
+
+def run_folder(case: Case) -> Iterator[str]:
+    """The run folder is new, or holds a run and nothing else."""
+    path, given = case.run.path, case.request.run
+    name = f"-r {given}" if given is not None else str(path)
+    another = "give a folder of its own, such as -r runs/NAME"
+    yield from ()
+    if path.resolve() == Path.cwd():
+        raise UsageError(f"{name}: a run cannot use the current folder; {another}")
+    above = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if above.is_symlink() and not above.exists():
+        raise UsageError(f"{name}: {above} is a link to nothing; {another}")
+    if not above.is_dir():
+        raise UsageError(f"{name}: {above} is a file, not a folder; {another}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(f"{name}: {above} cannot be written to by this user; {another}")
+    if not path.is_dir() or case.run.exists:
+        return
+    foreign = sorted(
+        file.name for file in path.iterdir() if file.name not in _MADE_FIRST and not file.name.startswith("tokenizer.")
+    )
+    if foreign:
+        raise UsageError(
+            f"{name}: holds {foreign[0]}{f' and {len(foreign) - 1} others' if len(foreign) > 1 else ''}, and no run "
+            f"({case.run.config.name} is missing); {another}"
+        )
+
+
+def inputs(case: Case) -> Iterator[str]:
+    """Each of `-i` names files of text."""
+    yield from ()
+    if case.request.inputs:
+        for given in case.request.inputs:
+            if not given.strip():
+                raise UsageError("-i '': expected the name of a file or folder of text")
+        find_sources(case.request.inputs)
+
+
+def disk(case: Case) -> Iterator[str]:
+    """The disk of the run folder holds the checkpoints that will be kept."""
+    job = case.job
+    done = steps_done(job.run) or 0
+    to_come = checkpoints_to_come(job.recipe, done)
+    if not to_come:
+        return
+    work = work_of(job.recipe, job.layout, job.precision)
+    bounds = job.recipe.parallel.stage_bounds or bounds_for(work, costs_by_flops(work), None)
+    parameters = sum(stage_parameters(job.recipe.model, begin, end) for begin, end in pairwise(bounds))
+    size = checkpoint_bytes(work, parameters)
+    path = job.run.path.absolute()
+    free = shutil.disk_usage(next(each for each in (path, *path.parents) if each.is_dir())).free
+    if size * to_come <= free:
+        return
+    fitting = int(free // size)
+    steps = job.recipe.total_steps - done
+    needs = (
+        f"{to_come} checkpoint{'s' if to_come > 1 else ''} of {_size(size)} need {_size(size * to_come)}, and the disk "
+        f"of {job.run.path} has {_size(free)} free"
+    )
+    if fitting < min(2, to_come):
+        raise UsageError(
+            f"{needs}, which holds {fitting or 'none'}; free some, or choose a run folder on another disk with -r"
+        )
+    every = -(-steps // max(fitting - 1, 1))
+    yield case.settings.with_places(
+        f"warning: {needs}, which holds {fitting}; all checkpoints are kept, so the run would end there: set "
+        f"checkpoint.checkpoint_every={every} or more, or choose another disk with -r"
+    )
+
+
+def checkpoints_to_come(recipe: Recipe, done: int) -> int:
+    """The number of checkpoints that a run still writes, the last one included."""
+    every, steps = recipe.checkpoint.checkpoint_every, recipe.total_steps
+    if done >= steps:
+        return 0
+    return ((steps - 1) // every - done // every if every else 0) + 1
+
+
+def _size(size: float) -> str:
+    scale, unit = next((pair for pair in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if size >= pair[0]), (1e3, "kB"))
+    return f"{size / scale:.1f} {unit}"
