@@ -16,6 +16,7 @@ from megazh.errors import Collector, DataError, UsageError
 from megazh.index.manifest import CorpusEntry, Manifest, manifest_at
 from megazh.index.metadata import Metadata, read_metadata
 from megazh.model.counts import parameter_counts
+from megazh.settings import COMMAND_LINE
 from megazh.training.checks.resume import is_complete
 from megazh.training.job import Case
 from megazh.training.recipe import Recipe
@@ -107,13 +108,14 @@ def needed_facts(case: Case) -> DataFacts | None:
 def makes_data(case: Case) -> bool:
     """Whether a start makes the data itself: from `-i`, or stories for a recipe that asks for them.
 
-    Stories are only made at the path that the recipe has for them, and not into a folder that holds anything else.
+    Stories are only made at the path that stands beside their number in a recipe, or where the command line gives that
+    number, and not into a folder that holds anything else.
     """
     if case.request.inputs:
         return True
     manifest, place = Path(case.recipe.data.manifest), case.settings.origin
-    written = place("data.manifest"), place("data.stories")
-    together = (written[0] or "").rpartition(":")[0] == (written[1] or "").rpartition(":")[0]
+    where, stories = place("data.manifest") or "", place("data.stories") or ""
+    together = stories == COMMAND_LINE or where.rpartition(":")[0] == stories.rpartition(":")[0] != ""
     if not case.recipe.data.stories or not together or manifest.name != "mixture.yaml":
         return False
     folder = manifest.parent

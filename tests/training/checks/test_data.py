@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megazh.index.metadata import read_metadata
 from megazh.training.checks import data
 from megazh.training.job import Case, Request
 from megazh.training.preflight import DATA, warnings_of
+from megazh.training.recipe import read_recipe
 
 
 @pytest.fixture
@@ -160,8 +162,25 @@ def test_stories_are_not_made_for_a_manifest_of_the_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert f"data.manifest={name}: no such file" in missing(make_case(tmp_path, None, [f"data.manifest={name}"]))
+    settings = [] if name == "data_index/mini/mixture.yaml" else [f"data.manifest={name}"]
+    if not settings:
+        Path(name).parent.mkdir(parents=True)
+        (Path(name).parent / "mine.bin").touch()
+    case = make_case(tmp_path, None, settings)
+    assert f"data.manifest={name}: no such file" in missing(case)
     (tmp_path / "own.yaml").write_text(f"include: mini.yaml\ndata: {{manifest: {name}}}\n")
+    recipe, written = read_recipe(tmp_path / "own.yaml")
+    assert f"{tmp_path}/own.yaml:2" in missing(replace(case, recipe=recipe, settings=written))
+
+
+def test_the_number_of_stories_may_be_given_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert data.makes_data(make_case(tmp_path, None, ["stories=30"]))
+    assert data.makes_data(make_case(tmp_path, None, ["stories=30", "data.manifest=data_index/new/mixture.yaml"]))
+    assert not data.makes_data(make_case(tmp_path, None, ["stories=30", "data.manifest=data_index/new.yaml"]))
+    assert not data.makes_data(make_case(tmp_path, None, ["stories=null"]))
 
 
 def test_stories_are_made_where_the_recipe_has_them_unless_something_else_is_there(
