@@ -12,8 +12,9 @@ def describe_cpu_time(operations: float) -> str:
         operations: floating-point operations of the whole run, forward and backward.
     """
     rate = _product_rate()
+    digits = 0 if operations > 1e13 else 1
     return (
-        f"at least {duration_in_words(operations / rate)} on this CPU: {operations / 1e12:,.1f} TFLOP at "
+        f"at least {duration_in_words(operations / rate)} on this CPU: {operations / 1e12:,.{digits}f} TFLOP at "
         f"{rate / 1e9:,.0f} GFLOP/s, the speed of its matrix products in fp32"
     )
 

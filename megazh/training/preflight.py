@@ -5,11 +5,12 @@ They start no process and write nothing. All refusals are found together, each a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megazh.errors import Collector, MegazhError, SeveralErrors, UsageError
+from megazh.errors import Collector, MegazhError, UsageError
 from megazh.run.folder import RunFolder
 from megazh.settings import COMMAND_LINE, Settings
 from megazh.training.checks import data, fit, place, resume
@@ -46,20 +47,29 @@ def requested_case(request: Request) -> Case:
     Raises:
         MegazhError: the recipe or its settings cannot work.
     """
-    path = recipe_path(request.recipe or (DEMO if request.gpus is None or request.inputs else BIG))
-    recipe, settings = read_recipe(path, request.settings)
-    nowhere = Devices(recipe.parallel.device, recipe.parallel.num_gpus or 1, None)
-    if request.inputs is None:
-        run, folder = request.run or Path("runs") / path.stem, Path(recipe.data.manifest).parent
-        return Case(request, recipe, settings, RunFolder(run), folder, nowhere)
-    if not request.inputs:
+    if request.inputs is not None and not request.inputs:
         raise UsageError("-i: expected files or folders of text")
+    name = request.recipe or (DEMO if request.gpus is None or request.inputs else BIG)
+    prepared = None
+    if request.inputs:
+        prepared = Path("data_index") / (request.run.name if request.run else _name_of(request.inputs[0]))
+    own_name = prepared.name if prepared else re.sub(r"\.ya?ml$", "", Path(name).name)
+    run = RunFolder(request.run or Path("runs") / own_name)
+    found = Collector()
+    with found.collecting():
+        recipe, settings = read_recipe(recipe_path(name), request.settings)
+    if found.errors:  # what can be checked without a recipe
+        for check in (lambda: place.check_run_folder(run, request), lambda: place.check_inputs(request)):
+            with found.collecting():
+                check()
+        found.raise_all()
+    nowhere = Devices(recipe.parallel.device, recipe.parallel.num_gpus or 1, None)
+    if prepared is None:
+        return Case(request, recipe, settings, run, Path(recipe.data.manifest).parent, nowhere)
     if settings.origin("data.manifest") == COMMAND_LINE:
         raise UsageError("-i makes a manifest of its own, and data.manifest names another; give one of them")
-    folder = Path("data_index") / (request.run.name if request.run else _name_of(request.inputs[0]))
-    manifest = recipe.data.model_copy(update={"manifest": str(folder / "mixture.yaml"), "stories": None})
-    recipe = recipe.model_copy(update={"data": manifest})
-    return Case(request, recipe, settings, RunFolder(request.run or Path("runs") / folder.name), folder, nowhere)
+    manifest = recipe.data.model_copy(update={"manifest": str(prepared / "mixture.yaml"), "stories": None})
+    return Case(request, recipe.model_copy(update={"data": manifest}), settings, run, prepared, nowhere)
 
 
 def _name_of(text: str) -> str:
@@ -91,18 +101,15 @@ def warnings_of(case: Case, checks: Sequence[Check], found: Collector | None = N
     found = found or Collector()
     warnings: list[str] = []
     for check in checks:
-        try:
+        with found.collecting():
             warnings += check(case)
-        except MegazhError as error:
-            found.add(_placed(error, case.settings))
+    found.errors = [_placed(error, case.settings) for error in found.errors]
     found.raise_all()
     return warnings
 
 
 def _placed(error: MegazhError, settings: Settings) -> MegazhError:
     """The error, naming the places where the settings were written that it is about."""
-    if isinstance(error, SeveralErrors):
-        return SeveralErrors([_placed(each, settings) for each in error.errors])
     return UsageError(settings.with_places(str(error))) if isinstance(error, UsageError) else error
 
 

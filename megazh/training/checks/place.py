@@ -10,8 +10,9 @@ from megazh.corpus.sources import find_sources
 from megazh.errors import UsageError
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.memory import checkpoint_bytes, stage_parameters
+from megazh.run.folder import RunFolder
 from megazh.training.checks.resume import steps_done
-from megazh.training.job import Case
+from megazh.training.job import Case, Request
 from megazh.training.recipe import Recipe
 from megazh.training.stages import bounds_for, work_of
 
@@ -21,10 +22,21 @@ _MADE_FIRST = {".lock", "run.json", "logs"}
 
 def run_folder(case: Case) -> Iterator[str]:
     """The run folder is new, or holds a run and nothing else."""
-    path, given = case.run.path, case.request.run
-    name = f"-r {given}" if given is not None else str(path)
-    another = "give a folder of its own, such as -r runs/NAME"
+    check_run_folder(case.run, case.request)
     yield from ()
+
+
+def inputs(case: Case) -> Iterator[str]:
+    """Each of `-i` names files of text."""
+    check_inputs(case.request)
+    yield from ()
+
+
+def check_run_folder(run: RunFolder, request: Request) -> None:
+    """Refuse a run folder that cannot be one, or that holds something else. Raises UsageError."""
+    path = run.path
+    name = f"-r {request.run}" if request.run is not None else str(path)
+    another = "give a folder of its own, such as -r runs/NAME"
     if path.resolve() == Path.cwd():
         raise UsageError(f"{name}: a run cannot use the current folder; {another}")
     above = next(each for each in (path, *path.parents) if os.path.lexists(each))
@@ -34,26 +46,23 @@ def run_folder(case: Case) -> Iterator[str]:
         raise UsageError(f"{name}: {above} is a file, not a folder; {another}")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UsageError(f"{name}: {above} cannot be written to by this user; {another}")
-    if not path.is_dir() or case.run.exists:
+    if not path.is_dir() or run.exists:
         return
     foreign = sorted(
         file.name for file in path.iterdir() if file.name not in _MADE_FIRST and not file.name.startswith("tokenizer.")
     )
     if foreign:
-        raise UsageError(
-            f"{name}: holds {foreign[0]}{f' and {len(foreign) - 1} others' if len(foreign) > 1 else ''}, and no run "
-            f"({case.run.config.name} is missing); {another}"
-        )
+        others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UsageError(f"{name}: holds {foreign[0]}{others}, and no run ({run.config.name} is missing); {another}")
 
 
-def inputs(case: Case) -> Iterator[str]:
-    """Each of `-i` names files of text."""
-    yield from ()
-    if case.request.inputs:
-        for given in case.request.inputs:
-            if not given.strip():
-                raise UsageError("-i '': expected the name of a file or folder of text")
-        find_sources(case.request.inputs)
+def check_inputs(request: Request) -> None:
+    """Refuse `-i` that names no file of text. Raises UsageError, and DataError for a file that cannot be read."""
+    for given in request.inputs or ():
+        if not given.strip():
+            raise UsageError("-i '': expected the name of a file or folder of text")
+    if request.inputs:
+        find_sources(request.inputs)
 
 
 def disk(case: Case) -> Iterator[str]:

@@ -35,7 +35,7 @@ def folder_case(tmp_path: Path, run: str) -> Case:
         ("file", "-r file: file is a file, not a folder"),
         ("file/below", "-r file/below: file is a file, not a folder"),
         ("link", "-r link: link is a link to nothing"),
-        ("full", "-r full: holds a.txt and 1 others, and no run (config.yaml is missing)"),
+        ("full", "-r full: holds a.txt and 1 more, and no run (config.yaml is missing)"),
         ("..", "-r ..: holds here"),
         ("lost", "-r lost: holds checkpoints, and no run (config.yaml is missing)"),
         ("/proc", "-r /proc: "),
