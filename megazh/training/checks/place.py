@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import find_sources
 from megazh.errors import UsageError
 from megazh.pipeline.costs import costs_by_flops
@@ -62,7 +63,7 @@ def check_inputs(request: Request) -> None:
         if not given.strip():
             raise UsageError("-i '': expected the name of a file or folder of text")
     if request.inputs:
-        find_sources(request.inputs)
+        find_sources(request.inputs, read=ReadOptions(request.text_key, encoding=request.encoding))
 
 
 def disk(case: Case) -> Iterator[str]:
