@@ -26,8 +26,8 @@ _SPECIAL = {
 }
 _MOST_NAMED = 16  # entries of the line that tells what is left out
 _FEW_NAMES = 3  # names of one kind that are told; of more, only the kind
-Identity = tuple[int, int]
-"""Device and inode of a file: equal for all names of one real file."""
+Identity = tuple[int, int | str, int]
+"""Device, inode and time of modification of a file or folder: equal for all names of a real one."""
 
 
 class LeftOut:
@@ -46,7 +46,7 @@ class LeftOut:
             name: its own name, which is told if there are few of its kind; if a suffix is the reason, if it is alone.
             suffix: the suffix that makes it unreadable, if that is the reason.
         """
-        self._names.setdefault(label, Counter())[printable(name)] += 1
+        self._names.setdefault(label, Counter())[_on_one_line(name)] += 1
         if suffix:
             self._by_suffix.add(label)
         if remedy := remedy_for(suffix):
@@ -81,6 +81,10 @@ class LeftOut:
 def printable(name: str) -> str:
     """`name` with bytes that are not UTF-8 (as in a GBK file name) written as escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _on_one_line(name: str) -> str:
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in printable(name))
 
 
 @dataclass
@@ -192,12 +196,12 @@ class _Search:
 
     def _take(self, each: _Path, status: os.stat_result) -> None:
         if stat.S_ISREG(status.st_mode):
-            self._files.append((each, (status.st_dev, status.st_ino)))
+            self._files.append((each, _identity(each.path, status)))
             return
         kind = _SPECIAL.get(stat.S_IFMT(status.st_mode), "special file")
         if each.is_named:
             raise UsageError(f"--input {each.path}: is a {kind}, not a file; write its contents to a file first")
-        identity = status.st_dev, status.st_ino
+        identity = _identity(each.path, status)
         if identity in self._special:
             return
         self._special.add(identity)
@@ -207,7 +211,7 @@ class _Search:
         pending = [(folder, status)]
         while pending:
             folder, status = pending.pop()
-            identity = status.st_dev, status.st_ino
+            identity = _identity(folder, status)
             if identity in self._folders:
                 self._known.append(folder)
                 continue  # read already, under another name; also ends cycles
@@ -243,6 +247,11 @@ def _status(path: str) -> os.stat_result:
                 "or remove it"
             ) from None
         raise _unreadable(path, error) from None
+
+
+def _identity(path: str, status: os.stat_result) -> Identity:
+    """The time is part of it since some network file systems give one inode number to several files, or none at all."""
+    return status.st_dev, status.st_ino or os.path.realpath(path), status.st_mtime_ns
 
 
 def _unreadable(path: str, error: OSError) -> DataError:
@@ -309,7 +318,7 @@ def _match(
 ) -> None:
     """Add what matches in a folder to `found`; links to folders that may hold more are added to `links`."""
     status = _status(folder)
-    here = (status.st_dev, status.st_ino), len(parts)
+    here = _identity(folder, status), len(parts)
     if here in seen:
         return
     seen.add(here)

@@ -36,6 +36,8 @@ _ABOUT = re.compile(
     re.IGNORECASE,
 )
 """Names, without suffix, of text files that are not text of a data set: about it, or part of a tokenizer."""
+_CACHED = re.compile(r"cache-[0-9a-f]{8,}(?:_\d+_of_\d+)?\.arrow")
+"""Names of what `datasets` keeps beside a data set: the result of a step, with the same texts again."""
 _REJECTED_KEYS = {"file", "line", "reason", "detail"}
 _BOM = "\ufeff"
 
@@ -115,6 +117,8 @@ def list_inputs(
         by_own_name = by_suffix(Path(name))[0]
         if not candidate.is_named and by_own_name in (None, Format.TEXT) and _ABOUT.fullmatch(Path(name).stem):
             listing.left_out.add(name, name)
+        elif not candidate.is_named and _CACHED.fullmatch(name):
+            listing.left_out.add("cache-*.arrow", name)
         elif not candidate.is_named and (by_name is None or (by_own_name is None and remedy_for(suffix))):
             listing.left_out.add(f"*{suffix}" if suffix else "without a suffix", name, suffix)
         else:
@@ -219,7 +223,8 @@ def _check_content(
         if not compression:
             if not _is_text(head):
                 return  # an Arrow stream, or a damaged table: its reader will tell
-            raise DataError(f"{path}: holds text, not {expected}; rename it to end in what it is (.jsonl, .csv, .txt)")
+            how = "give another --format" if given else "rename it to end in what it is (.jsonl, .csv, .txt)"
+            raise DataError(f"{path}: holds text, not {expected}; {how}")
         plain = f"plain {byte_order_mark(head) or 'text'}" if _is_text(head) else f"it begins with {head[:4].hex(' ')}"
         raise DataError(f"{path}: is no {compression} file: {plain}; rename it to {path.stem}, or fetch it again")
     if expected and expected in (content.compression, content.format):

@@ -259,7 +259,9 @@ def _check_text(sources: Sequence[Source], read: ReadOptions) -> None:
                 reason = f"{file.path}: {first.reason.value}: {first.detail}"
             lines += batch.lines
     if reason:
-        raise DataError(f"no input holds a document; the first fault: {reason} (--text-key sets the key)")
+        raise DataError(
+            f"no input holds a document; the first fault: {reason} (--text-key sets the key, --encoding the encoding)"
+        )
     raise DataError(f"the input holds no text: {sources[0].path}{' and others' if len(sources) > 1 else ''}")
 
 

@@ -6,9 +6,10 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from textdata import json_lines
+from textdata import json_lines, write_arrow
 
 from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions
@@ -234,3 +235,38 @@ def test_globs_match_as_pythons_do(tmp_path: Path) -> None:
     assert names(f"{tmp_path}/*/?.jsonl") == ["a/1.jsonl", "lang=zh/3.jsonl"]
     assert names(f"{tmp_path}/x[1].jsonl") == ["x[1].jsonl"], "a file of that very name comes first"
     assert names(f"{tmp_path}/x[[]1].jsonl") == ["x[1].jsonl"]
+
+
+def test_file_systems_without_inode_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems give 0 for all files; none of them may go missing."""
+    for name in ("a.jsonl", "b.jsonl", "c/d.jsonl", "e/f.jsonl"):
+        put(tmp_path / name)
+    (tmp_path / "c" / "up").symlink_to(tmp_path)
+    (tmp_path / "g.jsonl").symlink_to("a.jsonl")
+    real_stat = os.stat
+
+    def stat_without_inode(*arguments: Any, **options: Any) -> os.stat_result:
+        found = list(real_stat(*arguments, **options))
+        found[1] = 0
+        return os.stat_result(found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megazh.corpus.listing.os.stat", stat_without_inode)
+        assert names(tmp_path) == ["a.jsonl", "b.jsonl", "c/d.jsonl", "e/f.jsonl"]
+
+
+def test_caches_of_datasets_are_passed_over(tmp_path: Path) -> None:
+    for name in (
+        "data-00000-of-00001.arrow",
+        "cache-0f3c9a1b2c4d5e6f.arrow",
+        "cache-0f3c9a1b2c4d5e6f_00000_of_00004.arrow",
+    ):
+        write_arrow(tmp_path / name, ["x"])
+    assert names(tmp_path) == ["data-00000-of-00001.arrow"]
+
+
+def test_names_that_break_lines_stay_on_one(tmp_path: Path) -> None:
+    put(tmp_path / "a.jsonl")
+    put(tmp_path / "two\nlines.pdf", "x")
+    put(tmp_path / "\u4e2d\u6587.docx", "x")
+    assert left_out(tmp_path).startswith("two\\nlines.pdf, 中文.docx (to read them")

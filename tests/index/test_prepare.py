@@ -285,3 +285,21 @@ def test_two_at_once(call: Call) -> None:
         call()
     call()
     assert call.documents() == 300
+
+
+def test_text_in_another_encoding_beside_files_that_are_no_text(call: Call, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    plain = [f"第{number}段文字，我们去公园散步。" for number in range(60)]
+    (source / "a.txt").write_bytes("\n\u3000\n".join(plain).encode("gb18030"))
+    for name in ("README.md", "b.docx", "c.docx"):
+        (source / name).write_bytes(b"about")
+    with pytest.raises(DataError, match="looks like GB18030"):
+        call(source)
+    call(source, encoding="gb18030")
+    assert call.documents() == 60
+    left_out = "left out: 2 *.docx, README.md (to read them: save .docx as .txt)"
+    assert call.said[0] == left_out
+    assert left_out in (call.folder / "corpus.log").read_text(encoding="utf-8")
+    call(source, encoding="gb18030")
+    assert call.steps() == ["left out", "text", "data"]
