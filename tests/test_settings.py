@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field
 
 from megazh.config import Config, from_mapping
-from megazh.errors import UsageError
+from megazh.errors import SeveralErrors, UsageError
 from megazh.settings import COMMAND_LINE, Settings, override, read_layers
 
 
@@ -216,3 +216,67 @@ def test_of_two_alternatives_the_later_layer_drops_the_other(tmp_path: Path) -> 
     both = override(settings, ["optimizer.rate=4.0", "schedule.rate=5.0"], Plan, pair)
     assert both.values["schedule"] == {"rate": 5.0}
     assert both.values["optimizer"]["rate"] == 4.0
+
+
+def test_a_file_of_the_library_is_included_from_anywhere_by_its_name(tmp_path: Path) -> None:
+    library, own = tmp_path / "library", tmp_path / "own"
+    library.mkdir()
+    own.mkdir()
+    (library / "_shared.yaml").write_text("include: deeper.yaml\nseed: 1\n")
+    (library / "deeper.yaml").write_text("rate: 3.0\n")
+    (own / "top.yaml").write_text("include: _shared.yaml\n")
+    assert read_layers(own / "top.yaml", library=library).values == {"rate": 3.0, "seed": 1}
+    (own / "_shared.yaml").write_text("seed: 5\n")
+    assert read_layers(own / "top.yaml", library=library).values == {"seed": 5}, "a file beside it comes first"
+    (own / "_shared.yaml").write_text("include: _shared.yaml\nseed: 6\n")
+    found = read_layers(own / "top.yaml", library=library).values
+    assert found == {"rate": 3.0, "seed": 6}, "a file that is named like one of the library builds on that one"
+
+
+def test_an_include_that_is_not_there_says_who_includes_it_where_it_was_looked_for_and_what_is_near(
+    tmp_path: Path,
+) -> None:
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "_shared.yaml").touch()
+    (tmp_path / "middle.yaml").write_text("seed: 1\ninclude: _share\n")
+    (tmp_path / "top.yaml").write_text("include: middle.yaml\n")
+    with pytest.raises(UsageError) as refusal:
+        read_layers(tmp_path / "top.yaml", library=library)
+    assert str(refusal.value) == (
+        f"{tmp_path}/middle.yaml:2: include '_share': no such file in {tmp_path} or {library}; did you mean "
+        f"'_shared.yaml'? (included by {tmp_path}/top.yaml:1)"
+    )
+
+
+@pytest.mark.parametrize("text", ["seed: [1\n", "- a\n", "include: 5\n"])
+def test_an_error_in_an_included_file_says_who_includes_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "below.yaml").write_text(text)
+    (tmp_path / "top.yaml").write_text("seed: 1\n\ninclude: [below.yaml]\n")
+    with pytest.raises(UsageError, match=r"below\.yaml.*\(included by .*top\.yaml:3\)$") as refusal:
+        read_layers(tmp_path / "top.yaml")
+    assert "\n" not in str(refusal.value)
+
+
+def test_settings_that_cannot_be_are_refused_together() -> None:
+    with pytest.raises(SeveralErrors) as refusal:
+        override(Settings({"seed": 1}), ["sede=1", "validation.fraction=0.1", "rate=2", "seed"], Plan)
+    found = [str(error) for error in refusal.value.errors]
+    for line, beginning in zip(
+        found, ["unknown key 'sede'", "key 'rate' is ambiguous", "'seed': expected"], strict=True
+    ):
+        assert line.startswith(beginning)
+
+
+def test_a_message_is_followed_by_the_places_of_the_keys_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "top.yaml").write_text("validation:\n  fraction: 0.1\noptimizer: {rate: 1.0}\nseed: 1\n")
+    settings = override(read_layers(tmp_path / "top.yaml"), ["optimizer.decay=0.5"], Plan)
+    place = f"{tmp_path}/top.yaml"
+    for message, places in {
+        "validation.fraction: too large": f"fraction is set in {place}:2",
+        "set fraction=0.2": f"fraction is set in {place}:2",
+        "optimizer.decay and optimizer.rate": f"rate is set in {place}:3, decay is set on the command line",
+    }.items():
+        assert settings.with_places(message) == f"{message} ({places})"
+    for message in ("a fraction of nothing", "the rate of decay", "schedule.rate=2", "fractions=3"):
+        assert settings.with_places(message) == message

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 
-from megazh.cluster.cuda import describe_torch, usable_gpus
+from megazh.cluster.cuda import describe_torch, gpu_memory, usable_gpus
 
 
 class Driver:
@@ -22,6 +22,15 @@ class Driver:
 
     def cuDeviceGetCount(self, number: object) -> int:
         return self._answer("cuDeviceGetCount", number, self._gpus)
+
+    def cuDeviceGet(self, device: object, number: int) -> int:
+        return self._answer("cuDeviceGet", device, number)
+
+    def cuDeviceTotalMem_v2(self, size: object, device: ctypes.c_int) -> int:
+        if self._fails == "cuDeviceTotalMem_v2":
+            return 803
+        ctypes.cast(size, ctypes.POINTER(ctypes.c_size_t))[0] = (device.value + 1) << 30  # type: ignore[arg-type]
+        return 0
 
     def cuGetErrorString(self, code: int, text: object) -> int:
         ctypes.cast(text, ctypes.POINTER(ctypes.c_char_p))[0] = f"error number {code}".encode()  # type: ignore[arg-type]
@@ -55,3 +64,9 @@ def test_an_older_driver_is_named_with_both_versions() -> None:
 @pytest.mark.parametrize("name", ["cuInit", "cuDriverGetVersion", "cuDeviceGetCount"])
 def test_an_error_of_the_driver_is_its_own_text(name: str) -> None:
     assert usable_gpus(Driver(fails=name), "13.0") == (0, "error number 803")
+
+
+def test_memory_of_each_gpu_as_far_as_the_driver_says() -> None:
+    assert gpu_memory(Driver(), 3) == (1 << 30, 2 << 30, 3 << 30)
+    assert gpu_memory(Driver(fails="cuDeviceTotalMem_v2"), 3) == ()
+    assert gpu_memory(Driver(), 0) == ()

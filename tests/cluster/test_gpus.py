@@ -168,3 +168,67 @@ def test_torch_is_described_as_it_is() -> None:
     described = DESCRIBE_TORCH()
     assert (described.version, described.cuda) == (torch.__version__, torch.version.cuda)
     assert (described.gpus > 0) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("torch", "visible", "reason"),
+    [
+        (CPU_BUILD, None, "this torch (2.13.0+cpu) is built without CUDA"),
+        (CUDA_BUILD, None, "no NVIDIA GPU is in this machine"),
+        (CUDA_BUILD, "NoDevFiles", "CUDA_VISIBLE_DEVICES=NoDevFiles hides all GPUs"),
+    ],
+)
+@pytest.mark.parametrize("slurm", [False, True])
+def test_a_recipe_for_gpus_does_not_fall_to_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, torch: Torch, visible: str | None, reason: str, slurm: bool
+) -> None:
+    machine(monkeypatch, torch)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if slurm:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for elsewhere in (False, True):  # a dry run refuses as well, unless GPUs are named
+        with pytest.raises(UsageError) as refusal:
+            choose_devices(None, None, None, 6, cpu_may_stand_in=False, elsewhere=elsewhere)
+        line = str(refusal.value)
+        assert line.startswith(f"no GPU to compute on: {reason}; ")
+        assert "give --device cpu" in line
+        assert ("submit the Slurm job with GPUs (--gres=gpu:N)" in line) == slurm
+    assert choose_devices("cpu", None, None, 6, cpu_may_stand_in=False).device is Device.CPU
+
+
+@pytest.mark.parametrize("options", [("cuda", None, None), (None, "0", None)])
+def test_a_slurm_job_without_gpus_is_told_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, options: tuple[str | None, str | None, int | None]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for card in ("", "/dev/nvidia0"):
+        machine(monkeypatch, CUDA_BUILD, card)
+        with pytest.raises(UsageError, match=r"submit the Slurm job with GPUs \(--gres=gpu:N\)"):
+            choose_devices(*options, 6)
+
+
+@pytest.mark.parametrize("card", ["", "/dev/nvidia0"])
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [((None, "2-4", None, 6), "234"), ((None, None, 4, 6), "0123"), (("cuda", None, None, 6), "012345")],
+)
+def test_a_dry_run_on_a_login_node_takes_gpus_as_given(
+    monkeypatch: pytest.MonkeyPatch, card: str, options: tuple[str | None, str | None, int | None, int], ids: str
+) -> None:
+    machine(monkeypatch, CUDA_BUILD, card)
+    chosen = choose_devices(*options, cpu_may_stand_in=False, elsewhere=True)
+    assert (chosen.device, chosen.ranks, chosen.ids, chosen.memory) == (Device.CUDA, len(ids), tuple(ids), None)
+    assert chosen.note.startswith("this machine has no GPU for torch; ")
+    assert chosen.note.endswith(" is taken as given, for another machine")
+    with pytest.raises(UsageError, match="is listed twice"):
+        choose_devices(None, "1,1", None, 6, elsewhere=True)
+
+
+def test_the_smallest_of_the_chosen_gpus_limits_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, Torch("2.13.0", "13.0", 3, "", (24, 80, 40)), "/dev/nvidia0")
+    assert choose_devices(None, None, None, None).memory == 24
+    assert choose_devices(None, "1,2", None, None).memory == 40
+    assert choose_devices(None, "1", None, None).memory == 80
+    machine(monkeypatch, Torch("2.13.0", "13.0", 3), "/dev/nvidia0")
+    assert choose_devices(None, None, None, None).memory is None, "the driver does not say"

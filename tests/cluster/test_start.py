@@ -19,7 +19,7 @@ from megazh.cluster.cuda import Torch
 from megazh.cluster.launchers import local
 from megazh.cluster.start import start
 from megazh.demo.stories import write_stories
-from megazh.errors import BusyError, MegazhError, UsageError
+from megazh.errors import BusyError, MegazhError, SeveralErrors, UsageError
 from megazh.files import locked
 from megazh.index.prepare import prepare
 from megazh.run.folder import RunFolder
@@ -449,3 +449,85 @@ def test_a_complete_run_needs_its_data_no_longer(
     assert "runs/mini: complete, 6 steps" in capsys.readouterr().out
     assert not Path("data_index").exists()
     assert launches == []
+
+
+@pytest.mark.parametrize("options", [{"num_gpus": 7}, {"gpus": "0-6"}])
+def test_more_than_the_slots_of_this_machine_is_refused(
+    launches: Launches, recipe: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    machine(monkeypatch, 8)
+    Path("hosts").write_text("localhost slots=6\n")
+    line = refused(Request(recipe=recipe, hostfile=Path("hosts"), **options), launches)
+    assert "7 GPUs, and localhost has slots=6 in -H hosts; take fewer, or raise slots there" in line
+    assert start(Request(recipe=recipe, hostfile=Path("hosts"), num_gpus=4)) == STOPPED
+
+
+def test_a_gpu_recipe_is_refused_without_a_gpu_and_named_gpus_are_enough_for_a_dry_run(
+    launches: Launches, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["dtype=bf16"]
+    line = refused(Request(recipe=recipe, settings=settings), launches)
+    assert line.startswith("no GPU to compute on: this torch (2.13.0+cpu) is built without CUDA; give --device cpu")
+    assert line.endswith("(dtype is set on the command line)")
+    assert start(Request(recipe=recipe, settings=settings, gpus="4,5", dry_run=True)) == 0
+    out, err = capsys.readouterr()
+    assert "layout      2 GPUs = 2 stages x 1 replicas, bf16" in out.splitlines()
+    assert "GPUs        4,5" in out.splitlines()
+    assert err.startswith("this machine has no GPU for torch; -g 4,5 is taken as given, for another machine\n")
+    assert start(Request(recipe=recipe, settings=settings, device="cpu")) == STOPPED
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("time  ")]
+    assert line.startswith("time        at least ")
+
+
+def test_all_that_is_wrong_is_told_at_once(launches: Launches, recipe: str) -> None:
+    Path("file").touch()
+    request = Request(
+        recipe=recipe, gpus="0,0", run=Path("file"), inputs=["nowhere"], settings=["warmup=99"], hostfile=Path("none")
+    )
+    with pytest.raises(SeveralErrors) as refusal:
+        start(request)
+    starts = ["-H none: no such file", "-g 0,0: 0 is listed twice", "-r file: ", "--input nowhere: ", "schedule.warmup"]
+    for error, beginning in zip(refusal.value.errors, starts, strict=True):
+        assert str(error).startswith(beginning)
+    with pytest.raises(SeveralErrors) as refusal:
+        start(Request(recipe=recipe, run=Path("file"), settings=["stepz=3", "rate=2"]))
+    starts = ["unknown key 'stepz'", "unknown key 'rate'", "-r file: "]
+    for error, beginning in zip(refusal.value.errors, starts, strict=True):
+        assert str(error).startswith(beginning)
+    assert launches == []
+
+
+def test_a_misspelt_manifest_makes_no_stories_beside_the_users_data(
+    launches: Launches, manifest: Path, tmp_path: Path
+) -> None:
+    """Neither a manifest nor a PREFIX that is not there makes the demo write into the folder of the user's data."""
+    recipe = str(write_recipe(tmp_path / "stories.yaml"))
+    shutil.copytree(manifest.parent, "data_index")
+    before = sorted(Path().rglob("*"))
+    for name in ("data_index/mixtur.yaml", "data_index/corpu", "data_index/other/mixture.yaml"):
+        line = refused(Request(recipe=recipe, settings=[f"data.manifest={name}"]), launches)
+        assert line.startswith(f"data.manifest={name}: no such file")
+        assert sorted(Path().rglob("*")) == before
+    settings = ["data.manifest=data_index/corpus"]
+    assert start(Request(recipe=recipe, settings=settings)) == STOPPED, "a PREFIX that is there is read"
+    assert not Path("data_index/mini").exists()
+
+
+def test_a_complete_run_that_is_asked_for_fewer_steps_says_so(
+    launches: Launches, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_metrics(make_run(Path("runs/mini"), Path(recipe)), RECIPE["steps"])
+    assert start(Request(recipe=recipe, num_gpus=1, stages=1, settings=["steps=4"])) == 0
+    out = capsys.readouterr().out
+    assert "runs/mini: has 6 steps already, and 4 were asked for: nothing is left to do" in out.splitlines()
+    assert "runs/mini: complete, 6 steps" in out
+    assert launches == []
+
+
+def test_a_resume_lists_what_changes(launches: Launches, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(Path("runs/mini"), Path(recipe))
+    assert start(Request(recipe=recipe, num_gpus=1, stages=1, settings=["steps=60"])) == STOPPED
+    lines = capsys.readouterr().err.splitlines()
+    assert "runs/mini: settings that changed since the last start:" in lines
+    assert "  schedule.steps                   6 -> 60" in lines
+    assert any("the learning rate changes at step 7" in line for line in lines)

@@ -70,3 +70,11 @@ def test_sizes_and_names_are_those_of_torch() -> None:
     for dtype in Dtype:
         assert dtype.torch.itemsize == dtype.bytes
         assert str(dtype.torch) == {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}[dtype]
+
+
+@pytest.mark.parametrize("compute", [FP32, BF16])
+def test_fp16_is_sent_only_where_there_is_a_loss_scale(compute: Dtype) -> None:
+    with pytest.raises(UsageError, match=rf"^communication_dtype=fp16 with precision\.dtype={compute}: .*=bf16"):
+        check_engine(1, Precision(compute, FP32, FP16), 1, False)
+    check_engine(1, Precision(compute, FP32, BF16), 1, False)
+    check_engine(1, Precision(FP16, FP16, FP16), 1, False)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from recipes import make_recipe
 
-from megazh.errors import UsageError
+from megazh.errors import SeveralErrors, UsageError
 from megazh.training.layout import make_layout
 from megazh.training.recipe import MAY_CHANGE, UNTIL_CHECKPOINT, Recipe, differing_keys, keys, load_recipe
 from megazh.training.recipe_files import recipe_names, recipe_path
@@ -212,3 +212,15 @@ def test_a_key_of_another_section_is_named_with_its_own(tmp_path: Path) -> None:
     path = write(tmp_path, "schedule: {steps: 9}\nparallel: {gpus: 3}\n")
     with pytest.raises(UsageError, match=r"unknown key 'parallel\.gpus'; did you mean 'parallel\.num_gpus'\?"):
         load_recipe(path)
+
+
+def test_all_keys_that_are_wrong_are_named_at_once_each_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "include: _pretrain.yaml\nmodel: {hidden_siz: 32}\nbatch: {micro_batch_size: x}\nprecision: {dtype: bf17}\n"
+    )
+    with pytest.raises(SeveralErrors) as refusal:
+        load_recipe(tmp_path / "mine.yaml", ["weight_decay=-1"])
+    starts = [":2: unknown key 'model.hidden_siz'", ":3: key 'batch.micro_batch_size'", ":4: key 'precision.dtype'"]
+    lines = sorted(str(error).removeprefix(f"{tmp_path}/mine.yaml") for error in refusal.value.errors)
+    for line, beginning in zip(lines, [*starts, "command line: key 'optimizer.weight_decay'"], strict=True):
+        assert line.startswith(beginning)
