@@ -1,4 +1,4 @@
-"""`megazh index`: build, inspect, verify and merge indexes."""
+"""`megazh index`: build, inspect, verify, merge and adopt indexes."""
 
 import argparse
 import sys
@@ -22,9 +22,17 @@ OUTPUT.json (description), OUTPUT.docs (content hashes), a copy of the tokenizer
 rejected, OUTPUT.rejected.jsonl."""
 
 
+ADOPT_EXAMPLES = """examples:
+  megazh index adopt megatron/wiki_text_document --tokenizer qwen.tiktoken
+  megazh index adopt old/books --tokenizer tok/ --eod '</s>'
+
+PREFIX.bin and PREFIX.idx are read and checked, never changed: every id in the vocabulary, the end-of-document token
+at the end of each document. PREFIX.json, PREFIX.docs and a copy of the tokenizer are written beside them."""
+
+
 def add_to(commands: Subparsers) -> None:
     """Add `index` and its commands."""
-    parser = commands.add_parser("index", help="build, inspect, verify and merge indexes of tokens")
+    parser = commands.add_parser("index", help="build, inspect, verify, merge and adopt indexes of tokens")
     below = parser.add_subparsers(metavar="COMMAND", required=True)
     build = add_command(below, "build", "tokenise text into PREFIX.bin and PREFIX.idx", BUILD_EXAMPLES)
     add_build_options(build)
@@ -55,25 +63,17 @@ def add_to(commands: Subparsers) -> None:
     merge.add_argument("prefix", metavar="PREFIX", nargs="+")
     merge.add_argument("--output", required=True, metavar="PREFIX")
     merge.set_defaults(call=_merge)
+    adopt = add_command(below, "adopt", "make an index of Megatron-LM or datatrove usable, as it is", ADOPT_EXAMPLES)
+    adopt.add_argument("prefix", metavar="PREFIX")
+    add_tokenizer(adopt)
+    adopt.set_defaults(call=_adopt)
 
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `megazh index build`."""
     add_reading(parser)
-    parser.add_argument(
-        "--tokenizer",
-        required=True,
-        type=Path,
-        metavar="TOK",
-        help="tokenizer.json or its folder, qwen.tiktoken, or a SentencePiece .model",
-    )
+    add_tokenizer(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="where to write the index")
-    parser.add_argument("--eod", metavar="TOKEN", help="end-of-document token (default: the tokenizer's)")
-    parser.add_argument(
-        "--front-tokens",
-        action="store_true",
-        help="SentencePiece: put <pad> <bos> <eos> <unk> (ids 0 to 3) in front of the model's ids",
-    )
     parser.add_argument(
         "--max-bad",
         type=share,
@@ -94,6 +94,23 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         help="discard the finished pieces of an interrupted build, and replace a complete index",
     )
     parser.set_defaults(call=build)
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say with which tokenizer ids are made."""
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        type=Path,
+        metavar="TOK",
+        help="tokenizer.json or its folder, qwen.tiktoken, or a SentencePiece .model",
+    )
+    parser.add_argument("--eod", metavar="TOKEN", help="end-of-document token (default: the tokenizer's)")
+    parser.add_argument(
+        "--front-tokens",
+        action="store_true",
+        help="SentencePiece: put <pad> <bos> <eos> <unk> (ids 0 to 3) in front of the model's ids",
+    )
 
 
 def _workers(text: str) -> int | None:
@@ -210,3 +227,11 @@ def _merge(options: argparse.Namespace) -> None:
 
     metadata = merge_indexes(options.prefix, Path(options.output))
     print(f"{options.output}: {metadata.documents:,} documents, {metadata.tokens:,} tokens")
+
+
+def _adopt(options: argparse.Namespace) -> None:
+    from megazh.index.adopt import adopt_index
+
+    metadata = adopt_index(options.prefix, options.tokenizer, options.eod, options.front_tokens)
+    print(f"{options.prefix}: {metadata.documents:,} documents, {metadata.tokens:,} tokens of {metadata.dtype}")
+    print(f"written beside it: .json, .docs and {metadata.tokenizer.file}; use it like an index of megazh")

@@ -221,7 +221,10 @@ class _Build:
             return None
         metadata = read_metadata(output)
         if metadata is None:
-            raise UsageError(f"{output}.idx: an index that megazh did not build is in the way; choose another --output")
+            raise UsageError(
+                f"{output}.idx: an index that megazh did not build is in the way; choose another --output, or make it "
+                f"usable with 'megazh index adopt {output} --tokenizer TOK'"
+            )
         different = difference(metadata, plan)
         if different:
             before = self._interrupted()

@@ -29,7 +29,7 @@ def inspect_index(prefix: str, document: int | None = None, tokens: int = 200) -
     yield f"documents    {len(index):,} in {len(index.sequence_lengths):,} sequences"
     yield f"tokens       {len(index.tokens):,}"
     if data is None:
-        yield f"description  none: {prefix}.json is missing, as for an index that Megatron-LM wrote"
+        yield f"description  none: {prefix}.json is missing, as for Megatron-LM's own; 'megazh index adopt' makes it"
     else:
         yield f"text         {data.text_bytes:,} bytes"
         yield f"tokenizer    {data.tokenizer.kind}, {data.tokenizer.vocab_size:,} ids, {data.tokenizer.fingerprint}"

@@ -84,20 +84,31 @@ def read_header(path: Path, size: int) -> Header:
     with open(path, "rb") as file:
         raw = file.read(HEADER.size)
     if raw[: len(MAGIC)] != MAGIC:
-        raise DataError(f"{path}: not a Megatron index: expected it to begin with {MAGIC!r}, found {raw[:9]!r}")
+        raise DataError(
+            f"{path}: not a Megatron index: expected it to begin with {MAGIC!r}, found {raw[:9]!r}; give the PREFIX of "
+            "an index"
+        )
     if len(raw) < HEADER.size:
-        raise DataError(f"{path}: truncated: expected a header of {HEADER.size} bytes, found {len(raw)}")
+        raise DataError(
+            f"{path}: truncated: expected a header of {HEADER.size} bytes, found {len(raw)}; copy or build "
+            "the index again"
+        )
     _, version, code, sequences, boundaries = HEADER.unpack(raw)
     if version != VERSION:
-        raise DataError(f"{path}: expected version {VERSION}, found {version}")
+        raise DataError(f"{path}: expected version {VERSION}, found {version}; build the index again")
     if code not in DTYPES:
-        raise DataError(f"{path}: expected an integer dtype code ({', '.join(map(str, DTYPES))}), found {code}")
+        floats = {6: " (float64)", 7: " (float32)"}.get(code, "")
+        raise DataError(
+            f"{path}: expected an integer dtype code ({', '.join(map(str, DTYPES))}), found {code}{floats}: it "
+            "holds no token ids; give an index of text"
+        )
     header = Header(DTYPES[code], sequences, boundaries)
     if size not in (header.end, header.end + sequences):
         fault = "truncated" if size < header.end else "too long"
         raise DataError(
-            f"{path}: {fault}: {sequences} sequences and {boundaries} boundaries make {header.end} bytes, found {size}"
+            f"{path}: {fault}: {sequences} sequences and {boundaries} boundaries make {header.end} bytes, found "
+            f"{size}; copy or build the index again"
         )
     if boundaries < 1:
-        raise DataError(f"{path}: expected at least one document boundary, found none")
+        raise DataError(f"{path}: expected at least one document boundary, found none; build the index again")
     return header

@@ -37,7 +37,7 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
     dtypes = {index.dtype for index in indexes}
     dtype = dtypes.pop() if len(dtypes) == 1 else dtype_for(inputs[0].tokenizer.vocab_size)
     folder = Path(f"{output}.build")
-    with locked(folder / "lock", busy=f"{output}: another process builds this index"), _temporary(folder):
+    with locked(folder / "lock", busy=f"{output}: another process builds this index"), temporary_folder(folder):
         writer = IndexWriter(folder, dtype)
         with Progress("merging", sum(index.tokens.nbytes for index in indexes)) as progress:
             for index in indexes:
@@ -94,7 +94,7 @@ def _check_tokenizer(first: str, expected: Metadata, prefix: str, found: Metadat
 
 
 @contextlib.contextmanager
-def _temporary(folder: Path) -> Iterator[None]:
+def temporary_folder(folder: Path) -> Iterator[None]:
     """Delete `folder` at the end, also after an error. Raises UsageError if it contains an interrupted build."""
     if (folder / PLAN).exists():
         raise UsageError(f"{folder}: an interrupted build is there; finish it, delete it, or choose another --output")

@@ -93,7 +93,10 @@ class Mixture:
             index = IndexedDataset(prefix)
             metadata = index.metadata
             if metadata is None:
-                raise DataError(f"{prefix}.json: missing; a mixture needs its tokenizer and hashes")
+                raise DataError(
+                    f"{prefix}.json: missing; a mixture needs its tokenizer and hashes: for an index of Megatron-LM, "
+                    f"'megazh index adopt {prefix} --tokenizer TOK' makes it"
+                )
             if entry.sha256 not in (None, metadata.files.bin.sha256):
                 found = metadata.files.bin.sha256
                 raise DataError(f"{prefix}.bin: expected sha256 {entry.sha256} from the manifest, found {found}")

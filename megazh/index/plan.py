@@ -38,17 +38,7 @@ def make_plan(tokenizer: Tokenizer, sources: Sequence[Source], format: Format | 
     """The plan of a build. Hashes the sources in parallel, except those unchanged since they were last hashed."""
     hashes = _hash(sources)
     return Plan(
-        tokenizer=TokenizerInfo(
-            kind=tokenizer.kind.value,
-            fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
-            eod_id=tokenizer.eod_id,
-            pad_id=tokenizer.pad_id,
-            front_tokens=tokenizer.front_tokens,
-            file=f".tokenizer{tokenizer.path.suffix}",
-            sha256=sha256_file(tokenizer.path),
-        ),
+        tokenizer=tokenizer_info(tokenizer),
         dtype=dtype_for(tokenizer.vocab_size).name,
         options=Options(
             format=format.value if format else None,
@@ -61,6 +51,21 @@ def make_plan(tokenizer: Tokenizer, sources: Sequence[Source], format: Format | 
             SourceInfo(name=source.name, bytes=source.size, sha256=digest)
             for source, digest in zip(sources, hashes, strict=True)
         ],
+    )
+
+
+def tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:
+    """The description of a tokenizer in an index."""
+    return TokenizerInfo(
+        kind=tokenizer.kind.value,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        eod_id=tokenizer.eod_id,
+        pad_id=tokenizer.pad_id,
+        front_tokens=tokenizer.front_tokens,
+        file=f".tokenizer{tokenizer.path.suffix}",
+        sha256=sha256_file(tokenizer.path),
     )
 
 

@@ -11,6 +11,7 @@ from megazh.index.format import Header, read_header
 from megazh.index.metadata import Metadata, read_metadata
 
 _STEP = 1 << 22  # sequences per step of the check
+_AGAIN = "copy all files of the index again, or build it again"
 
 
 class IndexedDataset:
@@ -39,9 +40,11 @@ class IndexedDataset:
         except FileNotFoundError as error:
             missing = Path(error.filename)
             if missing == self._bin and not self._idx.exists():
-                raise UsageError(f"{prefix}: no index there (neither {prefix}.bin nor {prefix}.idx)") from None
+                raise UsageError(
+                    f"{prefix}: no index there (neither {prefix}.bin nor {prefix}.idx); 'megazh index build' makes one"
+                ) from None
             why = "an unfinished build counts as no index" if missing == self._idx else "the index is incomplete"
-            raise UsageError(f"{missing}: missing; {why}") from None
+            raise UsageError(f"{missing}: missing; {why}: {_AGAIN}") from None
         header = read_header(self._idx, idx_size)
         self.dtype = header.dtype
         self.metadata = read_metadata(prefix)
@@ -88,10 +91,11 @@ class IndexedDataset:
             size = path.stat().st_size
         except FileNotFoundError:
             raise DataError(
-                f"{path}: missing; it holds the content hashes that decide the validation split; build the index again"
+                f"{path}: missing; it holds the content hashes that decide the validation split; "
+                + (_AGAIN if self.metadata else f"'megazh index adopt {self.prefix} --tokenizer TOK' makes it")
             ) from None
         if size != 8 * len(self):
-            raise DataError(f"{path}: expected {8 * len(self)} bytes for {len(self)} documents, found {size}")
+            raise DataError(f"{path}: expected {8 * len(self)} bytes for {len(self)} documents, found {size}; {_AGAIN}")
         if self.metadata is not None:
             check_sha256(path, self.metadata.files.docs.sha256)
         return self._map(path, np.dtype("<u8"), 0, len(self))
@@ -109,7 +113,9 @@ class IndexedDataset:
             (self._bin, bin_size, metadata.files.bin),
         ):
             if size != recorded.bytes:
-                raise DataError(f"{path}: expected {recorded.bytes} bytes from {self.prefix}.json, found {size}")
+                raise DataError(
+                    f"{path}: expected {recorded.bytes} bytes from {self.prefix}.json, found {size}; {_AGAIN}"
+                )
             check_sha256(path, recorded.sha256)
 
     def _check_sequences(self, header: Header, bin_size: int) -> int:
@@ -121,7 +127,7 @@ class IndexedDataset:
                 wrong_length = int(lengths.argmin())
                 raise DataError(
                     f"{self._idx}: length of sequence {at + wrong_length}: expected at least 0, "
-                    f"found {lengths[wrong_length]}"
+                    f"found {lengths[wrong_length]}; {_AGAIN}"
                 )
             ends = np.cumsum(lengths, dtype=np.int64)
             expected = (total + ends - lengths) * self.dtype.itemsize
@@ -130,19 +136,19 @@ class IndexedDataset:
                 first = int(wrong[0])
                 raise DataError(
                     f"{self._idx}: pointer of sequence {at + first}: expected {expected[first]} from the lengths "
-                    f"before it, found {self._pointers[at + first]}"
+                    f"before it, found {self._pointers[at + first]}; {_AGAIN}"
                 )
             total += int(ends[-1])
         boundaries = self._boundaries
         if boundaries[0] != 0 or boundaries[-1] != header.sequences or (np.diff(boundaries) < 0).any():
             raise DataError(
                 f"{self._idx}: document boundaries: expected them to ascend from 0 to {header.sequences}, found "
-                f"{boundaries[0]} to {boundaries[-1]}{'' if len(boundaries) < 2 else ', not all ascending'}"
+                f"{boundaries[0]} to {boundaries[-1]}{'' if len(boundaries) < 2 else ', not all ascending'}; {_AGAIN}"
             )
         if bin_size != total * self.dtype.itemsize:
             raise DataError(
                 f"{self._bin}: expected {total * self.dtype.itemsize} bytes for the {total} tokens ({self.dtype}) of "
-                f"{self._idx.name}, found {bin_size}: truncated, or from another index"
+                f"{self._idx.name}, found {bin_size}: truncated, or from another index; {_AGAIN}"
             )
         return total
 
@@ -160,4 +166,6 @@ class IndexedDataset:
             ("dtype", metadata.dtype, self.dtype.name),
         ):
             if recorded != found:
-                raise DataError(f"{self.prefix}.json: {name}: expected {found} from the index, found {recorded}")
+                raise DataError(
+                    f"{self.prefix}.json: {name}: expected {found} from the index, found {recorded}; {_AGAIN}"
+                )

@@ -137,7 +137,7 @@ def manifest(case: Case) -> Iterator[str]:
         return
     prefix = path.with_suffix("") if path.suffix in (".yaml", ".yml") else path
     raise UsageError(
-        f"data.manifest={path}: no such file{_near(path)}; make an index with 'python tools/index_dataset.py --input "
+        f"data.manifest={path}: no such file{_near(path)}; make an index with 'megazh index build --input "
         f"TEXT --tokenizer TOKENIZER --output {prefix}' and give data.manifest={prefix} (docs/data.md: The mixture)"
     )
 
