@@ -129,8 +129,8 @@ def _why_none(torch: Torch, requested: str) -> str:
         why = f"this torch ({torch.version}) is built without CUDA"
         if requested:
             raise UsageError(
-                f"{requested}: {why}; install one with it: unset MEGAZH_TORCH, remove .venv, run 'bash jobs/setup.sh' "
-                "(own Python: the version in requirements/torch.txt), or give --device cpu"
+                f"{requested}: {why}; install one with it: unset MEGAZH_TORCH, remove .venv (made by setup), run "
+                "'bash jobs/setup.sh' (own Python: the version in requirements/torch.txt), or give --device cpu"
             )
         return f"{why}, and would not use the NVIDIA card in this machine" if card and not hidden else why
     if hidden:

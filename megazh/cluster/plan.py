@@ -14,7 +14,7 @@ from megazh.pipeline.work import Work
 from megazh.run.peaks import peak_flops
 from megazh.settings import Settings
 from megazh.training.checks import fit
-from megazh.training.job import Devices
+from megazh.training.job import Case, Devices
 from megazh.training.layout import Layout
 from megazh.training.preflight import DATA, planned_case, preflight, warnings_of
 from megazh.training.recipe import Device, Recipe
@@ -113,7 +113,9 @@ def plan(recipe: Recipe, settings: Settings, gpus: int, assumed: Assumptions) ->
     batch = recipe.batch.model_copy(update={"gradient_accumulation_steps": None})
     any_batch = recipe.model_copy(update={"batch": batch})
     devices = Devices(Device.CUDA, gpus, None, memory=int(card))
-    warnings = warnings_of(planned_case(any_batch, settings, devices, stages=1), (fit.length, *DATA))
+    case = planned_case(any_batch, settings, devices, stages=1)
+    warnings_of(case, [fit.length])
+    on_data = _on_data(case)
     choices, refused = [], []
     for stages in range(1, gpus + 1):
         if gpus % stages:
@@ -132,7 +134,7 @@ def plan(recipe: Recipe, settings: Settings, gpus: int, assumed: Assumptions) ->
     yield ""
     yield from _describe_choices(choices, limit_gib)
     yield from refused
-    yield from warnings
+    yield from on_data
     yield ""
     yield from _projection(recipe, choices[0], name, limit_gib, assumed)
     yield ""
@@ -141,6 +143,15 @@ def plan(recipe: Recipe, settings: Settings, gpus: int, assumed: Assumptions) ->
         yield ""
     yield "total: gradients are reduced after activations and head are freed, so the larger of the two counts"
     yield from _reason(choices, limit_gib)
+
+
+def _on_data(case: Case) -> list[str]:
+    """What the checks of the data find. Data that does not fit, or is damaged, does not keep a plan from being made."""
+    try:
+        return warnings_of(case, DATA)
+    except MegazhError as error:
+        errors = error.errors if isinstance(error, SeveralErrors) else [error]
+        return [f"a start will refuse this: {each}" for each in errors]
 
 
 def _estimate(

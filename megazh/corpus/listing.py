@@ -244,7 +244,7 @@ def _status(path: str) -> os.stat_result:
         if os.path.islink(path):
             raise DataError(
                 f"{path}: a link to {os.readlink(path)}, which cannot be followed ({error.strerror}); repair the link, "
-                "or remove it"
+                "or leave it out"
             ) from None
         raise _unreadable(path, error) from None
 

@@ -219,7 +219,7 @@ def _check_content(
         if expected is None:
             return
         if not head:
-            raise DataError(f"{path}: is empty, and no {expected} file; fetch it again, or remove it")
+            raise DataError(f"{path}: is empty, and no {expected} file; fetch it again, or leave it out")
         if not compression:
             if not _is_text(head):
                 return  # an Arrow stream, or a damaged table: its reader will tell

@@ -29,7 +29,7 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
         BusyError: another process is writing the same output.
     """
     if Path(f"{output}.idx").exists():
-        raise UsageError(f"--output {output}: an index is there already; choose another name, or delete {output}.idx")
+        raise UsageError(f"--output {output}: an index is there already; choose another name")
     indexes = [IndexedDataset(prefix) for prefix in prefixes]
     inputs = [_metadata(prefix, index) for prefix, index in zip(prefixes, indexes, strict=True)]
     for prefix, data in zip(prefixes[1:], inputs[1:], strict=True):
@@ -97,7 +97,7 @@ def _check_tokenizer(first: str, expected: Metadata, prefix: str, found: Metadat
 def temporary_folder(folder: Path) -> Iterator[None]:
     """Delete `folder` at the end, also after an error. Raises UsageError if it contains an interrupted build."""
     if (folder / PLAN).exists():
-        raise UsageError(f"{folder}: an interrupted build is there; finish it, delete it, or choose another --output")
+        raise UsageError(f"{folder}: an interrupted build is there; finish it, or choose another --output")
     try:
         yield
     finally:

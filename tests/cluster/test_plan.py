@@ -1,6 +1,7 @@
 """Plans of recipes that come with megazh, compared with numbers worked out by hand."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,3 +189,14 @@ def test_what_deepspeed_gets_wrong_is_no_layout() -> None:
     lines = lines_of(settings=["zero_stage=0"])
     assert list(table(lines)) == [1]
     assert any(line.startswith("pp=2 x dp=3: zero_stage=0 with pipe_parallel_size=2") for line in lines)
+
+
+def test_a_plan_says_what_a_start_will_say_of_the_data(stories: Path) -> None:
+    """Data that does not fit keeps no plan from being made."""
+    data = f"data.manifest={stories}"
+    lines = lines_of(settings=[data])
+    assert any(line.startswith("WARNING: corpus 'corpus': 30,000,021,504 tokens are ") for line in lines)
+    assert any(line.startswith("WARNING: 151,536 of the model's 151,936 rows are never used") for line in lines)
+    lines = lines_of("demo", 2, [data, "model.vocab_size=64"])
+    assert any(line.startswith("a start will refuse this: the tokenizer of ") for line in lines)
+    assert lines[-1].startswith("to use it: -p ")

@@ -6,6 +6,7 @@ can tell. Data that is still to be made, from `-i` or from stories, passes.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from megazh.errors import Collector, DataError, UsageError
 from megazh.index.manifest import CorpusEntry, Manifest, manifest_at
-from megazh.index.metadata import Metadata, read_metadata
+from megazh.index.metadata import CORE_SUFFIXES, Metadata, read_metadata
 from megazh.model.counts import parameter_counts
 from megazh.settings import COMMAND_LINE
 from megazh.training.checks.resume import is_complete
@@ -97,6 +98,9 @@ def _read(path: Path, modified: int) -> DataFacts:
 def facts(recipe: Recipe) -> DataFacts | None:
     """What is known of the data; None where it is not there. Raises UsageError and DataError where it is damaged."""
     path = Path(recipe.data.manifest)
+    prefix = path.with_suffix("")
+    if path.suffix in CORE_SUFFIXES and path.is_file() and Path(f"{prefix}.idx").is_file():
+        raise UsageError(f"data.manifest={path}: a file of an index; give its PREFIX, data.manifest={prefix}")
     return _read(path, path.stat().st_mtime_ns if path.exists() else 0) if is_there(recipe) else None
 
 
@@ -126,31 +130,41 @@ def makes_data(case: Case) -> bool:
 
 def manifest(case: Case) -> Iterator[str]:
     """The manifest and its indexes are there, or a start makes them."""
-    path = Path(case.recipe.data.manifest)
-    yield from ()
     if is_complete(case.run, case.recipe):
         return
+    path = Path(case.recipe.data.manifest)
     if is_there(case.recipe):
         _ = facts(case.recipe)
         return
-    if case.planned or case.request.dry_run or makes_data(case):
+    if case.planned or makes_data(case):
         return
-    prefix = path.with_suffix("") if path.suffix in (".yaml", ".yml") else path
-    raise UsageError(
-        f"data.manifest={path}: no such file{_near(path)}; make an index with 'megazh index build --input "
-        f"TEXT --tokenizer TOKENIZER --output {prefix}' and give data.manifest={prefix} (docs/data.md: The mixture)"
-    )
+    message = f"data.manifest={path}: {_why_missing(path)}"
+    if not case.request.dry_run:
+        raise UsageError(message)
+    yield f"warning: {case.settings.with_places(message)}; a start will refuse that"
 
 
-def _near(path: Path) -> str:
-    """The manifest or index that may be meant by one that is not there."""
-    import difflib
-
+def _why_missing(path: Path) -> str:
+    """What is at a path in place of data, and what may be meant or made."""
+    if path.is_dir():
+        return f"is a folder; give a manifest in it, such as {path / 'NAME.yaml'}, or the PREFIX of an index"
     if not path.parent.is_dir():
-        return f" (there is no folder {path.parent})"
+        return f"no such file (there is no folder {path.parent}); {_how_to_index(path)}"
+    by_stem = path.with_suffix("")
+    if path.suffix in (".yaml", ".yml") and Path(f"{by_stem}.idx").is_file():
+        return f"no such file, but an index of that name is there; give its PREFIX, data.manifest={by_stem}"
     files = [*path.parent.glob("*.y*ml"), *(file.with_suffix("") for file in path.parent.glob("*.idx"))]
     near = difflib.get_close_matches(path.name, [file.name for file in files], n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    meant = f" (did you mean {path.parent / near[0]}?)" if near else ""
+    return f"no such file{meant}; {_how_to_index(path)}"
+
+
+def _how_to_index(path: Path) -> str:
+    prefix = path.with_suffix("") if path.suffix in (".yaml", ".yml") else path
+    return (
+        "make an index with 'megazh index build --input TEXT --tokenizer TOKENIZER --output "
+        f"{prefix}' and give data.manifest={prefix} (docs/data.md: The mixture)"
+    )
 
 
 def tokenizers(case: Case) -> Iterator[str]:

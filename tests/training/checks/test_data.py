@@ -204,7 +204,24 @@ def test_a_dry_run_and_a_plan_need_no_data(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     elsewhere = Path("data_index/elsewhere.yaml")
     assert warnings_of(make_case(tmp_path, elsewhere, planned=True), DATA) == []
-    assert warnings_of(make_case(tmp_path, elsewhere, request=Request(dry_run=True)), DATA) == []
+    (line,) = warnings_of(make_case(tmp_path, elsewhere, request=Request(dry_run=True)), DATA)
+    assert line.startswith("warning: data.manifest=data_index/elsewhere.yaml: no such file (there is no folder data_in")
+    assert line.endswith("; a start will refuse that")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("corpus.idx", "a file of an index; give its PREFIX, data.manifest="),
+        ("corpus.bin", "a file of an index; give its PREFIX, data.manifest="),
+        ("corpus.json", "a file of an index; give its PREFIX, data.manifest="),
+        ("corpus.yaml", "no such file, but an index of that name is there; give its PREFIX, data.manifest="),
+        ("", "is a folder; give a manifest in it, such as "),
+    ],
+)
+def test_what_is_near_to_a_prefix_says_what_to_give(tmp_path: Path, manifest: Path, name: str, words: str) -> None:
+    assert words in missing(make_case(tmp_path, manifest.parent / name))
+    assert warnings_of(make_case(tmp_path, manifest.with_name("corpus")), [data.manifest]) == []
 
 
 def test_a_complete_run_needs_its_data_no_longer(tmp_path: Path, manifest: Path) -> None:
