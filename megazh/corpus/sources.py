@@ -28,6 +28,7 @@ from megazh.corpus.options import ReadOptions
 from megazh.corpus.records import RecordError, value_at
 from megazh.errors import DataError, UsageError
 
+_LATER_BYTES = 1 << 14
 _LARGEST_DESCRIPTION = 32 << 20
 """Size in bytes up to which a `.json` file of a folder is looked at whole: it may be a description, not text."""
 _ABOUT = re.compile(
@@ -174,7 +175,8 @@ def _look_at(
     if compression:
         _check_content(path, sample[:HEAD_BYTES], content_of(sample[:HEAD_BYTES]), format, None, given, within=True)
     is_lines = format is not Format.TEXT or read.text_documents.value != "file"
-    if fault := encoding_fault(sample, read.encoding, is_lines):
+    later = _later_lines(path) if sample.isascii() and not whole and compression is None else b""
+    if fault := encoding_fault(sample + later, read.encoding, is_lines):
         raise DataError(f"{path}: {fault}")
     if format in (Format.JSONL, Format.JSON):
         text = sample.decode(read.encoding or "utf-8", "surrogateescape" if read.encoding is None else "replace")
@@ -198,6 +200,16 @@ def _sample(path: Path, compression: str | None) -> tuple[bytes, bool]:
     while len(sample) <= SAMPLE_BYTES and (block := stream.read(SAMPLE_BYTES + 1 - len(sample))):
         sample += block
     return sample[:SAMPLE_BYTES], len(sample) <= SAMPLE_BYTES
+
+
+def _later_lines(path: Path) -> bytes:
+    """Whole lines from a quarter, the middle and three quarters of a file whose beginning shows no encoding."""
+    size, found = path.stat().st_size, b""
+    with open(path, "rb") as file:
+        for quarter in (1, 2, 3):
+            file.seek(size * quarter // 4)
+            found += file.read(_LATER_BYTES).partition(b"\n")[2].rpartition(b"\n")[0] + b"\n"
+    return found
 
 
 def _check_content(

@@ -119,6 +119,17 @@ def test_a_few_bad_bytes_cost_only_their_lines(tmp_path: Path) -> None:
     assert [entry[1:] for entry in found.rejected] == [(61, "invalid UTF-8"), (62, "invalid UTF-8")]
 
 
+def test_file_that_begins_with_plain_ascii(tmp_path: Path) -> None:
+    plain, gbk = json_lines(["plain words"] * 5000), json_lines(SIMPLE).decode().encode("gbk")
+    (tmp_path / "a.jsonl").write_bytes(plain + gbk * 3000)
+    with pytest.raises(DataError, match=r"a\.jsonl: looks like GB18030, not UTF-8"):
+        read_files([tmp_path / "a.jsonl"], ReadOptions(), 1 << 20)
+    (tmp_path / "b.jsonl").write_bytes(plain + json_lines(SIMPLE) * 3000)
+    assert len(read_files([tmp_path / "b.jsonl"], ReadOptions(), 1 << 20).texts) == 14_000
+    with pytest.raises(DataError, match=r"b\.jsonl: looks like UTF-8, not GB18030"):
+        read_files([tmp_path / "b.jsonl"], ReadOptions(encoding="gb18030"), 1 << 20)
+
+
 @pytest.mark.parametrize(
     ("encoding", "text"),
     [
