@@ -38,7 +38,11 @@ def add_to(commands: Subparsers) -> None:
         "-r", "--run", type=Path, metavar="RUN", help="run folder (default: runs/RECIPE, or runs/INPUT)"
     )
     parser.add_argument(
-        "-i", "--input", nargs="+", metavar="FILE", help="your own text: .jsonl, .csv, .txt, .parquet, folders, quoted globs"
+        "-i",
+        "--input",
+        nargs="+",
+        metavar="FILE",
+        help="your own text: .jsonl, .csv, .txt, .parquet, folders, quoted globs",
     )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="with -i: key of the text (default: text)")
     add_encoding(parser, "with -i: ")

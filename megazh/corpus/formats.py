@@ -1,5 +1,6 @@
 """File formats: which suffixes name which format, and what the first bytes of a file say that it is."""
 
+import os
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -57,18 +58,24 @@ _REMEDIES = {
 _REMEDY = {suffix: remedy for remedy, suffixes in _REMEDIES.items() for suffix in suffixes.split()}
 
 
-def by_suffix(path: PurePath) -> tuple[Format | None, str | None]:
+def _suffixes(path: str | PurePath) -> list[str]:
+    """As `PurePath.suffixes`, in lower case; paths are made of many names, and a `PurePath` of each takes long."""
+    name = os.path.basename(path).lower().lstrip(".")
+    return [] if name.endswith(".") else [f".{part}" for part in name.split(".")[1:]]
+
+
+def by_suffix(path: str | PurePath) -> tuple[Format | None, str | None]:
     """Format and compression that the suffixes of a file name; None for those that they do not name."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffixes = _suffixes(path)
     compression = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     if compression:
         suffixes.pop()
     return (_SUFFIXES.get(suffixes[-1]) if suffixes else None), compression
 
 
-def unknown_suffix(path: PurePath) -> str:
+def unknown_suffix(path: str | PurePath) -> str:
     """The suffix that makes a file unreadable, such as `.pdf` or `.tar.gz`; "" without one."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    suffixes = _suffixes(path)[-2:]
     if suffixes and (suffixes[-1] in _COMPRESSIONS or "".join(suffixes) in _REMEDY):
         return "".join(suffixes)
     return suffixes[-1] if suffixes else ""

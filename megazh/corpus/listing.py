@@ -10,7 +10,7 @@ import glob
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import NoReturn
@@ -120,11 +120,14 @@ class Files:
         return next((given for given, starts in self.starts.items() if not any(map(leads_to_one, starts))), None)
 
 
-def list_files(inputs: Sequence[str], left_out: LeftOut, ignored: Path | None = None) -> Files:
+def list_files(
+    inputs: Sequence[str], left_out: LeftOut, ignored: Path | None = None, tick: Callable[[], object] = lambda: None
+) -> Files:
     """All files of the inputs, each real file once; what is left out for its kind is counted in `left_out`.
 
     Args:
         ignored: a folder that is passed over without a word.
+        tick: called for each folder.
 
     Raises:
         UsageError: an input does not exist, or matches nothing.
@@ -132,7 +135,7 @@ def list_files(inputs: Sequence[str], left_out: LeftOut, ignored: Path | None = 
     """
     if not inputs:
         raise UsageError("no input given; name files, folders or globs with --input")
-    search = _Search(left_out, ignored)
+    search = _Search(left_out, ignored, tick)
     for given in inputs:
         search.start(given)
     return search.run()
@@ -147,8 +150,8 @@ class _Path:
 class _Search:
     """Looks at real files and folders first, then at those behind links, then at those behind links in these ..."""
 
-    def __init__(self, left_out: LeftOut, ignored: Path | None) -> None:
-        self._left_out = left_out
+    def __init__(self, left_out: LeftOut, ignored: Path | None, tick: Callable[[], object]) -> None:
+        self._left_out, self._tick = left_out, tick
         self._ignored = ignored.resolve() if ignored else None
         self._links: list[_Path] = []  # looked at in the next round
         self._now: list[_Path] = []
@@ -216,6 +219,7 @@ class _Search:
                 self._known.append(folder)
                 continue  # read already, under another name; also ends cycles
             self._folders.add(identity)
+            self._tick()
             if self._ignored and Path(folder).resolve() == self._ignored:
                 continue
             entries = _entries(folder)

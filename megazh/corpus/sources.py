@@ -27,6 +27,7 @@ from megazh.corpus.listing import Candidate, LeftOut, list_files, printable
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.records import RecordError, value_at
 from megazh.errors import DataError, UsageError
+from megazh.progress import Elapsed
 
 _LATER_BYTES = 1 << 14
 _LARGEST_DESCRIPTION = 32 << 20
@@ -82,7 +83,11 @@ _Properties = tuple[Format, str | None, int]  # format, compression, size of a s
 
 
 class _NotText(Exception):
-    """A file of a folder that is no text of a data set; the message says what files of its kind have in common."""
+    """A file of a folder that is no text of a data set; label and suffix as in `LeftOut.add`."""
+
+    def __init__(self, label: str, suffix: str = "") -> None:
+        super().__init__(label)
+        self.label, self.suffix = label, suffix
 
 
 def find_sources(inputs: Sequence[str], format: Format | None = None, read: ReadOptions | None = None) -> list[Source]:
@@ -110,24 +115,18 @@ def list_inputs(
     listing = Listing()
     found: list[tuple[str, _Properties]] = []
     used: list[Candidate] = []
-    files = list_files(inputs, listing.left_out, ignored)
-    for candidate in files.candidates:
-        path, by_name, compression = _chosen_name(candidate, format)
-        name = os.path.basename(path)
-        suffix = unknown_suffix(Path(name))
-        by_own_name = by_suffix(Path(name))[0]
-        if not candidate.is_named and by_own_name in (None, Format.TEXT) and _ABOUT.fullmatch(Path(name).stem):
-            listing.left_out.add(name, name)
-        elif not candidate.is_named and _CACHED.fullmatch(name):
-            listing.left_out.add("cache-*.arrow", name)
-        elif not candidate.is_named and (by_name is None or (by_own_name is None and remedy_for(suffix))):
-            listing.left_out.add(f"*{suffix}" if suffix else "without a suffix", name, suffix)
-        else:
+    with Elapsed("looking at the input") as elapsed:
+        files = list_files(inputs, listing.left_out, ignored, elapsed.tick)
+        for candidate in files.candidates:
+            elapsed.tick()
+            path, by_name, compression = _chosen_name(candidate, format)
             try:
+                if not candidate.is_named:
+                    _check_name(os.path.basename(path), by_name)
                 found.append((path, _look_at(Path(path), by_name, compression, format, candidate.is_named, read)))
                 used.append(candidate)
             except _NotText as kind:
-                listing.left_out.add(str(kind), name)
+                listing.left_out.add(kind.label, os.path.basename(path), kind.suffix)
     without = files.without_any(used)
     if without is not None:
         left = f"; left out: {listing.left_out.describe()}" if listing.left_out else ""
@@ -143,10 +142,27 @@ def list_inputs(
 def _chosen_name(candidate: Candidate, given: Format | None) -> tuple[str, Format | None, str | None]:
     """The first name of a file whose suffix names a format (else its first name), with format and compression."""
     for path in candidate.names:
-        format, compression = by_suffix(Path(path))
+        format, compression = by_suffix(path)
         if format or given:
             return path, given or format, compression
     return candidate.names[0], None, None
+
+
+def _check_name(name: str, format: Format | None) -> None:
+    """Raises _NotText for a file of a folder whose name shows that it is no text of a data set.
+
+    Args:
+        format: the format of the file, by its suffix or as given.
+    """
+    own_format = by_suffix(name)[0]
+    if own_format in (None, Format.TEXT) and _ABOUT.fullmatch(os.path.splitext(name)[0]):
+        raise _NotText(name)
+    if _CACHED.fullmatch(name):
+        raise _NotText("cache-*.arrow")
+    if own_format is None:
+        suffix = unknown_suffix(name)
+        if format is None or remedy_for(suffix):
+            raise _NotText(f"*{suffix}" if suffix else "without a suffix", suffix)
 
 
 def _look_at(
@@ -163,13 +179,16 @@ def _look_at(
     if compression and format in COLUMNAR:
         raise UsageError(f"{path}: a compressed {format.value} file cannot be read in parts; decompress it first")
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
-            head = file.read(HEAD_BYTES)
+            size = os.fstat(file.fileno()).st_size
+            sample = file.read(SAMPLE_BYTES + 1)
+        head = sample[:HEAD_BYTES]
         _check_content(path, head, content_of(head), format, compression, given)
         if format in COLUMNAR:
             return format, compression, size
-        sample, whole = _sample(path, compression)
+        if compression:
+            sample = _unpacked_sample(path, compression)
+        sample, whole = sample[:SAMPLE_BYTES], len(sample) <= SAMPLE_BYTES
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     if compression:
@@ -194,12 +213,12 @@ def _unknown(path: Path) -> UsageError:
     return UsageError(f"{path}: its suffix names no known format; give --format {formats}")
 
 
-def _sample(path: Path, compression: str | None) -> tuple[bytes, bool]:
-    """The beginning of a file, decompressed, and whether that is all of it."""
+def _unpacked_sample(path: Path, compression: str) -> bytes:
+    """The first `SAMPLE_BYTES` and one more of a file, decompressed."""
     stream, sample = open_bytes(path, compression), b""
     while len(sample) <= SAMPLE_BYTES and (block := stream.read(SAMPLE_BYTES + 1 - len(sample))):
         sample += block
-    return sample[:SAMPLE_BYTES], len(sample) <= SAMPLE_BYTES
+    return sample
 
 
 def _later_lines(path: Path) -> bytes:
