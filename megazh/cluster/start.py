@@ -53,7 +53,7 @@ def start(request: Request) -> int:
     if not request.inputs and makes_data(case) and not Path(job.recipe.data.manifest).exists():
         _prepare(job, request)
     _note([line for line in warnings_of(case, DATA) if line not in job.notes])  # of data that has just been made
-    mixture = checked_mixture(job.recipe)
+    mixture = checked_mixture(job.recipe, case.settings)
     with locked(job.run.lock, f"{job.run.path}: another job is training in this folder"):
         check_resume(job)
         job.run.begin(job.recipe.to_yaml(), mixture)

@@ -17,7 +17,7 @@ from megazh.errors import Collector, DataError, UsageError
 from megazh.index.manifest import CorpusEntry, Manifest, manifest_at
 from megazh.index.metadata import CORE_SUFFIXES, Metadata, read_metadata
 from megazh.model.counts import parameter_counts
-from megazh.settings import COMMAND_LINE
+from megazh.settings import COMMAND_LINE, Settings
 from megazh.training.checks.resume import is_complete
 from megazh.training.job import Case
 from megazh.training.recipe import Recipe
@@ -74,11 +74,18 @@ def _read(path: Path, modified: int) -> DataFacts:
         prefix = path.parent / entry.prefix
         with found.collecting():
             known = read_metadata(prefix)
-            if known is None:
+            if known is not None:
+                metadata.append(known)
+            elif Path(f"{prefix}.idx").is_file():
                 raise DataError(
-                    f"corpus '{entry.name}': {prefix}.json: missing (prefixes are relative to {path.parent})"
+                    f"corpus '{entry.name}': {prefix}.json: missing; a mixture needs its tokenizer and hashes: for an "
+                    f"index of Megatron-LM, 'megazh index adopt {prefix} --tokenizer TOK' makes it"
                 )
-            metadata.append(known)
+            else:
+                raise UsageError(
+                    f"corpus '{entry.name}': no index {prefix}.idx; a prefix is relative to the manifest's folder, "
+                    f"{path.parent}"
+                )
     found.raise_all()
     kept = 1.0 - (described.validation.fraction if described.validation else 0.0)
     trained = [known.tokens * kept for known in metadata]
@@ -125,7 +132,8 @@ def makes_data(case: Case) -> bool:
     folder = manifest.parent
     if not folder.exists() or (folder / "prepared.json").exists():
         return True
-    return folder.is_dir() and {file.name for file in folder.iterdir()} <= {"prepare.lock"}
+    # Hidden files are what an interrupted preparation may leave.
+    return folder.is_dir() and all(file.name == "prepare.lock" or file.name[0] == "." for file in folder.iterdir())
 
 
 def manifest(case: Case) -> Iterator[str]:
@@ -261,8 +269,12 @@ def validation(case: Case) -> Iterator[str]:
     )
 
 
-def checked_mixture(recipe: Recipe) -> Mixture:
+def checked_mixture(recipe: Recipe, settings: Settings) -> Mixture:
     """Open the data of a recipe, and check that the prompts and the length of the run fit it. Packs the samples.
+
+    Args:
+        recipe: the recipe.
+        settings: its values with the places where they were written, for errors.
 
     Raises:
         UsageError: a prompt without a token, or a mixture that ends too early.
@@ -275,19 +287,17 @@ def checked_mixture(recipe: Recipe) -> Mixture:
     tokenizer = load_tokenizer_of(mixture.corpora[0].prefix, mixture.corpora[0].metadata)
     for prompt in recipe.evaluation.sample_prompts:
         if not tokenizer.encode(prompt):
-            found.add(
-                UsageError(f"sample_prompts: {prompt!r} has no token to continue from; give at least one character")
-            )
+            message = f"sample_prompts: {prompt!r} has no token to continue from; give at least one character"
+            found.add(UsageError(settings.with_places(message)))
     batch = recipe.batch.global_batch_size
     needed = recipe.total_steps * batch
     if mixture.end is not None and needed > mixture.end:
         steps = mixture.end // batch
-        found.add(
-            UsageError(
-                f"the run takes {needed:,} samples, and {recipe.data.manifest} ends after {mixture.end:,} "
-                f"(on_exhausted: stop); set {f'steps={steps}, or ' if steps else ''}on_exhausted: wrap"
-            )
+        message = (
+            f"the run takes {needed:,} samples, and {recipe.data.manifest} ends after {mixture.end:,} "
+            f"(on_exhausted: stop); set {f'steps={steps}, or ' if steps else ''}on_exhausted: wrap"
         )
+        found.add(UsageError(settings.with_places(message)))
     found.raise_all()
     return mixture
 

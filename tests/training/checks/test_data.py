@@ -11,7 +11,7 @@ import yaml
 from cases import make_case
 from made_runs import make_run
 
-from megazh.errors import MegazhError, UsageError
+from megazh.errors import DataError, MegazhError, UsageError
 from megazh.index.manifest import load_manifest
 from megazh.index.metadata import read_metadata
 from megazh.training.checks import data
@@ -134,11 +134,12 @@ def test_a_prefix_that_is_missing_in_a_manifest_is_named(tmp_path: Path, manifes
     entries = [{"name": name, "prefix": f"gone/{name}", "weight": 1} for name in ("a", "b")]
     with pytest.raises(MegazhError) as refusal:
         warned(tmp_path, rewritten(manifest, corpora=entries))
-    lines = str(refusal.value).splitlines()
-    assert [
-        f"corpus '{name}': " in line and f"gone/{name}.json: missing" in line
-        for name, line in zip("ab", lines, strict=True)
-    ]
+    first, second = str(refusal.value).split("\nerror: ")
+    for line, name in ((first, "a"), (second, "b")):
+        assert line.startswith(f"corpus '{name}': no index {manifest.parent}/gone/{name}.idx; a prefix is relative to ")
+    (manifest.parent / "corpus.json").unlink()
+    with pytest.raises(DataError, match=r"^corpus 'a': .*corpus\.json: missing; .* 'megazh index adopt .*/corpus --"):
+        warned(tmp_path, rewritten(manifest, corpora=[{"name": "a", "prefix": "corpus", "weight": 1}]))
 
 
 def missing(case: Case) -> str:
