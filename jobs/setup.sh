@@ -36,7 +36,9 @@ main() {
     fi
     local parts=(venv torch base deepspeed megazh "${extras[@]}")
     if ! all_done "${parts[@]}"; then
-        mkdir -p "$venv"
+        mkdir -p "$venv" 2> /dev/null && [[ -w $venv ]] ||
+            fail 5 "$venv cannot be written by user $(id -un 2> /dev/null || id -u): have the owner of $root run \
+jobs/setup.sh, or set MEGAZH_PYTHON"
         exec 9> "$venv/setup.lock"
         flock --nonblock 9 || { echo "setup: another setup of $venv is running; waiting for it" && flock 9; }
         : > "$log"

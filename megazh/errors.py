@@ -84,4 +84,11 @@ class Collector:
             raise SeveralErrors(self.errors)
 
 
+class WriteError(WorkerError, OSError):
+    """A file or folder could not be written. Names its path, the size that was needed and the remedy.
+
+    It is an OSError as well, so that those who can do without the file go on as for any other failure of a disk.
+    """
+
+
 INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""Atomic writes, locks that end with their holder, remembered file hashes, and the cache folder."""
+"""Atomic writes, files that are hashed while they are written, locks, and remembered hashes of files."""
 
 import contextlib
 import fcntl
@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from megazh.errors import BusyError, DataError
+from megazh.caches import cache_dir, warn_not_kept
+from megazh.errors import BusyError, DataError, WorkerError, WriteError
 from megazh.progress import Progress
+from megazh.writing import free_bytes, write_all, write_error, writing
 
 _BLOCK = 1 << 18  # stays in the processor's cache between reading and hashing
 _LARGE = 1 << 31
@@ -45,7 +47,15 @@ def write_atomic(path: Path, data: bytes, durable: bool = True) -> None:
         path: the file; its folder is made if need be.
         data: its new content.
         durable: whether to flush to disk before the rename; without, a power cut (but no kill) may leave an empty file.
+
+    Raises:
+        WriteError: it cannot be written; the old content stays.
     """
+    with writing(path, len(data)):
+        _write_atomic(path, data, durable)
+
+
+def _write_atomic(path: Path, data: bytes, durable: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -57,11 +67,84 @@ def write_atomic(path: Path, data: bytes, durable: bool = True) -> None:
         os.chmod(name, 0o644)
         os.rename(name, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(name)
         raise
     if durable:
         fsync_directory(path.parent)
+
+
+class NewFile:
+    """A file that is written once, from its beginning to its end, and removed where that fails.
+
+    Args:
+        path: the file.
+        named: path to name in errors, where the file gets another name in the end.
+
+    Raises:
+        WriteError: it cannot be made or, from `write` and `close`, be written.
+    """
+
+    def __init__(self, path: Path, named: Path | None = None) -> None:
+        self.path = path
+        self.size = 0
+        """Bytes written so far."""
+        self._named = named or path
+        with writing(self._named):
+            self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`."""
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")  # cast refuses empty arrays
+        self.size += len(view)
+        try:
+            write_all(self._file, view)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def close(self, durable: bool = True) -> None:
+        """Close the file; `durable`: flush it to disk before."""
+        try:
+            if durable:
+                os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def discard(self) -> None:
+        """Close and remove the file."""
+        with contextlib.suppress(OSError):  # such as a network file system that reports a failed write late
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def _failed(self, error: OSError) -> WriteError:
+        """Remove the file; the error names the room that there was for it."""
+        room = free_bytes(self.path)
+        if room is not None:
+            with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+                room += os.fstat(self._file.fileno()).st_size
+        self.discard()
+        return write_error(self._named, error, self.size, room, least=True)
+
+
+class HashedFile(NewFile):
+    """A new file whose SHA-256 is computed while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`."""
+        self._digest.update(data)
+        super().write(data)
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256, as hex, of what was written so far."""
+        return self._digest.hexdigest()
 
 
 def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
@@ -86,13 +169,21 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
 
     Raises:
         BusyError: the lock is held and `busy` is given.
+        WriteError: the lock file cannot be made.
+        WorkerError: its file system has no locks.
     """
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)  # the holder before us may have removed the folder, too
+        new = not path.parent.exists()
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # the holder before us may have removed the folder, too
             file = open(path, "a+")  # noqa: SIM115 (closed below: the lock lives as long as the file)
         except FileNotFoundError:
             continue  # removed between mkdir and open
+        except OSError as error:
+            if new:
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+            raise write_error(path, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
@@ -100,6 +191,12 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
             holder = file.read().strip() or "unknown"
             file.close()
             raise BusyError(f"{busy} (held by {holder})") from None
+        except OSError as error:
+            file.close()
+            raise WorkerError(
+                f"{path}: cannot be locked: {error.strerror}; choose a place whose file system has locks (flock), or "
+                "have it mounted with them"
+            ) from error
         try:
             same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
         except FileNotFoundError:
@@ -109,20 +206,13 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
         file.close()  # the holder before us removed the file while we waited: lock the new one
     _locks.add(file)
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, and only its holder's name is lost
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         _locks.discard(file)
         file.close()
-
-
-def cache_dir() -> Path:
-    """The folder of derived files that may be deleted at any time: `MEGAZH_CACHE`, or `~/.cache/megazh`."""
-    if named := os.environ.get("MEGAZH_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megazh"
 
 
 def check_sha256(path: Path, expected: str) -> None:
@@ -161,10 +251,12 @@ def known_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> s
 
 
 def remember_sha256(path: Path, digest: str) -> None:
-    """Remember the SHA-256 of a file in its present state; without a writable cache folder, do nothing."""
-    with contextlib.suppress(OSError):
-        note = json.dumps({**_signature(path), "sha256": digest}).encode()
+    """Remember the SHA-256 of a file in its present state; where nothing can be kept, warn once."""
+    note = json.dumps({**_signature(path), "sha256": digest}).encode()
+    try:
         write_atomic(_note_path(path), note, durable=False)  # a damaged note is ignored
+    except OSError as error:
+        warn_not_kept(cache_dir(), error)
 
 
 def _remembered(path: Path) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megazh import __version__
+from megazh.caches import provide_caches
 from megazh.errors import INTERRUPTED, MegazhError, WorkerError
 
 # Each command with its line of help; the module of a command is imported only when it is called, so that
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(options: argparse.Namespace) -> int:
     """Call the command that the options name; returns the exit code (see `megazh.errors`)."""
     try:
+        provide_caches()
         options.call(options)
         sys.stdout.flush()  # here, where a closed pipe is no error
     except MegazhError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megazh.cli.options import Subparsers, add_command, count
 from megazh.errors import UsageError
+from megazh.writing import check_writable
 
 
 def add_to(commands: Subparsers) -> None:
@@ -26,5 +27,6 @@ def _write(options: argparse.Namespace) -> None:
 
     if options.output.is_dir():
         raise UsageError(f"--output {options.output}: is a folder; give a file, such as {options.output}/stories.jsonl")
+    check_writable(options.output.parent, "choose another --output", f"--output {options.output}")
     write_stories(options.output, options.count, options.seed)
     print(f"{options.output}: {options.count:,} stories, {options.output.stat().st_size / 1e6:.1f} MB")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megazh.cli.options import Subparsers, add_command, add_reading, amount, count, reading
 from megazh.errors import UsageError
+from megazh.writing import check_writable
 
 TRAIN_EXAMPLES = """example:
   megazh tokenizer train --input corpus.jsonl --vocab-size 8000 --output tok/tokenizer.json
@@ -90,6 +91,7 @@ def _train(options: argparse.Namespace) -> None:
     if not options.restart and trained_already(output, training):
         print(f"{output}: complete already, from the same input; nothing to do")
         return
+    check_writable(output.parent, "choose another --output", f"--output {output}")
     begin = time.monotonic()
     trained = train_tokenizer(sources, reading(options), output, wanted, digits, options.sample, training)
     short = "" if trained.ids == wanted else f" (fewer than {wanted:,}: the text has too few distinct words)"

@@ -14,12 +14,14 @@ from megazh.errors import Collector, UsageError, WorkerError
 from megazh.files import locked
 from megazh.model.counts import flops_per_token
 from megazh.run.summary import describe_end
+from megazh.training.checkpoint_list import remove_unfinished
 from megazh.training.checks.data import checked_mixture, describe_data, makes_data
 from megazh.training.checks.resume import check_resume, is_complete, steps_done
 from megazh.training.describe import describe_job
 from megazh.training.job import Case, Devices, Job, Request
 from megazh.training.preflight import CHECKS, DATA, WITHOUT_DEVICES, preflight, requested_case, warnings_of
 from megazh.training.recipe import Device
+from megazh.writing import check_writable
 
 
 def start(request: Request) -> int:
@@ -55,6 +57,7 @@ def start(request: Request) -> int:
     _note([line for line in warnings_of(case, DATA) if line not in job.notes])  # of data that has just been made
     mixture = checked_mixture(job.recipe, case.settings)
     with locked(job.run.lock, f"{job.run.path}: another job is training in this folder"):
+        remove_unfinished(job.run.checkpoints)  # first: what follows may need their space
         check_resume(job)
         job.run.begin(job.recipe.to_yaml(), mixture)
         for line in (*describe_job(job), *describe_data(job.recipe)):
@@ -108,6 +111,8 @@ def _prepare(job: Job, request: Request) -> None:
     from megazh.index.prepare import prepare
 
     recipe = job.recipe
+    elsewhere = "start in a folder that you can write to, and name the run folder with -r"
+    check_writable(job.data_folder, elsewhere)
     prepare(
         job.data_folder,
         recipe.model.vocab_size,

@@ -1,5 +1,6 @@
 """Join the finished pieces of a build in order, and keep account of rejected records."""
 
+import contextlib
 import json
 from collections import deque
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from megazh.corpus.options import ReadOptions
 from megazh.corpus.pieces import Piece, piece_sources
 from megazh.corpus.records import Reason
 from megazh.corpus.sources import Source
-from megazh.errors import DataError, WorkerError
+from megazh.errors import DataError, WorkerError, WriteError
+from megazh.files import NewFile
 from megazh.index.metadata import Files
 from megazh.index.piece import FinishedPiece, piece_path, read_piece_file
 from megazh.index.writer import IndexWriter
@@ -41,7 +43,7 @@ class Assembly:
         self._lines: dict[int, int] = {}  # lines of each source in the pieces written so far
         self.writer = IndexWriter(folder, dtype)
         self.rejected_path = folder / "rejected.jsonl"
-        self._rejected_file = open(self.rejected_path, "w", encoding="utf-8")  # noqa: SIM115 (closed at the end)
+        self._rejected_file = NewFile(self.rejected_path)
         self.records = 0
         """Number of lines or rows: documents, empty and bad ones."""
         self.empty = 0
@@ -87,14 +89,13 @@ class Assembly:
             # In a piece of several whole files, each file counts as one line.
             file, number = (files[0], before + line) if len(files) == 1 else (files[line - 1], 1)
             entry = {"file": file.name, "line": number, "reason": reason, "detail": detail}
-            self._rejected_file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self._rejected_file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
             self.rejected += 1
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
     def _check_bad(self, limit: float) -> None:
         if not self.records or self.rejected / self.records <= limit:
             return
-        self._rejected_file.flush()
         with open(self.rejected_path, encoding="utf-8") as file:
             first = json.loads(file.readline())
         encoding = " (text that is not UTF-8 needs --encoding)" if Reason.INVALID_UTF8 in self.reasons else ""
@@ -113,10 +114,11 @@ class Assembly:
         """
         assert not self._order, "a piece is missing"
         self._check_bad(self._max_bad)
-        self._rejected_file.close()
+        self._rejected_file.close(durable=False)  # flushed to disk when it is moved to its place
         return self.writer.finish()
 
     def abandon(self) -> None:
-        """Close the files without completing them."""
-        self._rejected_file.close()
+        """Close the files without completing them; what was written of the index is removed."""
+        with contextlib.suppress(WriteError):
+            self._rejected_file.close(durable=False)
         self.writer.abandon()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -19,17 +18,18 @@ from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.pieces import cut, piece_size, piece_sources
 from megazh.corpus.sources import Listing, Source, list_inputs
-from megazh.errors import DataError, MegazhError, UsageError, WorkerError
+from megazh.errors import DataError, MegazhError, UsageError, WriteError
 from megazh.files import locked, write_atomic
 from megazh.index.assemble import Assembly
 from megazh.index.metadata import CORE_SUFFIXES, INDEX_SUFFIXES, Metadata, Rejected, read_metadata
-from megazh.index.piece import Result, Setup, Task, piece_path, read_piece_file
+from megazh.index.piece import Result, Setup, Task, piece_path, read_piece_file, remove_unfinished_pieces
 from megazh.index.plan import CUT_VERSION, PLAN, Plan, difference, make_plan, signature
 from megazh.index.pools import Pool
 from megazh.index.reader import IndexedDataset
 from megazh.progress import Progress, duration
 from megazh.tokenizer import Tokenizer, load_tokenizer
 from megazh.tokenizer.encoders import Encoder, EncoderSource, encode_each
+from megazh.writing import check_writable, warn_once, writing
 
 _DISTRUST = "fast-encoder-differs"  # empty file in the build folder, present once the fast encoder was found wrong
 
@@ -87,27 +87,23 @@ def build_index(request: Request, pool: Pool, say: Callable[[str], None]) -> Sum
         UsageError: the request cannot work, or does not match an interrupted build or an index at the same prefix.
         DataError: an input is damaged, or too many records are bad.
         BusyError: another process is building the same prefix.
-        WorkerError: a worker died, or the disk is full; finished pieces are kept.
+        WorkerError: a worker died; finished pieces are kept.
+        WriteError: the disk is full or gone; finished pieces are kept.
     """
     tokenizer, listing = check_request(request)
     if request.listing is None:
         for line in listing.notes():
             say(line)
     folder = request.folder
-    try:
-        with locked(folder / "lock", busy=f"{request.output}: another process builds this index"):
-            try:
-                return _Build(request, tokenizer, listing, pool, say).run()
-            finally:
-                if not (folder / PLAN).exists():
-                    shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise WorkerError(
-                f"{error.filename or folder}: {os.strerror(error.errno)}; finished pieces are kept in {folder}: "
-                "make room and run the command again"
-            ) from None
-        raise
+    with locked(folder / "lock", busy=f"{request.output}: another process builds this index"):
+        try:
+            return _Build(request, tokenizer, listing, pool, say).run()
+        except WriteError as error:
+            kept = f" (finished pieces are kept in {folder})" if any(folder.glob("*.piece")) else ""
+            raise WriteError(f"{error}{kept}") from error
+        finally:
+            if not ((folder / PLAN).exists() and any(folder.glob("*.piece"))):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_request(request: Request) -> tuple[Tokenizer, Listing]:
@@ -124,12 +120,9 @@ def check_request(request: Request) -> tuple[Tokenizer, Listing]:
     tokenizer = load_tokenizer(request.tokenizer, request.eod, request.front_tokens)
     listing = request.listing or list_inputs(request.inputs, request.format, request.read)
     listing.sources = _without_own_files(listing.sources, output)
-    try:
+    check_writable(output.parent, "choose another --output", f"--output {output}")
+    with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output {output}: its folder cannot be created: {error.strerror}") from None
-    if not os.access(output.parent, os.W_OK):
-        raise UsageError(f"--output {output}: its folder cannot be written to")
     return tokenizer, listing
 
 
@@ -257,9 +250,11 @@ class _Build:
             path.unlink(missing_ok=True)
             (self._folder / _DISTRUST).unlink(missing_ok=True)
             self._discard_pieces()
+            remove_unfinished_pieces(self._folder)
             write_atomic(path, plan.model_dump_json(indent=1).encode(), durable=False)
             return
         different = difference(before, plan)
+        remove_unfinished_pieces(self._folder)
         if different:
             raise UsageError(f"{self._folder}: an interrupted build with {different} is there; --restart discards it")
 
@@ -369,13 +364,18 @@ class _Build:
         """Append to OUTPUT.log what varies between builds of the same input: time, host, workers, files left out."""
         size = sum(source.size for source in self._sources)
         left_out = f"; left out: {self._left_out.describe(None)}" if self._left_out else ""
-        with open(f"{self._request.output}.log", "a", encoding="utf-8") as file:
-            file.write(
-                f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {socket.gethostname()}: built with {self._pool.workers} "
-                f"workers and {summary.encoder} in {duration(summary.seconds)}: {size} bytes of input, "
-                f"{summary.metadata.tokens} tokens, {summary.pieces} pieces ({summary.pieces_kept} kept from before), "
-                f"{summary.samples_checked} documents checked against {self._reference.name}{left_out}\n"
-            )
+        line = (
+            f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {socket.gethostname()}: built with {self._pool.workers} "
+            f"workers and {summary.encoder} in {duration(summary.seconds)}: {size} bytes of input, "
+            f"{summary.metadata.tokens} tokens, {summary.pieces} pieces ({summary.pieces_kept} kept from before), "
+            f"{summary.samples_checked} documents checked against {self._reference.name}{left_out}\n"
+        )
+        path = f"{self._request.output}.log"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            warn_once(path, error, "the index is complete, and only this line of its history is lost")
 
     def _remove_folder(self) -> None:
         """Delete the folder of the build, renamed first: MPI ranks may still touch their heartbeat files in it."""

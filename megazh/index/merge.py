@@ -14,8 +14,10 @@ from megazh.index.writer import IndexWriter
 from megazh.progress import Progress
 from megazh.tokenizer.compare import tokenizer_difference
 from megazh.tokenizer.tokenizer import dtype_for
+from megazh.writing import check_room, check_writable
 
 _DOCUMENTS = 1 << 16  # documents per copy step
+_BYTES_PER_DOCUMENT = 32  # an int32 length, its copy, an int64 offset, a document number and a hash
 
 
 def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
@@ -24,12 +26,15 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
     Sources keep their names. If two indexes have a source of the same name, both are listed.
 
     Raises:
-        UsageError: an index is missing or has another tokenizer, or there is already an index or a build at `output`.
+        UsageError: an index is missing or has another tokenizer, there is already an index or a build at `output`, or
+            its folder cannot be written.
         DataError: an index is damaged, or has no `PREFIX.json`.
         BusyError: another process is writing the same output.
+        WriteError: the output cannot be written, or its disk has too little room.
     """
     if Path(f"{output}.idx").exists():
         raise UsageError(f"--output {output}: an index is there already; choose another name")
+    check_writable(output.parent, "choose another --output", f"--output {output}")
     indexes = [IndexedDataset(prefix) for prefix in prefixes]
     inputs = [_metadata(prefix, index) for prefix, index in zip(prefixes, indexes, strict=True)]
     for prefix, data in zip(prefixes[1:], inputs[1:], strict=True):
@@ -38,6 +43,8 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
     dtype = dtypes.pop() if len(dtypes) == 1 else dtype_for(inputs[0].tokenizer.vocab_size)
     folder = Path(f"{output}.build")
     with locked(folder / "lock", busy=f"{output}: another process builds this index"), temporary_folder(folder):
+        size = sum(len(index.tokens) * dtype.itemsize + len(index) * _BYTES_PER_DOCUMENT for index in indexes)
+        check_room(output, size)
         writer = IndexWriter(folder, dtype)
         with Progress("merging", sum(index.tokens.nbytes for index in indexes)) as progress:
             for index in indexes:
@@ -68,7 +75,8 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
             files=files,
         )
         write_atomic(folder / "index.json", metadata.to_bytes(), durable=False)
-        shutil.copyfile(f"{prefixes[0]}{first.tokenizer.file}", folder / "tokenizer")
+        tokenizer = Path(f"{prefixes[0]}{first.tokenizer.file}").read_bytes()
+        write_atomic(folder / "tokenizer", tokenizer, durable=False)
         writer.commit(output, files, {".json": folder / "index.json", first.tokenizer.file: folder / "tokenizer"})
     return metadata
 

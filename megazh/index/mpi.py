@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from megazh.corpus.sources import Source
 from megazh.errors import MegazhError, UsageError, WorkerError
 from megazh.index.piece import Result, Setup, Task, Worker
+from megazh.writing import writing
 
 _POLL_SECONDS = 0.001
 _BEAT_SECONDS = 2.0
@@ -91,7 +92,8 @@ class _Heartbeat:
         self._folder = folder
         self._own_file = folder / f"rank-{rank}"
         self._seen: dict[int, tuple[float, float]] = {}  # by rank: modification time, and when it was first seen
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._beat()
         threading.Thread(target=self._run, daemon=True).start()
 

@@ -13,7 +13,8 @@ from math import lcm
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from megazh.index.compiled import compiled
 
 _ROUNDS = 8
 
@@ -106,7 +107,7 @@ def stream_key(*parts: object) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
 
 
-@njit(cache=True)
+@compiled()
 def mix64(value: np.uint64) -> np.uint64:
     """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): every input bit affects every output bit."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -114,7 +115,7 @@ def mix64(value: np.uint64) -> np.uint64:
     return value ^ (value >> np.uint64(31))
 
 
-@njit(cache=True)
+@compiled()
 def permuted(number: int, size: int, key: np.uint64) -> int:
     """Image of `number` (below `size`) under the random permutation of 0 to size - 1 that `key` selects.
 
@@ -136,7 +137,7 @@ def permuted(number: int, size: int, key: np.uint64) -> int:
             return np.int64(value)  # type: ignore[return-value]  # numba returns it as an int
 
 
-@njit(cache=True)
+@compiled()
 def permutation(size: int, key: np.uint64) -> npt.NDArray[np.int64]:
     """(size,) int64: `permuted` of each number from 0 to size - 1."""
     out = np.empty(size, np.int64)
@@ -145,7 +146,7 @@ def permutation(size: int, key: np.uint64) -> npt.NDArray[np.int64]:
     return out
 
 
-@njit(cache=True)
+@compiled()
 def select_side(
     hashes: npt.NDArray[np.uint64], salt: np.uint64, limit: np.uint64, validation: bool
 ) -> npt.NDArray[np.int64]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from megazh.index.choices import Packing
+from megazh.index.compiled import compiled
 
 Int64s = npt.NDArray[np.int64]
 
@@ -75,7 +75,7 @@ def pack(
     return SampleTable(documents[at], offset, length, first, valid)
 
 
-@njit(cache=True)
+@compiled()
 def _concat(lengths: Int64s, seq_len: int, max_docs: int, keep_tail: bool) -> tuple[Int64s, Int64s, Int64s, Int64s]:
     total = lengths.sum()
     most_samples = total // seq_len + len(lengths) // (max_docs - 1) + 2
@@ -113,7 +113,7 @@ def _concat(lengths: Int64s, seq_len: int, max_docs: int, keep_tail: bool) -> tu
     return at[:pieces].copy(), offset[:pieces].copy(), length[:pieces].copy(), first[: samples + 1].copy()
 
 
-@njit(cache=True)
+@compiled()
 def _best_fit(lengths: Int64s, seq_len: int, max_docs: int) -> tuple[Int64s, Int64s, Int64s, Int64s]:
     whole = 0
     counts = np.zeros(seq_len + 1, np.int64)  # remainders by length
@@ -187,7 +187,7 @@ def _best_fit(lengths: Int64s, seq_len: int, max_docs: int) -> tuple[Int64s, Int
     return at, offset, length, first
 
 
-@njit(cache=True)
+@compiled()
 def _next_bit(words: npt.NDArray[np.uint64], start: int) -> int:
     """Number of the lowest set bit that is not below `start`, or -1."""
     number = start >> 6
@@ -213,7 +213,7 @@ def _next_bit(words: npt.NDArray[np.uint64], start: int) -> int:
     return number * 64 + bit
 
 
-@njit(cache=True)
+@compiled()
 def _valid_labels(at: Int64s, offset: Int64s, length: Int64s, first: Int64s, lengths: Int64s) -> Int64s:
     """(samples,) number of labels: every token has one, except the last of a document."""
     valid = np.zeros(len(first) - 1, np.int64)

@@ -1,10 +1,12 @@
 """A picture of a packed sample: its segments, position ids, labels and attention mask."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 
 from megazh.errors import UsageError
+from megazh.files import write_atomic
 from megazh.index.mixture import Mixture
 from megazh.index.samples import IGNORED
 
@@ -18,6 +20,7 @@ def draw_sample(mixture: Mixture, number: int, output: Path) -> None:
     (row) attends to itself and to the earlier tokens (columns) of its segment.
 
     Raises:
+        WriteError: `output` cannot be written.
         UsageError: matplotlib cannot draw the format that the suffix of `output` names.
     """
     import matplotlib
@@ -65,12 +68,14 @@ def draw_sample(mixture: Mixture, number: int, output: Path) -> None:
     padding = f", {seq_len - filled} padding (grey)" if filled < seq_len else ""
     contents = f"{pieces} piece{'s' if pieces > 1 else ''} of documents{padding}"
     figure.suptitle(f"sample {number} ({mixture.shape.packing.value}, epoch {epoch}): {contents}", fontsize=10)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    picture, suffix = io.BytesIO(), output.suffix.removeprefix(".")
     try:
-        figure.savefig(output, dpi=110, metadata={"Software": None} if output.suffix == ".png" else None)
+        metadata = {"Software": None} if suffix == "png" else None
+        figure.savefig(picture, format=suffix or "none", dpi=110, metadata=metadata)
     except ValueError:
         raise UsageError(
             f"--output {output}: cannot draw {output.suffix or 'a file without suffix'}; use .png or .svg"
         ) from None
     finally:
         pyplot.close(figure)
+    write_atomic(output, picture.getvalue())

@@ -23,7 +23,9 @@ from megazh.corpus.pieces import Piece
 from megazh.corpus.reader import read_piece
 from megazh.corpus.sources import Source
 from megazh.errors import DataError
+from megazh.files import NewFile
 from megazh.tokenizer.encoders import PROBES, Encoder, EncoderSource, Ids, Offsets, encode_each
+from megazh.writing import writing
 
 _MAGIC = b"MZPIECE1"
 _TAIL = struct.Struct("<Q8s")
@@ -142,6 +144,7 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
     Raises:
         DataError: a source is damaged.
         EncoderFailedError: the encoder failed.
+        WriteError: the disk is full or gone; nothing of the piece is left.
     """
     dtype = np.dtype(setup.dtype)
     result = Result(piece.key, weight=piece.weight, encoder=encoder.name)
@@ -152,7 +155,8 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
     digest = xxhash.xxh3_64()
     final = piece_path(setup.folder, piece.key, encoder.name)
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
+    file = NewFile(temporary, named=final)
+    try:
         for batch in read_piece(sources, piece, setup.options):
             rejected += [(lines + bad.line, bad.reason.value, bad.detail) for bad in batch.rejected]
             lines += batch.lines
@@ -187,8 +191,20 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
         }
         packed = json.dumps(footer, ensure_ascii=False).encode("utf-8", "backslashreplace")
         file.write(packed + _TAIL.pack(len(packed), _MAGIC))
-    os.rename(temporary, final)
+        file.close(durable=False)
+        with writing(final):
+            os.rename(temporary, final)
+    except BaseException:
+        file.discard()
+        raise
     return result
+
+
+def remove_unfinished_pieces(folder: Path) -> None:
+    """Remove what workers that were killed have left of unfinished piece files."""
+    for path in folder.glob(".*.piece.*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 class EncoderFailedError(DataError):

@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from megazh.files import cache_dir, fsync_directory, locked
+from megazh.caches import cache_dir, warn_not_kept
+from megazh.errors import WorkerError
+from megazh.files import fsync_directory, locked
+from megazh.index.compiled import compiled
 from megazh.index.order import permutation, stream_key
 from megazh.index.packing import Packing, SampleTable, pack
 from megazh.index.reader import IndexedDataset
+from megazh.writing import writing
 
 IGNORED = -100
 """Label of tokens without a successor to predict: the last token of a document, and padding."""
@@ -100,7 +103,7 @@ class CorpusSamples:
         )
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _gather(
     stored: npt.NDArray,
     starts: npt.NDArray[np.int64],
@@ -157,16 +160,17 @@ def pack_documents(
     key = _cache_key(index, documents, shape, seed, keep_tail)
     folder = cache_dir() / "samples" / key
     table = _load(folder)
-    if table is None:
-        try:
-            with locked(folder.with_suffix(".lock")):
-                table = _load(folder)
-                if table is None:
-                    table = _pack(index, documents, shape, seed, keep_tail)
-                    _save(folder, table)
-        except OSError:
-            table = _pack(index, documents, shape, seed, keep_tail)
-    return table
+    if table is not None:
+        return table
+    try:
+        with locked(folder.with_suffix(".lock")):
+            table = _load(folder)
+            if table is None:
+                table = _pack(index, documents, shape, seed, keep_tail)
+                _save(folder, table)
+    except (OSError, WorkerError) as error:  # the lock or the copy on the disk, which this process can do without
+        warn_not_kept(cache_dir(), error)
+    return _pack(index, documents, shape, seed, keep_tail) if table is None else table
 
 
 def _pack(
@@ -195,19 +199,22 @@ def _cache_key(
 
 def _save(folder: Path, table: SampleTable) -> None:
     """Put the table into the cache by rename, so that other processes see all of it or nothing."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        for field in fields(SampleTable):
-            with open(temporary / f"{field.name}.npy", "wb") as file:
-                np.save(file, getattr(table, field.name), allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged entry, if any
-        os.rename(temporary, folder)
-        fsync_directory(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with writing(folder, sum(getattr(table, field.name).nbytes for field in fields(SampleTable))):
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            for field in fields(SampleTable):
+                with open(temporary / f"{field.name}.npy", "wb") as file:
+                    array = getattr(table, field.name)
+                    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+                    file.write(array.data)  # np.save reports a full disk without its errno
+                    file.flush()
+                    os.fsync(file.fileno())
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged entry, if any
+            os.rename(temporary, folder)
+            fsync_directory(folder.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _load(folder: Path) -> SampleTable | None:

@@ -1,47 +1,19 @@
 """Write an index as a stream: memory use does not grow with the corpus, and the index appears whole or not at all."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from megazh.errors import DataError
-from megazh.files import fsync_directory, remember_sha256
+from megazh.files import HashedFile, fsync_directory, remember_sha256
 from megazh.index.format import CODES, Header
 from megazh.index.metadata import FileInfo, Files, length_histogram
+from megazh.writing import writing
 
 _STEP = 1 << 20  # documents per step when the .idx file is written
-
-
-class _HashedFile:
-    """A file whose SHA-256 is computed while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = 0
-        self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
-        self._digest = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data).cast("B")
-        self._digest.update(view)
-        self.size += len(view)
-        while len(view):
-            view = view[self._file.write(view) :]
-
-    def close(self) -> FileInfo:
-        """Flush to disk and close; returns size and hash."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return FileInfo(bytes=self.size, sha256=self._digest.hexdigest())
-
-    def abandon(self) -> None:
-        """Close without flushing to disk."""
-        self._file.close()
 
 
 class IndexWriter:
@@ -61,15 +33,25 @@ class IndexWriter:
             raise DataError(
                 f"tokens of dtype {self.dtype} cannot be stored; expected one of {', '.join(map(str, CODES))}"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._bin = _HashedFile(folder / "index.bin")
-        self._docs = _HashedFile(folder / "index.docs")
-        self._lengths = _HashedFile(folder / "index.lengths")
+        self._files: list[HashedFile] = []
+        self._bin, self._docs = self._new("index.bin"), self._new("index.docs")
+        self._lengths = self._new("index.lengths")
         self.documents = 0
         self.tokens = 0
         self.histogram: dict[int, int] = {}
         """Number of documents by length, as in `metadata.length_histogram`."""
+
+    def _new(self, name: str) -> HashedFile:
+        try:
+            file = HashedFile(self._folder / name)
+        except BaseException:
+            self.abandon()
+            raise
+        self._files.append(file)
+        return file
 
     def append(
         self,
@@ -86,6 +68,7 @@ class IndexWriter:
 
         Raises:
             DataError: the dtype is another one, or the array lengths do not fit together.
+            WriteError: the disk is full or gone.
         """
         if tokens.dtype != self.dtype:
             raise DataError(f"expected tokens of dtype {self.dtype}, found {tokens.dtype}")
@@ -107,14 +90,20 @@ class IndexWriter:
 
         Raises:
             DataError: no document was added.
+            WriteError: the disk is full or gone.
         """
-        if not self.documents:
+        try:
+            return self._finish()
+        except BaseException:
             self.abandon()
+            raise
+
+    def _finish(self) -> Files:
+        if not self.documents:
             raise DataError(
                 "no document to index: the input is empty, or all of it was rejected; look at --input and --text-key"
             )
-        self._lengths.abandon()  # a scratch file, read back below
-        idx = _HashedFile(self._folder / "index.idx")
+        idx = self._new("index.idx")
         idx.write(Header(self.dtype, self.documents, self.documents + 1).pack())
         lengths = np.memmap(self._lengths.path, "<i4", "r")
         for at in range(0, self.documents, _STEP):
@@ -127,8 +116,8 @@ class IndexWriter:
         for at in range(0, self.documents + 1, _STEP):
             idx.write(np.arange(at, min(at + _STEP, self.documents + 1), dtype="<i8").tobytes())
         del lengths
-        self._lengths.path.unlink()
-        return Files(bin=self._bin.close(), idx=idx.close(), docs=self._docs.close())
+        self._lengths.discard()  # a scratch file
+        return Files(bin=_closed(self._bin), idx=_closed(idx), docs=_closed(self._docs))
 
     def commit(self, prefix: Path, files: Files, beside: dict[str, Path], absent: Sequence[str] = ()) -> None:
         """Move the finished files to `prefix`. They become an index with the last rename, that of the `.idx`.
@@ -141,7 +130,16 @@ class IndexWriter:
             files: result of `finish`.
             beside: further finished files of the index, by the suffix that they get; flushed to disk here.
             absent: suffixes of files to delete: an older index may have them, this one does not.
+
+        Raises:
+            WriteError: the disk fails, or the files of an older index may not be replaced.
         """
+        with writing(prefix):
+            self._commit(prefix, beside, absent)
+        for suffix, info in ((".bin", files.bin), (".idx", files.idx), (".docs", files.docs)):
+            remember_sha256(Path(f"{prefix}{suffix}"), info.sha256)
+
+    def _commit(self, prefix: Path, beside: dict[str, Path], absent: Sequence[str]) -> None:
         for path in beside.values():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -158,10 +156,13 @@ class IndexWriter:
         fsync_directory(prefix.parent)
         os.rename(self._folder / "index.idx", target)
         fsync_directory(prefix.parent)
-        for suffix, info in ((".bin", files.bin), (".idx", files.idx), (".docs", files.docs)):
-            remember_sha256(Path(f"{prefix}{suffix}"), info.sha256)
 
     def abandon(self) -> None:
-        """Close the files. Their contents stay in the folder and are not used."""
-        for file in (self._bin, self._docs, self._lengths):
-            file.abandon()
+        """Close and remove the unfinished files, so that their space is free again."""
+        for file in self._files:
+            file.discard()
+
+
+def _closed(file: HashedFile) -> FileInfo:
+    file.close()
+    return FileInfo(bytes=file.size, sha256=file.sha256)

@@ -1,6 +1,5 @@
 """Seconds per micro-batch of embedding, block and head on this card, kept in the cache for later runs."""
 
-import contextlib
 import hashlib
 import json
 import statistics
@@ -10,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megazh.caches import cache_dir, warn_not_kept
 from megazh.config import from_mapping
 from megazh.errors import UsageError
-from megazh.files import cache_dir, write_atomic
+from megazh.files import write_atomic
 from megazh.pipeline.costs import LayerCosts
 from megazh.pipeline.work import Work
 
@@ -37,8 +37,10 @@ def layer_seconds(work: Work, device: "torch.device") -> LayerCosts:
     costs = _measure(work, device)
     key = _key(work, card)
     note = json.dumps({**key, "costs": costs.model_dump()}, indent=1)
-    with contextlib.suppress(OSError):  # without a cache, the next run measures again
+    try:
         write_atomic(_path(key), note.encode(), durable=False)
+    except OSError as error:  # the next run measures again
+        warn_not_kept(cache_dir(), error)
     return costs
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megazh.config import Config, from_mapping
-from megazh.errors import DataError, UsageError
+from megazh.errors import DataError, UsageError, WriteError
 from megazh.files import check_sha256, write_atomic
 from megazh.index.metadata import TokenizerInfo
 from megazh.tokenizer import Tokenizer, load_tokenizer
@@ -38,6 +39,9 @@ class RunInfo(Config):
     """The contents of `run.json`: what the run reads."""
 
     format_version: Literal[1] = 1
+    run_id: str = ""
+    """Identity of the run, made at its first start, which its checkpoints carry; empty before its next start in runs of
+    versions that had none."""
     tokenizer: TokenizerInfo
     mixture: str
     """Path of the manifest."""
@@ -95,20 +99,33 @@ class RunFolder:
 
         Raises:
             UsageError: the run was started with other data.
+            WriteError: the folder cannot be written; of a new run, nothing is left in it.
         """
         info = run_info(mixture)
         if self.exists:
             self._check_data(info)
-        else:
-            first = mixture.corpora[0]
-            self.path.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(f"{first.prefix}{info.tokenizer.file}", self._tokenizer_path(info.tokenizer))
-            write_atomic(self.path / DESCRIPTION, (info.model_dump_json(indent=1) + "\n").encode())
-        self.record(config)  # last: config.yaml marks the run as started
+            before = self.info()
+            if not before.run_id:
+                self._describe(before.model_copy(update={"run_id": _new_id()}))
+            self.record(config)
+            return
+        tokenizer = Path(f"{mixture.corpora[0].prefix}{info.tokenizer.file}").read_bytes()
+        try:
+            write_atomic(self._tokenizer_path(info.tokenizer), tokenizer)
+            self._describe(info.model_copy(update={"run_id": _new_id()}))
+            self.record(config)  # last: config.yaml marks the run as started
+        except WriteError:
+            for path in (self._tokenizer_path(info.tokenizer), self.path / DESCRIPTION):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            raise
 
     def record(self, config: str) -> None:
         """Write `config.yaml` anew: on every start, and once the cut into stages is known."""
         write_atomic(self.config, config.encode())
+
+    def _describe(self, info: RunInfo) -> None:
+        write_atomic(self.path / DESCRIPTION, (info.model_dump_json(indent=1) + "\n").encode())
 
     def _tokenizer_path(self, info: TokenizerInfo) -> Path:
         return self.path / f"tokenizer{Path(info.file).suffix}"
@@ -123,6 +140,10 @@ class RunFolder:
             raise UsageError(
                 f"{self.path}: the data of {info.mixture} is not what the run was begun with; {ANOTHER_RUN}"
             )
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:16]
 
 
 def run_info(mixture: Mixture) -> RunInfo:

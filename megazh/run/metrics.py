@@ -1,5 +1,6 @@
 """Metrics of a run: a line per step on the terminal, metrics.jsonl, and TensorBoard."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,8 @@ from pydantic import TypeAdapter
 from megazh.errors import DataError, UsageError
 from megazh.files import write_atomic
 from megazh.progress import duration
+from megazh.run.board import Board
+from megazh.writing import write_all, writing
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -106,6 +109,7 @@ class Metrics:
 
     Raises:
         DataError: metrics.jsonl is damaged.
+        WriteError: metrics.jsonl cannot be written.
     """
 
     def __init__(self, folder: Path, first_step: int, quiet: bool) -> None:
@@ -113,16 +117,14 @@ class Metrics:
         self._quiet = quiet
         if quiet:
             return
-        from torch.utils.tensorboard import (
-            SummaryWriter,  # takes a second to import, which readers of metrics need not wait for
-        )
-
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
-        if first_step and path.exists():
-            _drop_after(path, first_step)
-        self._file = open(path, "ab" if first_step else "wb")  # noqa: SIM115 (closed by close)
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step + 1 if first_step else 0)
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            if first_step and path.exists():
+                _drop_after(path, first_step)
+            self._file = open(path, "ab" if first_step else "wb", buffering=0)  # noqa: SIM115 (closed by close)
+        self._path = path
+        self._board = Board(folder / TENSORBOARD, first_step + 1 if first_step else 0)
 
     def step(self, record: StepRecord) -> None:
         """Record an optimizer step.
@@ -172,8 +174,7 @@ class Metrics:
         _print(f"sample after step {step} | {_one_line(prompt)} → {_one_line(text)}")
         self._append("sample", SampleRecord(step, prompt, text))
         shown = "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())  # TensorBoard reads Markdown
-        self._board.add_text(f"sample/{_one_line(prompt)[:_TAG_LENGTH]}", shown, step)
-        self._board.flush()
+        self._board.text(f"sample/{_one_line(prompt)[:_TAG_LENGTH]}", shown, step)
 
     def close(self) -> None:
         """Close the files; nothing can be recorded afterwards."""
@@ -189,14 +190,20 @@ class Metrics:
 
     def _append(self, kind: str, record: StepRecord | ValidationRecord | SampleRecord) -> None:
         values = {"kind": kind, **{name: _json_value(value) for name, value in dataclasses.asdict(record).items()}}
-        self._file.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        before = self._file.tell()
+        with writing(self._path, len(line)):
+            try:
+                write_all(self._file, line)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(before)
+                raise
 
     def _add_scalars(self, scalars: dict[str, float | None], step: int) -> None:
         for tag, value in scalars.items():
             if value is not None:
-                self._board.add_scalar(tag, value, step)
-        self._board.flush()  # else a killed process loses the points that are still queued
+                self._board.scalar(tag, value, step)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import METRICS, read_metrics
 from megazh.run.plot import plot_losses
+from megazh.writing import warn_once
 
 _SAMPLES = 2
 
@@ -41,8 +42,11 @@ def describe_end(
         )
     for sample in samples[-_SAMPLES:]:
         yield f"{'sample':<12}{sample['prompt']}|{' '.join(sample['text'].split())}"
-    plot_losses(run.path, run.plot)
-    yield f"{'plot':<12}{run.plot}"
+    try:
+        plot_losses(run.path, run.plot)
+        yield f"{'plot':<12}{run.plot}"
+    except OSError as error:
+        warn_once(run.plot, error, "the run is complete without its plot; the next call draws it")
     seconds = sum(record["step_seconds"] for record in trained)
     operations = flops_per_step * len(trained) / 1e12
     yield f"{'time':<12}{seconds:.0f} s in {len(trained)} steps, {operations:.1f} TFLOP"

@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megazh.caches import cache_dir, warn_not_kept
 from megazh.errors import DataError
-from megazh.files import cache_dir, locked, write_atomic
+from megazh.files import locked, write_atomic
 
 QWEN_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -155,8 +156,8 @@ def tokenizer_json(path: Path) -> str:
     try:
         with locked(cached.with_suffix(".lock")):
             write_atomic(cached, hashlib.sha256(text.encode()).hexdigest().encode() + b"\n" + text.encode())
-    except OSError:
-        pass  # without a writable cache folder, the next call converts again
+    except OSError as error:  # the next call converts again
+        warn_not_kept(cache_dir(), error)
     return text
 
 

@@ -7,63 +7,47 @@ and read back without unpickling anything but tensors and plain values.
 import contextlib
 import os
 import shutil
-from enum import Enum
+import socket
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from megazh import __version__
-from megazh.errors import DataError, MegazhError, WorkerError
+from megazh.errors import DataError, MegazhError, WriteError
 from megazh.files import fsync_directory, sha256_file, write_atomic
 from megazh.pipeline.engine import quiet
-from megazh.training.checkpoint_list import MANIFEST, STATE, CheckpointManifest, FileEntry, checkpoint_path
-from megazh.training.weights import load_tensors
+from megazh.training.checkpoint_files import SafeCheckpointEngine
+from megazh.training.checkpoint_list import (
+    MANIFEST,
+    STATE,
+    CheckpointManifest,
+    FileEntry,
+    checkpoint_path,
+    list_checkpoints,
+    read_manifest,
+)
+from megazh.training.collect import gather, of_rank_0
+from megazh.training.weights import is_of_device
+from megazh.writing import check_room, free_bytes, write_error, writing
 
-
-class _SafeCheckpointEngine(TorchCheckpointEngine):
-    """Flushes and hashes the files that it writes; reads tensors and plain values only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written: list[tuple[str, int, str]] = []
-
-    def save(self, state_dict: Any, path: str) -> None:
-        with open(path, "wb") as file:
-            torch.save(_plain(state_dict), file)
-            file.flush()
-            os.fsync(file.fileno())
-        self.written.append((path, os.path.getsize(path), sha256_file(Path(path))))
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        return load_tensors(Path(path), map_location, _allowed())
-
-
-def _allowed() -> list[Any]:
-    """DeepSpeed's own types in its files, which are records of numbers."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, fragment_address, set]
-
-
-def _plain(value: Any) -> Any:
-    """Replace members of enumerations by their values: some versions of Python pickle members as function calls."""
-    if isinstance(value, Enum):
-        return value.value
-    if type(value) is dict:
-        return {key: _plain(inner) for key, inner in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_plain(inner) for inner in value)
-    return value
+_KEPT = "earlier checkpoints are whole"
 
 
 def save_checkpoint(
-    engine: Any, folder: Path, step: int, samples: int, tokens: int, bounds: list[int], precision: str
+    engine: Any,
+    folder: Path,
+    step: int,
+    samples: int,
+    tokens: int,
+    bounds: list[int],
+    precision: str,
+    run_id: str = "",
 ) -> Path:
     """Write the checkpoint of `step` and return its path. All ranks call it.
+
+    Where it fails on any rank, nothing of it is left, and all ranks raise the same error.
 
     Args:
         engine: the engine whose weights and optimizer state are saved.
@@ -73,38 +57,42 @@ def save_checkpoint(
         tokens: training tokens consumed, padding included.
         bounds: (stages + 1,) stage bounds; see `megazh.pipeline.split`.
         precision: name of the dtype of the weights, such as bf16.
+        run_id: identity of the run, which its other checkpoints share.
 
     Raises:
-        WorkerError: the disk is full or gone, on any rank; earlier checkpoints are untouched.
+        WriteError: the disk is full, too small or gone, on any rank; earlier checkpoints are untouched.
     """
+    check_disk(engine, folder)
     target = checkpoint_path(folder, step)
     temporary = folder / f".{target.name}.unfinished"
     rank = dist.get_rank()
+    free = free_bytes(folder)
+    files = SafeCheckpointEngine()
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        with files.remembered():
+            folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
-    files = _SafeCheckpointEngine()
     engine.checkpoint_engine = files
-    try:
-        engine.save_checkpoint(str(temporary), tag=STATE, save_latest=False)
-    except (torch.OutOfMemoryError, dist.DistError):
-        raise
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        raise WorkerError(
-            f"{target}: cannot be written ({str(error).splitlines()[0]}); is the disk full? earlier checkpoints are "
-            "whole: make room and run the same command again"
-        ) from error
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, files.written)
+    engine._copy_recovery_script = lambda path: None  # DeepSpeed's own tools, which unpickle and which no hash covers
+    engine.save_checkpoint(str(temporary), tag=STATE, save_latest=False)
+    gathered = gather((files.written, files.needed, files.failure is not None))
+    if any(failed for _, _, failed in gathered):
+        _remove_everywhere(temporary)
+        message = None
+        if files.failure is not None:
+            needed, own = sum(size for _, size, _ in gathered), f"rank {rank} on {socket.gethostname()}"
+            message = str(write_error(target, files.failure, needed, free, _KEPT, by=own))
+        raise WriteError(next(filter(None, gather(message))))
+    error: WriteError | None = None
     if rank == 0:
+        grid = engine.grid
         entries = {
             os.path.relpath(path, temporary): FileEntry(
                 name=os.path.relpath(path, temporary), bytes=size, sha256=digest
             )
-            for written in gathered
+            for written, _, _ in gathered
             for path, size, digest in written
         }
-        grid = engine.grid
         manifest = CheckpointManifest(
             step=step,
             samples=samples,
@@ -113,44 +101,99 @@ def save_checkpoint(
             replicas=grid.data_parallel_size,
             bounds=bounds,
             precision=precision,
+            run_id=run_id,
             versions=_versions(),
             files=[entries[name] for name in sorted(entries)],
         )
-        for script in temporary.glob("*.py"):  # DeepSpeed's own tools, which unpickle and are covered by no hash
-            script.unlink()
-        write_atomic(temporary / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
-        fsync_directory(temporary / STATE)
-        shutil.rmtree(target, ignore_errors=True)  # left by an earlier attempt that was rolled back past this step
-        os.rename(temporary, target)
-        fsync_directory(folder)
-    dist.barrier()
+        try:
+            with writing(target, kept=_KEPT):
+                _finish(temporary, target, manifest)
+        except WriteError as failure:
+            shutil.rmtree(temporary, ignore_errors=True)
+            error = failure
+    _raise_together(error)
     return target
+
+
+def _finish(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
+    """Add the manifest to a checkpoint whose files are written, and give it its name."""
+    write_atomic(temporary / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+    fsync_directory(temporary / STATE)
+    shutil.rmtree(target, ignore_errors=True)  # left by an earlier attempt that was rolled back past this step
+    os.rename(temporary, target)
+    fsync_directory(target.parent)
+
+
+def _remove_everywhere(temporary: Path) -> None:
+    """Remove an unfinished checkpoint, so that its space is free again before anyone reports the failure."""
+    dist.barrier()  # no rank writes any longer
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    dist.barrier()
+
+
+def _raise_together(error: WriteError | None) -> None:
+    """Raise the error of rank 0, if it has one, on all ranks."""
+    message = of_rank_0(error and str(error))
+    if message:
+        raise WriteError(message)
+
+
+def check_disk(engine: Any, folder: Path) -> None:
+    """Check that there is room for a checkpoint. All ranks call it; all raise the same error.
+
+    Its size is that of the newest checkpoint or, before there is one, that of the tensors of weights and optimizer.
+
+    Raises:
+        WriteError: there is too little; names both sizes.
+    """
+    needed = sum(gather(state_bytes(engine)))
+    error: WriteError | None = None
+    if dist.get_rank() == 0:
+        for checkpoint in list_checkpoints(folder)[-1:]:
+            with contextlib.suppress(DataError):
+                needed = sum(entry.bytes for entry in read_manifest(checkpoint).files)
+        try:
+            check_room(folder, needed, _KEPT)
+        except WriteError as failure:
+            error = failure
+    _raise_together(error)
+
+
+def state_bytes(engine: Any) -> int:
+    """Bytes of the tensors that this rank puts into a checkpoint; its files are larger by some kilobytes."""
+    weights = list(engine.module.parameters())
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    own = {weight.data_ptr() for weight in weights}
+    state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
+    masters = [each for group in optimizer.param_groups for each in group["params"] if each.data_ptr() not in own]
+    first = engine.grid.get_data_parallel_rank() == 0
+    sharded = engine.save_zero_checkpoint
+    counted = [*(weights if first else []), *([*state, *masters] if first or sharded else [])]
+    return sum(tensor.nbytes for tensor in counted)
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, manifest: CheckpointManifest) -> None:
     """Restore weights and optimizer state. All ranks call it.
 
     Raises:
-        DataError: a file's content differs from the manifest, on any rank.
+        DataError: a file cannot be read, or its content differs from the manifest, on any rank.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = [entry.name for entry in manifest.files[rank::ranks] if sha256_file(checkpoint / entry.name) != entry.sha256]
-    gathered: list[Any] = [None] * ranks
-    dist.all_gather_object(gathered, mine)
-    if wrong := [name for names in gathered for name in names]:
-        raise DataError(
-            f"{checkpoint / wrong[0]}: its content has changed since it was written; remove {checkpoint} to resume "
-            "from the checkpoint before it"
-        )
+    mine = [_fault(checkpoint, entry) for entry in manifest.files[rank::ranks]]
+    if wrong := [fault for faults in gather(mine) for fault in faults if fault]:
+        raise DataError(f"{wrong[0]}; remove {checkpoint} to resume from the checkpoint before it")
     # DeepSpeed restores these from the checkpoint, but the recipe decides, and it may have changed since.
     clip, decays = engine.optimizer.clip_grad, [group["weight_decay"] for group in engine.optimizer.param_groups]
-    engine.checkpoint_engine = _SafeCheckpointEngine()
+    engine.checkpoint_engine = SafeCheckpointEngine()
     try:
         with quiet():
             loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE, load_lr_scheduler_states=False)
-    except MegazhError:
+    except (MegazhError, torch.OutOfMemoryError, dist.DistError, OSError):
         raise
     except Exception as error:
+        if is_of_device(error):
+            raise
         raise DataError(
             f"{checkpoint}: cannot be loaded ({str(error).splitlines()[0]}); remove it to resume from the checkpoint "
             "before it"
@@ -164,15 +207,17 @@ def load_checkpoint(engine: Any, checkpoint: Path, manifest: CheckpointManifest)
         )
 
 
+def _fault(checkpoint: Path, entry: FileEntry) -> str:
+    """What is wrong with a file of a checkpoint; empty if nothing is."""
+    path = checkpoint / entry.name
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    return "" if found == entry.sha256 else f"{path}: its content has changed since it was written"
+
+
 def _versions() -> dict[str, str]:
     import deepspeed
 
     return {"megazh": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove the files of checkpoints that were interrupted."""
-    if folder.is_dir():
-        for path in folder.glob(".step_*.unfinished"):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(path)

@@ -1,7 +1,9 @@
 """The checkpoints of a run and their manifests; without torch, so that listing them is quick."""
 
+import contextlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +39,8 @@ class CheckpointManifest(Config):
     """Stage bounds; see `megazh.pipeline.split`."""
     precision: str
     """Dtype of weights and activations."""
+    run_id: str = ""
+    """Identity of the run, as in its run.json; empty in checkpoints of versions before there was one."""
     versions: dict[str, str]
     files: list[FileEntry]
 
@@ -72,3 +76,24 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
             found = "missing" if size is None else f"{size} bytes instead of {entry.bytes}"
             raise DataError(f"{path}: {found}; {remedy}")
     return manifest
+
+
+def check_identity(checkpoint: Path, manifest: CheckpointManifest, run_id: str) -> None:
+    """Check that a checkpoint belongs to the run with this identity; where either has none, it is taken to.
+
+    Raises:
+        DataError: it was copied here from another run.
+    """
+    if manifest.run_id and run_id and manifest.run_id != run_id:
+        raise DataError(
+            f"{checkpoint}: belongs to another run (its run_id is {manifest.run_id}, that of this run {run_id}); move "
+            "it away to resume from the checkpoint before it, or give the folder of its own run with -r"
+        )
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the files of checkpoints that were interrupted, whose space a start may need."""
+    if folder.is_dir():
+        for path in folder.glob(".step_*.unfinished"):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path)

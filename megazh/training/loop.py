@@ -19,8 +19,7 @@ from megazh.pipeline.precision import Dtype
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import Metrics, StepRecord
 from megazh.run.peaks import mfu, peak_flops
-from megazh.training.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
-from megazh.training.checkpoint_list import CheckpointManifest, list_checkpoints, read_manifest
+from megazh.training.checkpoint import check_disk, load_checkpoint, save_checkpoint
 from megazh.training.cut import agree_on_bounds
 from megazh.training.describe import describe_kernels
 from megazh.training.evaluate import Validator, sample_text
@@ -29,6 +28,7 @@ from megazh.training.layout import Layout, make_layout
 from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.optimizer import make_optimizer
 from megazh.training.recipe import Device, Kernels, Recipe, run_recipe
+from megazh.training.resume import agree_on_checkpoint
 from megazh.training.stages import describe_parts, work_of
 from megazh.training.startup import Startup
 from megazh.training.stop import StopRequest
@@ -84,7 +84,8 @@ class Trainer:
         self._mixture = recipe.open_mixture()
         self._tokenizer = run.tokenizer()
         self._startup.done("data")
-        manifest = self._newest()
+        self._run_id = run.info().run_id
+        checkpoint, manifest = agree_on_checkpoint(run.checkpoints, self._run_id)
         self._step = manifest.step if manifest else 0
         """Optimizer steps done."""
         kernels = recipe.parallel.kernels is Kernels.AUTO
@@ -98,10 +99,13 @@ class Trainer:
         self._startup.done("stages")
         self.engine = self._make_engine()
         self._startup.done("engine")
-        if manifest:
-            load_checkpoint(self.engine, list_checkpoints(run.checkpoints)[-1], manifest)
+        if checkpoint and manifest:
+            load_checkpoint(self.engine, checkpoint, manifest)
             self._startup.done("checkpoint")
             self.log(f"resumed at step {self._step} of {self._steps}")
+            if not manifest.run_id:
+                self.log(f"{checkpoint.name} carries no run_id (written by an older megazh): taken for this run's own")
+        check_disk(self.engine, run.checkpoints)  # now, not after hours
         module: DecoderPipeline = self.engine.module
         self._replica = module.mpu().get_data_parallel_rank()
         self._feed = self._make_feed(module)
@@ -120,12 +124,6 @@ class Trainer:
         """Print a line once, on rank 0."""
         if dist.get_rank() == 0:
             print(line, flush=True)
-
-    def _newest(self) -> CheckpointManifest | None:
-        checkpoints = list_checkpoints(self._folder.checkpoints)
-        if dist.get_rank() == 0:
-            remove_unfinished(self._folder.checkpoints)
-        return read_manifest(checkpoints[-1]) if checkpoints else None
 
     def _make_engine(self) -> Any:
         recipe = self._recipe
@@ -276,6 +274,7 @@ class Trainer:
             self._step * recipe.batch_tokens,
             self.bounds,
             self._precision.compute.value,
+            self._run_id,
         )
         self.log(f"checkpoint {os.path.relpath(path)} ({time.perf_counter() - begun:.1f} s)")
 

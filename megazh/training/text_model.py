@@ -11,7 +11,7 @@ from megazh.model.generate import SamplingOptions, cached_forward, generate, unc
 from megazh.run.folder import RunFolder
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import TextStream
-from megazh.training.checkpoint_list import list_checkpoints
+from megazh.training.checkpoint_list import check_identity, list_checkpoints, read_manifest
 from megazh.training.recipe import run_recipe
 from megazh.training.weights import load_decoder
 
@@ -72,6 +72,7 @@ def open_model(run: Path, checkpoint: str | None = None, device: str | None = No
         path = folder.checkpoints / checkpoint
         if path not in found:
             raise UsageError(f"{run}: no checkpoint '{checkpoint}'; there are {', '.join(each.name for each in found)}")
+    check_identity(path, read_manifest(path), folder.info().run_id)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch can use no GPU here; leave it out, or give --device cpu")

@@ -40,6 +40,8 @@ def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Deco
         try:
             layer.load_state_dict(load_tensors(path, device), assign=True)
         except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+            if is_of_device(error):
+                raise
             raise DataError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
     return model.eval()
 
@@ -58,7 +60,18 @@ def load_tensors(path: Path, map_location: Any = None, allowed: Sequence[Any] = 
     with torch.serialization.safe_globals(list(allowed)):
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
         except Exception as error:  # pickle, zip and torch raise many types
+            if is_of_device(error):
+                raise
             unpickler = re.search(r"WeightsUnpickler error: (.*?)(?:\. |$)", str(error), re.MULTILINE)
             reason = unpickler[1] if unpickler else (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"{path}: not a checkpoint file: {reason}") from None
+
+
+def is_of_device(error: Exception) -> bool:
+    """Whether an exception tells of the memory or of a failing GPU, and not of what was read."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and ("CUDA" in str(error) or "not enough memory" in str(error))

@@ -252,7 +252,9 @@ def test_full_disk_is_one_line_and_the_next_run_goes_on(
 
     code, out, err = megazh(*arguments(large, tmp_path / "x", "--workers", workers), preexec_fn=limit)
     assert (code, out) == (5, ""), err
-    assert is_one_line_error(err, "make room"), err
+    assert is_one_line_error(err, tmp_path / "x.build" / "index.bin", "needed, 'ulimit -f' allows 6.3 MB"), err
+    assert "finished pieces are kept" in err
+    assert not list((tmp_path / "x.build").glob("index.*")), "the unfinished index leaves its space free"
     assert not (tmp_path / "x.idx").exists()
     kept = len(pieces(tmp_path / "x"))
     assert kept > 3
@@ -269,7 +271,8 @@ def test_disk_too_full_for_a_piece(large: Path, tmp_path: Path) -> None:
     for workers in (1, 2):
         code, _, err = megazh(*arguments(large, tmp_path / "x", "--workers", workers), preexec_fn=limit)
         assert code == 5, err
-        assert is_one_line_error(err, "make room"), err
+        assert is_one_line_error(err, tmp_path / "x.build", ".piece: cannot be written: File too large"), err
+        assert not list(tmp_path.iterdir()), "nothing is kept of a build without a finished piece"
 
 
 FAKE = '''

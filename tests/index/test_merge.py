@@ -219,7 +219,8 @@ def test_full_disk_is_one_line(folder: Path) -> None:
 
     code, _, err = megazh("index", "merge", folder / "a", folder / "b", "--output", folder / "x", preexec_fn=limit)
     assert code == 5, err
-    assert is_one_line_error(err), err
+    assert is_one_line_error(err, folder / "x.build" / "index.bin", "needed, 'ulimit -f' allows 2.0 kB"), err
+    assert not list(folder.glob("x.*"))
 
 
 def test_interrupted_build_of_the_output_is_not_thrown_away(folder: Path) -> None:

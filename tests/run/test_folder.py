@@ -9,7 +9,7 @@ import pytest
 import yaml
 from recipes import make_recipe
 
-from megazh.errors import DataError, MegazhError, UsageError
+from megazh.errors import DataError, MegazhError, UsageError, WriteError
 from megazh.index.prepare import prepare
 from megazh.run.folder import DESCRIPTION, RunFolder
 from megazh.tokenizer import load_tokenizer
@@ -101,3 +101,31 @@ def test_a_description_of_a_later_format_is_refused(run: RunFolder) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
     with pytest.raises(MegazhError, match="format_version"):
         run.info()
+
+
+def test_each_run_has_an_identity_that_it_keeps(run: RunFolder, stories: Path, tmp_path: Path) -> None:
+    first = run.info().run_id
+    assert len(first) == 16
+    again(run, recipe_on(stories))
+    assert run.info().run_id == first
+    other = RunFolder(tmp_path / "other")
+    again(other, recipe_on(stories))
+    assert other.info().run_id not in ("", first)
+
+
+def test_a_run_of_an_earlier_version_gets_an_identity_when_it_is_resumed(run: RunFolder, stories: Path) -> None:
+    values = json.loads((run.path / DESCRIPTION).read_text())
+    del values["run_id"]
+    (run.path / DESCRIPTION).write_text(json.dumps(values))
+    assert run.info().run_id == ""
+    again(run, recipe_on(stories))
+    assert len(run.info().run_id) == 16
+
+
+@pytest.mark.parametrize("failing", ["tokenizer.json", DESCRIPTION])
+def test_a_run_that_cannot_be_written_leaves_nothing_of_itself(stories: Path, tmp_path: Path, failing: str) -> None:
+    (tmp_path / "run" / failing / "in the way").mkdir(parents=True)
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(WriteError, match=rf"^{run.path / failing}: cannot be written: "):
+        again(run, recipe_on(stories))
+    assert [path.name for path in run.path.iterdir()] == [failing]

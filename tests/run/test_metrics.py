@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megazh.errors import DataError, UsageError
-from megazh.run.metrics import Metrics, StepRecord, read_metrics
+from megazh.errors import DataError, UsageError, WriteError
+from megazh.run.metrics import METRICS, Metrics, StepRecord, read_metrics
 
 
 def record(step: int, **changes: Any) -> StepRecord:
@@ -322,3 +323,48 @@ def test_step_that_is_recorded_already_is_refused(tmp_path: Path) -> None:
 
 def _lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("limit", [1500, 2500, 5000])
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_whole_records(
+    tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of TensorBoard is full first: that is a warning, and the steps go on."""
+    monkeypatch.setenv("MEGAZH_WARNED", "")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Metrics(tmp_path, 0, quiet=False) as metrics:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            number = 1
+            while number < 100:
+                metrics.step(record(number))
+                number += 1
+            pytest.fail("nothing was refused")
+        except WriteError as error:
+            message = str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert message.startswith(f"{tmp_path / METRICS}: cannot be written: File too large (")
+    assert "'ulimit -f' allows" in message
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {tmp_path}/tensorboard/events.out.tfevents.")
+    assert "File too large; TensorBoard gets no more points of this start; metrics.jsonl has them" in warning
+    content = (tmp_path / METRICS).read_bytes()
+    assert content.endswith(b"}\n")
+    assert [each["step"] for each in read_metrics(tmp_path)] == list(range(1, number))
+
+
+def test_a_run_without_a_place_for_tensorboard_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGAZH_WARNED", "")
+    (tmp_path / "tensorboard").touch()
+    write_run(tmp_path, 3)
+    assert len(read_metrics(tmp_path)) > 3
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_metrics_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / METRICS).mkdir()
+    with pytest.raises(WriteError, match=rf"^{tmp_path / METRICS}: cannot be written: Is a directory"):
+        Metrics(tmp_path, 0, quiet=False)

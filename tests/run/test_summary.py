@@ -54,3 +54,15 @@ def test_end_of_a_run_without_validation(run: RunFolder) -> None:
     lines = closing_lines(run)
     assert not any(line.startswith("validation") for line in lines)
     assert "loss        4.0000 at step 1, 1.5000 at the end" in lines
+
+
+def test_a_plot_that_cannot_be_written_is_a_warning(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGAZH_WARNED", "")
+    (run.plot / "in the way").mkdir(parents=True)
+    lines = closing_lines(run)
+    assert not any(line.startswith("plot") for line in lines)
+    assert "go on:" in lines
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {run.plot}: cannot be written: Is a directory; ")

@@ -9,6 +9,7 @@ import resource
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from pipeline.ladder_rank import CASES, Case, feed, make_pipeline, stage_weights
 from pipeline.stage_rank import through_stages
 from ranks import join_ranks, save_results
 
-from megazh.errors import MegazhError
+from megazh.errors import MegazhError, WriteError
 
 TRAINED = {
     "tied": CASES["tied"],
@@ -46,17 +47,20 @@ def save_to(engine: Any, folder: Path, step: int) -> Path:
 
 
 def save(folder: Path, arguments: list[str]) -> dict[str, Any]:
-    """Save each case of `TRAINED` after two steps; returns the logits then, and the weights one step later."""
+    """Save each case of `TRAINED` after two steps; returns size and logits then, and the weights one step later."""
+    from megazh.training.checkpoint import state_bytes
+
     found = {}
     for name, case in TRAINED.items():
         module, engine = trained(case, 2)
         save_to(engine, folder / name, 2)
+        size = state_bytes(engine)
         module.eval()
         tokens, _, positions, bounds = packed([ROW], sum(ROW) + 1)
         with torch.no_grad():
             logits = through_stages(module, tokens, positions, bounds)
         engine.train_batch(feed(2, 0, 1))
-        found[name] = {"logits": logits, "later": stage_weights(module)}
+        found[name] = {"bytes": size, "logits": logits, "later": stage_weights(module)}
     return found
 
 
@@ -111,9 +115,22 @@ def save_for_ever(folder: Path, arguments: list[str]) -> dict[str, Any]:
 
 
 def fill_the_disk(folder: Path, arguments: list[str]) -> dict[str, Any]:
-    """Save once, and again after limiting the last rank to 10,000 bytes per file."""
+    """Save once; try to with too little room, and with a GPU that fails; and again after limiting the last rank to
+    10,000 bytes per file."""
+    from megazh import writing
+
     _, engine = trained(CASES["tied"], 1)
     save_to(engine, folder / "tied", 1)
+    with mock.patch.object(writing, "free_bytes", return_value=1000):
+        try:
+            save_to(engine, folder / "tied", 2)
+        except WriteError as error:
+            print(f"too little room: {error}", file=sys.stderr, flush=True)
+    with mock.patch.object(torch, "save", side_effect=RuntimeError("CUDA error: unspecified launch failure")):
+        try:
+            save_to(engine, folder / "tied", 2)
+        except RuntimeError as error:
+            print(f"passed on: {error!r}", file=sys.stderr, flush=True)
     if dist.get_rank() == dist.get_world_size() - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
     save_to(engine, folder / "tied", 2)

@@ -24,8 +24,7 @@ from training.checkpoint_rank import ROW, TRAINED
 
 from megazh.errors import DataError, WorkerError
 from megazh.model.decoder import Decoder
-from megazh.training.checkpoint import remove_unfinished
-from megazh.training.checkpoint_list import MANIFEST, STATE, list_checkpoints, read_manifest
+from megazh.training.checkpoint_list import MANIFEST, STATE, list_checkpoints, read_manifest, remove_unfinished
 from megazh.training.weights import load_decoder
 
 SCRIPT = Path(__file__).parent / "checkpoint_rank.py"
@@ -105,6 +104,16 @@ def test_the_manifest_names_every_file_with_its_hash(saved: Saved) -> None:
     for entry in manifest.files:
         assert hashlib.sha256((checkpoint / entry.name).read_bytes()).hexdigest() == entry.sha256
     assert [path.name for path in checkpoint.parent.iterdir()] == [STEP], "nothing is left beside it"
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_size_is_known_before_the_first_checkpoint(saved: Saved, name: str) -> None:
+    folder, found = saved
+    written = sum(entry.bytes for entry in read_manifest(folder / name / STEP).files)
+    known = sum(rank[name]["bytes"] for rank in found)
+    assert known < written < known + 120_000, "apart from what torch adds to each file"
 
 
 # Refusals
@@ -280,9 +289,18 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path
     with start_ranks(SCRIPT, 2, ["fill_the_disk"], tmp_path) as running:
         finished = running.wait(120)
     assert finished.returncode == WorkerError.exit_code, finished
-    assert f"error: {tmp_path / 'tied' / STEP}: cannot be written (" in finished.stderr
-    assert "make room and run the same command again" in finished.stderr
-    (kept,) = list_checkpoints(tmp_path / "tied")
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {tmp_path / 'tied' / STEP}: cannot be written by rank 1 on ")
+    assert "needed, 'ulimit -f' allows 10.0 kB); earlier checkpoints are whole: raise the limit" in line
+    for rank in (0, 1):
+        lines = (tmp_path / "logs" / f"rank_{rank}.log").read_text().splitlines()
+        assert line in lines, "all ranks raise the same"
+        (early,) = [each for each in lines if each.startswith("too little room: ")]
+        assert early.startswith(f"too little room: {tmp_path / 'tied'}: cannot be written: No space left on device (")
+        assert "needed, 1.0 kB free); earlier checkpoints are whole: make room on its disk" in early
+        assert "passed on: RuntimeError('CUDA error: unspecified launch failure')" in lines
+    (kept,) = (tmp_path / "tied").iterdir()
+    assert list_checkpoints(tmp_path / "tied") == [kept], "nothing of the unfinished one is left"
     for entry in read_manifest(kept).files:
         assert hashlib.sha256((kept / entry.name).read_bytes()).hexdigest() == entry.sha256
     load_decoder(kept, recipe_of("tied"), CPU)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from processes import Finished, run_command, start_command, wait_until
+from ranks import run_ranks
 from recipes import in_sections
 
 from megazh.config import from_mapping
@@ -19,7 +20,7 @@ from megazh.errors import INTERRUPTED
 from megazh.pipeline.costs import LayerCosts
 from megazh.pipeline.split import best_bounds
 from megazh.run.metrics import read_metrics
-from megazh.training.checkpoint_list import STATE, list_checkpoints, read_manifest
+from megazh.training.checkpoint_list import MANIFEST, STATE, list_checkpoints, read_manifest
 from megazh.training.weights import load_tensors
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -179,3 +180,50 @@ def test_the_same_bits_after_ctrl_c_and_a_kill_in_bf16(recipe: Path, tmp_path: P
     attempts.ended_by(signal.SIGKILL, broken, stopped.step + EVERY + 1)
     attempts.to_the_end(broken)
     assert_same(whole, broken)
+
+
+# Which checkpoint: rank 0 chooses, and every rank has to see the same
+
+
+def made_checkpoint(path: Path, step: int, run_id: str = "this-run", samples: int = 8) -> None:
+    """A checkpoint without weights, of this run."""
+    path.mkdir(parents=True)
+    values = {
+        "step": step, "samples": samples, "tokens": 64, "stages": 1, "replicas": 2, "bounds": [0, 4],
+        "precision": "fp32", "versions": {}, "files": [], **({"run_id": run_id} if run_id else {}),
+    }  # fmt: skip
+    (path / MANIFEST).write_text(json.dumps(values))
+
+
+def test_ranks_agree_on_a_checkpoint_or_all_raise_the_same_error(tmp_path: Path) -> None:
+    cases: dict[str, dict[str, list[dict[str, Any]]]] = {
+        "equal": {"0": [{"step": 2}, {"step": 3}], "1": [{"step": 2}, {"step": 3}]},
+        "one sees more": {"0": [{"step": 2}], "1": [{"step": 2}, {"step": 3}]},
+        "late": {"0": [{"step": 2}, {"step": 3}], "1": [{"step": 2}, {"step": 3, "name": "late"}]},
+        "one sees less": {"0": [{"step": 2}, {"step": 3}], "1": [{"step": 2}]},
+        "other content": {"0": [{"step": 3}], "1": [{"step": 3, "samples": 9}]},
+        "of another run": {"0": [{"step": 3, "run_id": "that-run"}], "1": [{"step": 3, "run_id": "that-run"}]},
+        "without a name": {"0": [{"step": 3, "run_id": ""}], "1": [{"step": 3, "run_id": ""}]},
+        "none": {"0": [], "1": []},
+    }
+    for case, hosts in cases.items():
+        for host, checkpoints in hosts.items():
+            for given in checkpoints:
+                values = {**given}
+                name = values.pop("name", f"step_{given['step']:08d}")
+                made_checkpoint(tmp_path / case / f"host_{host}" / "checkpoints" / name, **values)
+    first, second = run_ranks(Path(__file__).parent / "resume_rank.py", 2, list(cases), tmp_path, timeout=90)
+    assert first["equal"] == second["equal"] == {"name": "step_00000003", "step": 3}
+    assert first["one sees more"] == second["one sees more"] == {"name": "step_00000002", "step": 2}
+    assert first["late"] == second["late"] == {"name": "step_00000003", "step": 3}
+    assert first["without a name"] == second["without a name"] == {"name": "step_00000003", "step": 3}
+    assert first["none"] == second["none"] == {"name": None, "step": None}
+    for case, problem in (("one sees less", "missing or damaged"), ("other content", "has other content")):
+        assert first[case]["type"] == second[case]["type"] == "WorkerError"
+        for found in (first[case]["error"], second[case]["error"]):
+            assert "step_00000003: rank 1 on " in found
+            assert problem in found
+            assert found.endswith("lies on a shared file system, then run the same command again")
+    error = first["of another run"]["error"]
+    assert error == second["of another run"]["error"]
+    assert "step_00000003: belongs to another run (its run_id is that-run, that of this run this-run)" in error

@@ -16,6 +16,7 @@ from megazh.training.checks.resume import steps_done
 from megazh.training.job import Case, Request
 from megazh.training.recipe import Recipe
 from megazh.training.stages import bounds_for, work_of
+from megazh.writing import check_writable
 
 _MADE_FIRST = {".lock", "run.json", "logs"}
 """Files of a run that may be there before its config.yaml; besides them its copy of the tokenizer."""
@@ -45,8 +46,7 @@ def check_run_folder(run: RunFolder, request: Request) -> None:
         raise UsageError(f"{name}: {above} is a link to nothing; {another}")
     if not above.is_dir():
         raise UsageError(f"{name}: {above} is a file, not a folder; {another}")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UsageError(f"{name}: {above} cannot be written to by this user; {another}")
+    check_writable(path, another, name)
     if not path.is_dir() or run.exists:
         return
     foreign = sorted(
