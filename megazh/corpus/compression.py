@@ -4,7 +4,7 @@ import bz2
 import lzma
 import zlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from megazh.errors import DataError
 
@@ -30,6 +30,15 @@ def open_bytes(path: Path, compression: str | None) -> Stream:
     if compression is None:
         return open(path, "rb")
     return _Zstd(path) if compression == "zstd" else _Unpacked(path, compression)
+
+
+def for_pyarrow(path: Path) -> str | BinaryIO:
+    """A path as pyarrow takes it; the open file if its name is not UTF-8 (as one in GBK), which pyarrow cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return open(path, "rb")
+    return str(path)
 
 
 class _Gunzip:
@@ -112,7 +121,8 @@ class _Zstd:
         import pyarrow as pa
 
         self._path = path
-        self._file = pa.OSFile(str(path))
+        named = for_pyarrow(path)
+        self._file = pa.OSFile(named) if isinstance(named, str) else pa.PythonFile(named, "r")
         self._stream = pa.CompressedInputStream(self._file, "zstd")
 
     def tell(self) -> int:

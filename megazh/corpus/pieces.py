@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megazh.corpus.compression import Stream
+from megazh.corpus.compression import Stream, for_pyarrow
 from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions, TextDocuments
 from megazh.corpus.sources import Source
@@ -117,7 +117,7 @@ def _cut_groups(number: int, source: Source, sizes: Sequence[int], size: int) ->
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a Parquet file for reading in small steps. Raises DataError if it is not a Parquet file."""
     try:
-        return pq.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False)
+        return pq.ParquetFile(for_pyarrow(path), buffer_size=_BLOCK, pre_buffer=False)
     except ARROW_ERRORS as error:
         raise damaged(path, "Parquet", error) from None
 
@@ -125,7 +125,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 def open_arrow(path: Path) -> tuple[Any, bool]:
     """Open an Arrow IPC file or stream: (reader, whether it is a file). Raises DataError if it is neither."""
     try:
-        mapped = pa.memory_map(str(path))
+        named = for_pyarrow(path)
+        mapped = pa.memory_map(named) if isinstance(named, str) else pa.PythonFile(named, "r")
         try:
             return pa.ipc.open_file(mapped), True
         except pa.ArrowInvalid:

@@ -276,19 +276,22 @@ def _is_text(head: bytes) -> bool:
 def _check_description(
     path: Path, text: str, whole: bool, compression: str | None, size: int, read: ReadOptions
 ) -> None:
-    """Raises _NotText for a description: one JSON object without text, or a build's list of rejected lines."""
-    first = _first_value(text)
-    if isinstance(first, dict) and first.keys() == _REJECTED_KEYS and not _has(first, read.text_key):
+    """Raises _NotText for a description: one JSON object without text, or a build's list of rejected lines.
+
+    Args:
+        text: the beginning of the file.
+        whole: whether `text` is all of it.
+    """
+    is_json = by_suffix(path)[0] is Format.JSONL and ".json" in path.suffixes[-2:]
+    value, rest = _first_value(text)
+    if is_json and value is None and not whole and compression is None and size <= _LARGEST_DESCRIPTION:
+        value, rest = _first_value(path.read_text(read.encoding or "utf-8", "replace"))
+    if not isinstance(value, dict) or _has(value, read.text_key):
+        return
+    if value.keys() == _REJECTED_KEYS:
         raise _NotText("*.rejected.jsonl")
-    if by_suffix(path)[0] is Format.JSONL and ".json" in path.suffixes[-2:]:
-        if not whole and compression is None and size <= _LARGEST_DESCRIPTION and text.lstrip().startswith("{"):
-            text, whole = path.read_text(read.encoding or "utf-8", "surrogateescape").removeprefix(_BOM), True
-        try:
-            value = json.loads(text) if whole else None
-        except (ValueError, RecursionError):
-            return
-        if isinstance(value, dict) and not _has(value, read.text_key):
-            raise _NotText(f"*.json without '{read.text_key}'")
+    if is_json and not rest:
+        raise _NotText(f"*.json without '{read.text_key}'")
 
 
 def _has(value: dict[str, Any], key: str) -> bool:
@@ -299,12 +302,14 @@ def _has(value: dict[str, Any], key: str) -> bool:
     return True
 
 
-def _first_value(text: str) -> Any:
-    """The JSON value with which a text begins, if it ends within the text."""
+def _first_value(text: str) -> tuple[Any, str]:
+    """(JSON value with which a text begins, or None if it does not end within the text; what follows the value)."""
+    text = text.removeprefix(_BOM).lstrip()
     try:
-        return json.JSONDecoder().raw_decode(text.lstrip())[0]
+        value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        return None
+        return None, ""
+    return value, text[end:].lstrip()
 
 
 def _json_format(text: str, format: Format) -> Format:

@@ -1,6 +1,7 @@
 """Single records: documents, empty documents, and each reason to reject a line."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -367,6 +368,21 @@ def test_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
         (f"f.txt{suffix}", 1, "too long"),
         (f"h.txt{suffix}", 1, "too long"),
     ]
+
+
+def test_files_whose_names_are_not_utf8(tmp_path: Path) -> None:
+    """As an archive from an old Chinese system leaves them."""
+    name = os.fsdecode("语料".encode("gbk"))
+    write_parquet(tmp_path / "made", ["1"]).rename(tmp_path / f"{name}.1.parquet")
+    for number, stream in ((2, False), (3, True)):
+        write_arrow(tmp_path / "made", [str(number)], stream)
+        (tmp_path / "made").rename(tmp_path / f"{name}.{number}.arrow")
+    for suffix, pack in ((".gz", gz), (".zst", zst), ("", bytes)):
+        (tmp_path / f"{name}.4.jsonl{suffix}").write_bytes(pack(json_lines(["4"])))
+    (tmp_path / f"{name}.pdf").write_bytes(b"x")
+    assert read_files([tmp_path], ReadOptions(), SIZE).texts == ["1", "2", "3", "4", "4", "4"]
+    with pytest.raises(UsageError, match=r"pdf files are not read"):
+        read_files([tmp_path / f"{name}.pdf"], ReadOptions(), SIZE)
 
 
 def test_file_that_went_away_is_named_itself(tmp_path: Path) -> None:
