@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from megazh.config import Config
 from megazh.corpus.formats import Format
+from megazh.corpus.listing import printable
 from megazh.corpus.options import ReadOptions, TextDocuments
 from megazh.corpus.pieces import cut, piece_size, piece_sources
 from megazh.corpus.reader import read_piece
@@ -161,7 +162,7 @@ def _default_text_documents(sources: Sequence[Source] | None, say: Callable[[str
 
 def _input(source: Source) -> _Input:
     status = source.path.stat()
-    return _Input(path=str(source.path), size=status.st_size, mtime_ns=status.st_mtime_ns)
+    return _Input(path=printable(str(source.path)), size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
 def _read_prepared(folder: Path) -> _Prepared | None:

@@ -17,6 +17,7 @@ import orjson
 from pydantic import ValidationError
 
 from megazh.config import Config
+from megazh.corpus.listing import printable
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import Source
 from megazh.errors import DataError, UsageError, WorkerError
@@ -159,7 +160,9 @@ def describe_training(
 
 def _input(source: Source) -> Input:
     status = source.path.stat()
-    return Input(path=str(source.path), format=source.format.value, size=status.st_size, mtime_ns=status.st_mtime_ns)
+    return Input(
+        path=printable(str(source.path)), format=source.format.value, size=status.st_size, mtime_ns=status.st_mtime_ns
+    )
 
 
 def trained_already(output: Path, training: Training) -> bool:

@@ -303,3 +303,11 @@ def test_text_in_another_encoding_beside_files_that_are_no_text(call: Call, tmp_
     assert left_out in (call.folder / "corpus.log").read_text(encoding="utf-8")
     call(source, encoding="gb18030")
     assert call.steps() == ["left out", "text", "data"]
+
+
+def test_files_whose_names_are_not_utf8(call: Call, tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode("语料.jsonl".encode("gbk"))).write_bytes(json_lines(texts(60)))
+    call(tmp_path)
+    assert call.documents() == 60
+    call(tmp_path)
+    assert call.steps() == ["data"]

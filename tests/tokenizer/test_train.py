@@ -267,3 +267,12 @@ def test_what_cannot_work_is_one_line(tmp_path: Path, case: str) -> None:
     assert out == ""
     assert is_one_line_error(err), err
     assert not (tmp_path / "out.json").exists()
+
+
+def test_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode("语料.jsonl".encode("gbk"))
+    path.write_bytes(json_lines(texts(50)))
+    code, _, err = megazh(
+        "tokenizer", "train", "--input", tmp_path, "--vocab-size", 300, "--output", tmp_path / "t.json"
+    )
+    assert (code, err) == (0, ""), err
