@@ -88,9 +88,11 @@ def disk(case: Case) -> Iterator[str]:
         f"of {job.run.path} has {_size(free)} free"
     )
     if fitting < min(2, to_come):
-        raise UsageError(
-            f"{needs}, which holds {fitting or 'none'}; free some, or choose a run folder on another disk with -r"
-        )
+        message = f"{needs}, which holds {fitting or 'none'}; free some, or choose a run folder on another disk with -r"
+        if not case.request.dry_run:
+            raise UsageError(message)
+        yield f"warning: {message}; a start will refuse that"  # where it starts, the disk may be another one
+        return
     every = -(-steps // max(fitting - 1, 1))
     yield case.settings.with_places(
         f"warning: {needs}, which holds {fitting}; all checkpoints are kept, so the run would end there: set "

@@ -106,6 +106,9 @@ def test_a_disk_that_holds_not_even_two_is_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UsageError, match=r"^1 checkpoint of .* which holds none"):
         with_disk(monkeypatch, tmp_path, 0.9, steps=100)
     assert with_disk(monkeypatch, tmp_path, 1.1, steps=100) == [], "only the last one is kept"
+    (line,) = with_disk(monkeypatch, tmp_path, 0.9, steps=100, request=Request(stages=1, dry_run=True))
+    assert line.startswith("warning: 1 checkpoint of ")
+    assert line.endswith("; a start will refuse that"), "a dry run is often made on another machine"
 
 
 def test_a_disk_that_holds_some_is_warned_of_with_an_interval_that_fits(
