@@ -11,14 +11,14 @@ from megazh.corpus.sources import find_sources
 from megazh.errors import UsageError
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.memory import checkpoint_bytes, stage_parameters
-from megazh.run.folder import RunFolder
+from megazh.run.folder import DESCRIPTION, RunFolder
 from megazh.training.checks.resume import steps_done
 from megazh.training.job import Case, Request
 from megazh.training.recipe import Recipe
 from megazh.training.stages import bounds_for, work_of
 from megazh.writing import check_writable
 
-_MADE_FIRST = {".lock", "run.json", "logs"}
+_MADE_FIRST = {".lock", DESCRIPTION, "logs"}
 """Files of a run that may be there before its config.yaml; besides them its copy of the tokenizer."""
 
 
@@ -47,6 +47,8 @@ def check_run_folder(run: RunFolder, request: Request) -> None:
     if not above.is_dir():
         raise UsageError(f"{name}: {above} is a file, not a folder; {another}")
     check_writable(path, another, name)
+    if run.exists and not (path / DESCRIPTION).exists():
+        raise UsageError(f"{name}: holds a {run.config.name}, and no run ({DESCRIPTION} is missing); {another}")
     if not path.is_dir() or run.exists:
         return
     foreign = sorted(

@@ -39,13 +39,14 @@ def folder_case(tmp_path: Path, run: str) -> Case:
         ("..", "-r ..: holds here"),
         ("lost", "-r lost: holds checkpoints, and no run (config.yaml is missing)"),
         ("/proc", "-r /proc: "),
+        ("theirs", "-r theirs: holds a config.yaml, and no run (run.json is missing)"),
     ],
 )
 def test_a_folder_that_cannot_be_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, words: str) -> None:
     here = tmp_path / "here"
-    for name in ("full", "lost/checkpoints"):
+    for name in ("full", "theirs", "lost/checkpoints"):
         (here / name).mkdir(parents=True)
-    for name in ("file", "full/a.txt", "full/b.txt"):
+    for name in ("file", "full/a.txt", "full/b.txt", "theirs/config.yaml"):
         (here / name).touch()
     (here / "link").symlink_to("nowhere")
     monkeypatch.chdir(here)
@@ -61,7 +62,7 @@ def test_a_folder_that_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run:
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "begun/logs", "run/checkpoints"):
         Path(name).mkdir(parents=True)
-    for name in ("begun/.lock", "begun/run.json", "begun/tokenizer.json", "run/config.yaml"):
+    for name in ("begun/.lock", "begun/run.json", "begun/tokenizer.json", "run/config.yaml", "run/run.json"):
         Path(name).touch()
     Path("link").symlink_to("empty")
     assert warnings_of(folder_case(tmp_path, run), [place.run_folder]) == []
