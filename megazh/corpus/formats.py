@@ -106,6 +106,7 @@ def _packed(compression: str) -> Content:
 
 
 _LFS = Content("a Git LFS pointer in place of the file", "fetch the file: git lfs pull")
+_ANNEX = Content("a git-annex pointer in place of the file", "fetch the file: git annex get {name}")
 _FEATHER_1 = Content(
     "a table in the old format Feather V1",
     'write it again as Parquet: python -c "import pyarrow.feather as f, pyarrow.parquet as p; '
@@ -121,6 +122,7 @@ _SIGNATURES = [
     (rb"ARROW1\x00", Content("an Arrow table", "rename it to {name}.arrow", format=Format.ARROW)),
     (rb"FEA1[\x00-\x1f]", _FEATHER_1),
     (rb"version https://(?:git-lfs\.github\.com|hawser\.github\.com)/spec/", _LFS),
+    (rb"/annex/objects/", _ANNEX),
     (rb"PK(?:\x03\x04|\x05\x06)", Content("a ZIP archive, or a .docx or .xlsx file", "unpack it, or save it as .txt")),
     (rb"\xd0\xcf\x11\xe0", Content("an old Office file (.doc, .xls)", "save it as .txt or .csv")),
     (rb"%PDF-", Content("a PDF file", "save it as .txt (pdftotext)")),

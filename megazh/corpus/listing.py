@@ -225,7 +225,7 @@ class _Search:
             entries = _entries(folder)
             kind = _own_folder(folder, {entry.name for entry in entries})
             if kind:
-                self._left_out.add(f"{kind}s", f"{os.path.basename(folder)}/ ({kind})")
+                self._left_out.add(kind, f"{os.path.basename(folder)}/ ({kind})")
                 continue
             for entry in entries:
                 path = os.path.join(folder, entry.name)
@@ -274,6 +274,8 @@ def _own_folder(folder: str, names: set[str]) -> str:
     """What a folder of this project's own files is; "" for any other folder."""
     if {"run.json", "config.yaml"} <= names:
         return "run folder"
+    if {"prepared.json", "mixture.yaml"} <= names:
+        return "prepared data"
     if folder.endswith((".build", ".build.done")) and ("plan.json" in names or "lock" in names):
         return "unfinished index"
     return ""

@@ -138,7 +138,7 @@ def open_arrow(path: Path) -> tuple[Any, bool]:
 
 def damaged(path: Path, what: str, error: Exception) -> DataError:
     """One-line error for a file of format `what` that its library cannot read."""
-    return DataError(f"{path}: truncated or damaged {what} file: {' '.join(str(error).split())}")
+    return DataError(f"{path}: truncated or damaged {what} file: {' '.join(str(error).split())}; fetch it again")
 
 
 _TEXT_TYPES = (

@@ -130,7 +130,8 @@ def list_inputs(
     without = files.without_any(used)
     if without is not None:
         left = f"; left out: {listing.left_out.describe()}" if listing.left_out else ""
-        raise UsageError(f"--input {without}: no file with text{left}")
+        any_suffix = "" if format else "; --format reads files of other suffixes, too"
+        raise UsageError(f"--input {without}: no file with text{left}{any_suffix if left else ''}")
     found.sort()
     root = os.path.commonpath([os.path.dirname(path) for path, _ in found])
     listing.sources = [

@@ -156,10 +156,24 @@ def test_run_folders_and_unfinished_indexes_are_passed_over(tmp_path: Path) -> N
         put(tmp_path / name)
     for name in ("wiki.build/plan.json", "wiki.build/rejected.jsonl"):
         put(tmp_path / name)
+    for name in ("demo/prepared.json", "demo/mixture.yaml", "demo/stories.jsonl"):
+        put(tmp_path / "data_index" / name)
     assert names(tmp_path) == ["a.jsonl"]
-    assert left_out(tmp_path) == "demo/ (run folder), wiki.build/ (unfinished index)"
+    assert left_out(tmp_path) == "demo/ (prepared data), demo/ (run folder), wiki.build/ (unfinished index)"
     with pytest.raises(UsageError, match=r"no file with text; left out: demo/ \(run folder\)"):
         names(tmp_path / "runs" / "demo")
+    assert names(tmp_path / "data_index" / "demo" / "stories.jsonl") == ["stories.jsonl"], "named: it is read"
+
+
+def test_files_without_a_suffix_are_counted_with_the_option_that_reads_them(tmp_path: Path) -> None:
+    """As WikiExtractor writes them."""
+    for number in range(20):
+        put(tmp_path / "AA" / f"wiki_{number:02}")
+    with pytest.raises(UsageError, match="left out: 20 without a suffix; --format reads files of other suffixes, too"):
+        names(tmp_path)
+    assert len(names(tmp_path, format=Format.JSONL)) == 20
+    put(tmp_path / "a.jsonl")
+    assert names(tmp_path) == ["a.jsonl"]
 
 
 def test_left_out_files_are_counted_by_suffix_with_the_remedy(tmp_path: Path) -> None:

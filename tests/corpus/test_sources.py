@@ -153,11 +153,15 @@ PACKED_NAMES = ["a.jsonl.gz", "a.jsonl.zst", "a.csv.xz", "a.txt.bz2"]
     [
         (LFS_POINTER, "a Git LFS pointer in place of the file, not .*; fetch the file: git lfs pull"),
         (b"PK\x03\x04" + bytes(60), "a ZIP archive, or a .docx or .xlsx file"),
+        (
+            b"/annex/objects/SHA256E-s12--ab.jsonl\n",
+            "a git-annex pointer in place of the file, not .*; .* git annex get",
+        ),
         (b"%PDF-1.7\n", "a PDF file, not .*pdftotext"),
         (bytes(257) + b"ustar" + bytes(50), "a tar archive"),
         (b"FEA1\x00\x00\x00\x00" + bytes(60), "a table in the old format Feather V1, not .*as Parquet"),
     ],
-    ids=["LFS", "zip", "PDF", "tar", "Feather V1"],
+    ids=["LFS", "zip", "annex", "PDF", "tar", "Feather V1"],
 )
 def test_foreign_content_is_named_for_what_it_is(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
