@@ -148,7 +148,7 @@ def check_memory(work: Work, bounds: list[int], limit: MemoryLimit) -> None:
         return
     which = "the model in one stage" if len(needed) == 1 else f"stage {stage} of the cut {bounds}"
     raise UsageError(
-        f"{which} needs {most / _GIB:.1f} GiB a GPU, and there are {limit.bytes / _GIB:.1f} ({limit.source}); {_LESS}"
+        f"{which} needs {most / _GIB:.3g} GiB a GPU, and there are {limit.bytes / _GIB:.3g} ({limit.source}); {_LESS}"
     )
 
 
