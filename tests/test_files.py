@@ -106,6 +106,28 @@ def test_second_process_is_refused_with_exit_4_message(tmp_path: Path) -> None:
     assert "BusyError: busy (held by process" in err
 
 
+def test_forked_process_does_not_hold_the_lock_of_its_parent(tmp_path: Path) -> None:
+    """Workers are forked while the build is locked: one that outlives a killed build must not block the next."""
+    code = """
+        import os, sys
+        from pathlib import Path
+        from megazh.files import locked
+        with locked(Path(sys.argv[1])):
+            child = os.fork()
+            if not child:
+                print("forked", flush=True)
+                sys.stdin.read()
+            os._exit(0)
+    """
+    process = start(sys.executable, "-c", textwrap.dedent(code), tmp_path / "lock", stdin=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "forked\n"
+    process.wait(10)
+    with locked(tmp_path / "lock", busy="busy"):
+        pass
+    kill_group(process)
+
+
 def test_lock_without_message_waits(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     entered = threading.Event()
