@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from megazh.cli.options import Subparsers, add_command, add_reading, amount, count, reading
-from megazh.errors import UsageError
+from megazh.errors import INTERRUPTED, UsageError
 from megazh.writing import check_writable
 
 TRAIN_EXAMPLES = """example:
@@ -93,7 +93,11 @@ def _train(options: argparse.Namespace) -> None:
         return
     check_writable(output.parent, "choose another --output", f"--output {output}")
     begin = time.monotonic()
-    trained = train_tokenizer(sources, reading(options), output, wanted, digits, options.sample, training)
+    try:
+        trained = train_tokenizer(sources, reading(options), output, wanted, digits, options.sample, training)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     short = "" if trained.ids == wanted else f" (fewer than {wanted:,}: the text has too few distinct words)"
     print(f"{output}: {trained.ids:,} ids{short}, in {duration(time.monotonic() - begin)}")
     sample = trained.sample

@@ -223,6 +223,8 @@ def test_a_training_that_is_stopped_leaves_nothing(slow_to_merge: Path, tmp_path
         finished = running.wait(20)
         assert time.monotonic() - begin < 1.5
         assert finished.returncode == (130 if number == signal.SIGINT else -number)
+        if number == signal.SIGINT:
+            assert finished.stderr == "interrupted; nothing was written\n"
         wait_until(lambda: not running.descendants(), 5, "the end of the process that trains")
     assert output.read_text() == "{}"
     assert list(output.parent.iterdir()) == [output]
