@@ -230,7 +230,7 @@ def _describe_model(
         f"{speed}{assumed.bandwidth:g} GB/s between GPUs"
     )
     if measured:
-        yield f"layers      their times were measured on {card}"
+        yield f"layers      their times were measured on {card}; MFU counts in the rule of thumb only"
     days = 8 * tokens * counts.total / (gpus * peak * assumed.mfu) / 86400
     yield (
         f"rule of thumb: 8 x tokens x parameters / (GPUs x peak x MFU) = {days:.2f} days (8: everything computed "
