@@ -13,6 +13,7 @@ from megazh.errors import DataError, UsageError
 MANIFEST = "manifest.json"
 STATE = "state"
 """Folder inside a checkpoint that holds DeepSpeed's files."""
+_UNFINISHED = ".step_*.unfinished"
 
 
 class FileEntry(Config):
@@ -93,7 +94,16 @@ def check_identity(checkpoint: Path, manifest: CheckpointManifest, run_id: str) 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove the files of checkpoints that were interrupted, whose space a start may need."""
-    if folder.is_dir():
-        for path in folder.glob(".step_*.unfinished"):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(path)
+    for path in folder.glob(_UNFINISHED):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path)
+
+
+def unfinished_bytes(folder: Path) -> int:
+    """The space of what `remove_unfinished` removes."""
+    size = 0
+    for path in folder.glob(_UNFINISHED):
+        for file in path.rglob("*"):
+            with contextlib.suppress(OSError):  # another job is saving there, and has just renamed it
+                size += file.lstat().st_blocks * 512
+    return size

@@ -1,7 +1,6 @@
 """Whether what the command line names is there, and the run folder is free and its disk large enough."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,11 +11,12 @@ from megazh.errors import UsageError
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.memory import checkpoint_bytes, stage_parameters
 from megazh.run.folder import DESCRIPTION, RunFolder
+from megazh.training.checkpoint_list import unfinished_bytes
 from megazh.training.checks.resume import steps_done
 from megazh.training.job import Case, Request
 from megazh.training.recipe import Recipe
 from megazh.training.stages import bounds_for, work_of
-from megazh.writing import check_writable
+from megazh.writing import check_writable, free_bytes
 
 _MADE_FIRST = {".lock", DESCRIPTION, "logs"}
 """Files of a run that may be there before its config.yaml; besides them its copy of the tokenizer."""
@@ -80,7 +80,10 @@ def disk(case: Case) -> Iterator[str]:
     parameters = sum(stage_parameters(job.recipe.model, begin, end) for begin, end in pairwise(bounds))
     size = checkpoint_bytes(work, parameters)
     path = job.run.path.absolute()
-    free = shutil.disk_usage(next(each for each in (path, *path.parents) if each.is_dir())).free
+    free = free_bytes(path)
+    if free is None:
+        return
+    free += unfinished_bytes(job.run.checkpoints)  # which the start removes
     if size * to_come <= free:
         return
     fitting = int(free // size)

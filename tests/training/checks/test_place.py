@@ -1,9 +1,8 @@
 """Run folders that cannot be one, inputs that are not there, and disks that are too small."""
 
 import os
-import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from cases import make_case, on_cpu
@@ -85,19 +84,13 @@ def test_inputs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         warnings_of(case, [place.inputs])
 
 
-class Usage(NamedTuple):
-    total: int
-    used: int
-    free: int
-
-
 def with_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoints: float, **changes: Any) -> list[str]:
     """The warnings on a disk that holds this number of checkpoints."""
     case = make_case(tmp_path, **changes)
     parameters = stage_parameters(case.recipe.model, 0, 4)
     size = checkpoint_bytes(work_of(case.recipe, case.job.layout, case.job.precision), parameters)
     assert size == 16 * parameters, "fp32 weights, master weights and two averages"
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, int(checkpoints * size)))
+    monkeypatch.setattr(place, "free_bytes", lambda _: int(checkpoints * size))
     return warnings_of(case, [place.disk])
 
 
@@ -131,6 +124,17 @@ def test_a_resumed_run_needs_only_what_is_still_to_come(
     changes = {"manifest": stories, "checkpoint_every": 2}
     assert with_disk(monkeypatch, tmp_path, 2.1, steps=10, **changes) == []
     assert with_disk(monkeypatch, tmp_path, 0.0, steps=6, **changes) == [], "it is complete"
+
+
+def test_the_room_that_an_interrupted_save_has_taken_counts_as_free(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    left = make_case(tmp_path).run.checkpoints / ".step_00000004.unfinished" / "state"
+    left.mkdir(parents=True)
+    with pytest.raises(UsageError, match="which holds none"):
+        with_disk(monkeypatch, tmp_path, 0.0, steps=100)
+    (left / "file").write_bytes(bytes(600_000))
+    assert with_disk(monkeypatch, tmp_path, 0.0, steps=100) == [], "the start removes it"
 
 
 @pytest.mark.parametrize(
