@@ -11,14 +11,14 @@ gradient from many blocks at once; here it has a pass of its own, which sums in 
 matrix products.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from megazh.kernels.reduce import sum_rows
 from megazh.kernels.rotary import rotate_back_
+from megazh.kernels.support import capability
+from megazh.kernels.tiles import Tiles, attention_tiles
 
 _LOG2_E = 1.4426950408889634
 
@@ -260,34 +260,6 @@ def _attention_backward_keys(
     _store(grad_qkv + at_value, column, width, head_dim, tokens, grad_value, DIM)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Block sizes of one kernel; the larger of `queries` and `keys` must be a multiple of the smaller."""
-
-    queries: int
-    """Queries per block."""
-    keys: int
-    """Keys per block."""
-    warps: int
-    """Warps per program."""
-    stages: int
-    """Stages of Triton's software pipelining of loads."""
-    split: bool = True
-    """Whether blocks that need no mask get a separate loop without one."""
-
-
-# The fastest of several sizes tried on an H200 with documents of 500 tokens. _QUERIES.queries equals _KEYS.keys, since
-# both backward kernels write one row of partial sums per block.
-_FORWARD, _QUERIES, _KEYS = Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2, split=False)
-_WIDE_FORWARD, _WIDE_QUERIES = Tiles(64, 64, 4, 2, split=False), Tiles(64, 32, 4, 2, split=False)
-_WIDE_KEYS = Tiles(32, 64, 4, 2, split=False)
-"""Sizes for heads of more than 64 dimensions."""
-
-
-def _tiles(head_dim: int, usual: Tiles, wide: Tiles) -> Tiles:
-    return usual if head_dim <= 64 else wide
-
-
 def document_attention(
     qkv: torch.Tensor, starts: torch.Tensor, heads: int, kv_heads: int, tiles: Tiles | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,7 +269,7 @@ def document_attention(
         qkv: (tokens, (heads + 2 * kv_heads) * head_dim), contiguous: rotated queries, rotated keys, values.
         starts: (tokens,) int32, index of the first token of each token's document; must not decrease.
         heads, kv_heads: numbers of query heads, and of key (and value) heads.
-        tiles: block sizes; None takes the default for `head_dim`.
+        tiles: block sizes; None takes those of `attention_tiles`.
 
     Returns:
         Output, (tokens, heads * head_dim) in the dtype of `qkv`; and base-2 log-sum-exp of each row of scores,
@@ -307,7 +279,7 @@ def document_attention(
     head_dim = width // (heads + 2 * kv_heads)
     out = torch.empty(tokens, heads * head_dim, device=qkv.device, dtype=qkv.dtype)
     lse = torch.empty(heads, tokens, device=qkv.device, dtype=torch.float32)
-    tiles = tiles or _tiles(head_dim, _FORWARD, _WIDE_FORWARD)
+    tiles = tiles or attention_tiles(capability(qkv.device), head_dim).forward
     _attention_forward[(triton.cdiv(tokens, tiles.queries), heads)](
         qkv, starts, out, lse, tokens, width, head_dim, heads, kv_heads, head_dim**-0.5 * _LOG2_E,
         tiles.queries, tiles.keys, _dim(head_dim), tiles.split, num_warps=tiles.warps, num_stages=tiles.stages,
@@ -339,7 +311,8 @@ def document_attention_backward(
         out, lse: results of `document_attention`.
         cos, sin: (tokens, rotary_dim / 2) fp32, the angles by which queries and keys were rotated.
         with_sum: whether to sum the gradient over tokens.
-        query_tiles, key_tiles: block sizes of the passes for queries and for keys; None takes the defaults.
+        query_tiles, key_tiles: block sizes of the passes for queries and for keys; None takes those of
+            `attention_tiles`.
 
     Returns:
         Gradient of queries, keys and values before the rotation, in the shape and dtype of `qkv`; and its sum over all
@@ -350,10 +323,8 @@ def document_attention_backward(
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
     factor = head_dim**-0.5
-    first, second = (
-        query_tiles or _tiles(head_dim, _QUERIES, _WIDE_QUERIES),
-        key_tiles or _tiles(head_dim, _KEYS, _WIDE_KEYS),
-    )
+    usual = attention_tiles(capability(qkv.device), head_dim)
+    first, second = query_tiles or usual.queries, key_tiles or usual.keys
     # If a tile holds whole heads, all of it rotated, it is rotated back as it is stored; else by a separate kernel.
     rotate_back = 2 * cos.shape[1] == head_dim == _dim(head_dim)
     sums = rotate_back and with_sum

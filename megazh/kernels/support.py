@@ -1,4 +1,4 @@
-"""Check whether this machine can run the kernels of this package; imports none of them."""
+"""What a machine must have to run the kernels of this package, and the card that they run on; imports none of them."""
 
 import functools
 import importlib.util
@@ -8,6 +8,15 @@ import sysconfig
 from pathlib import Path
 
 import torch
+
+INTERPRETED_AS = (8, 6)
+"""Compute capability whose launches Triton's interpreter makes on a CPU: that of an RTX 3090."""
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU, such as (8, 6)."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED_AS
 
 
 @functools.cache

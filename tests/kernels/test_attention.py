@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from megazh.kernels.tiles import AttentionTiles, Tiles, attention_tiles
 from megazh.model.rope import rotate
 
 CASES = {
@@ -15,6 +16,14 @@ CASES = {
 """Tokens, query heads, key and value heads, head_dim, lengths of documents."""
 TILES = {"small": (32, 16, 16), "square": (64, 64, 64)}
 """Queries and keys per block of the kernels that own queries, and queries per block of the one that owns keys."""
+USUAL = {
+    "32 dimensions": (150, 2, 2, 32, [90, 60]),
+    "48 dimensions, grouped heads": (150, 4, 2, 48, [3, 147]),
+    "64 dimensions, grouped heads": (210, 4, 1, 64, [130, 80]),
+    "128 dimensions": (210, 1, 1, 128, [200, 10]),
+    "128 dimensions, grouped heads": (150, 2, 1, 128, [64, 1, 85]),
+}
+"""As `CASES`, for the block sizes that a card runs with."""
 
 
 def extents(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,10 +49,23 @@ def reference(qkv: torch.Tensor, starts: torch.Tensor, heads: int, kv_heads: int
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("name", CASES)
 def test_is_what_a_dense_mask_gives(name: str, tiles: str, split: bool) -> None:
-    from megazh.kernels.attention import Tiles, document_attention, document_attention_backward
+    block, keys, queries = TILES[tiles]
+    first = Tiles(block, keys, 4, 2, split)
+    compare(*CASES[name], AttentionTiles(first, first, Tiles(queries, block, 4, 2, split)))
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"), [*((name, (8, 6)) for name in USUAL), ("128 dimensions, grouped heads", (9, 0))]
+)
+def test_is_what_a_dense_mask_gives_with_the_blocks_of_each_card(name: str, capability: tuple[int, int]) -> None:
+    compare(*USUAL[name], attention_tiles(capability, USUAL[name][3]))
+
+
+def compare(tokens: int, heads: int, kv_heads: int, head_dim: int, lengths: list[int], tiles: AttentionTiles) -> None:
+    """Compare values and gradients, rotation included, with those of torch."""
+    from megazh.kernels.attention import document_attention, document_attention_backward
     from megazh.kernels.rotary import rotate_
 
-    tokens, heads, kv_heads, head_dim, lengths = CASES[name]
     generator = torch.Generator().manual_seed(1)
     starts, ends = extents(lengths)
     plain = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, generator=generator, requires_grad=True)
@@ -56,13 +78,11 @@ def test_is_what_a_dense_mask_gives(name: str, tiles: str, split: bool) -> None:
     wanted = reference(torch.cat((plain_rotated, states[:, :, rotated:]), 2).view(tokens, -1), starts, heads, kv_heads)
     wanted.backward(gradient)
 
-    block, keys, queries = TILES[tiles]
-    first, last = Tiles(block, keys, 4, 2, split), Tiles(queries, block, 4, 2, split)
     qkv = plain.detach().clone()
     rotate_(qkv, cos, sin, rotated, head_dim)
-    out, lse = document_attention(qkv, starts, heads, kv_heads, first)
+    out, lse = document_attention(qkv, starts, heads, kv_heads, tiles.forward)
     found, summed = document_attention_backward(
-        gradient, qkv, starts, ends, out, lse, heads, kv_heads, cos, sin, True, first, last
+        gradient, qkv, starts, ends, out, lse, heads, kv_heads, cos, sin, True, tiles.queries, tiles.keys
     )
     torch.testing.assert_close(out, wanted.detach(), rtol=0, atol=2e-6)
     torch.testing.assert_close(found, plain.grad, rtol=0, atol=5e-6)
