@@ -93,7 +93,7 @@ class DecoderPipeline(PipelineModule):
             specs[0] = specs[last] = _Tied(self._layers)
         super().__init__(specs, num_stages=len(bounds) - 1, loss_fn=self.scaled_loss, partition_method="uniform")
         self._documents, self.fused = Documents(config, work.backend), work.fused
-        self.recordable = self.fused and cuda_graph
+        self.recordable = work.recordable and cuda_graph
         self.checkpointing, self._z_loss = work.activation_checkpointing, z_loss
         numbers = range(self._local_start, self._local_stop)
         self._embedding: Embedding | None = self.forward_funcs[0] if 0 in numbers else None

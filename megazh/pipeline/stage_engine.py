@@ -90,8 +90,7 @@ class StageEngine(PipelineEngine):
         # Deferred weight-gradient products of the running backward pass; `_weights` queues those of earlier ones.
         self._postponed: list[Product] = []
         self._weights: deque[list[Product]] = deque()
-        # With one stage only kernels, whose shapes never change, lie between a micro-batch and its gradients.
-        self._records = self.num_stages == 1 and self.module.recordable and self.device.type == "cuda"
+        self._records = self.module.recordable and self.device.type == "cuda"
         self._recorded: RecordedMicroBatch | None = None
         self._ran = False  # whether this process has trained a step, so that nothing is set up for the first time
         for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):

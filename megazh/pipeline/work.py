@@ -46,6 +46,14 @@ class Work:
         return self.backend is Backend.FUSED
 
     @property
+    def recordable(self) -> bool:
+        """Whether all kernels of a micro-batch can be recorded as one CUDA graph.
+
+        With one stage only kernels, whose shapes never change, lie between a micro-batch and its gradients.
+        """
+        return self.fused and self.stages == 1 and self.precision.sums_in_place
+
+    @property
     def defers_weight_gradients(self) -> bool:
         """Whether weight gradients, with the tensors they need, wait until input gradients are sent.
 

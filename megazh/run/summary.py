@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator
 
+from megazh.program import program
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import METRICS, read_metrics
 from megazh.run.plot import plot_losses
@@ -52,7 +53,7 @@ def describe_end(
     yield f"{'time':<12}{seconds:.0f} s in {len(trained)} steps, {operations:.1f} TFLOP"
     yield ""
     yield "go on:"
-    yield f"  {shlex.join(['megazh', 'sample', str(run.path), prompt])}"
-    yield f"  {shlex.join(['tensorboard', '--logdir', str(run.path / 'tensorboard')])}"
+    yield f"  {program()} {shlex.join(['sample', str(run.path), prompt])}"
+    yield f"  {program('tensorboard', 'tensorboard.main')} {shlex.join(['--logdir', str(run.path / 'tensorboard')])}"
     yield f"  {longer}    # train on, twice as long"
     yield f"  {anew}    # start another run"

@@ -17,7 +17,7 @@ from megazh.training.stages import describe_parts, fitting_bounds, memory_by_sta
 if TYPE_CHECKING:
     import torch
 
-    from megazh.pipeline.precision import Precision
+    from megazh.pipeline.work import Work
     from megazh.training.job import Job
 
 
@@ -63,11 +63,11 @@ def describe_stages(job: Job) -> Iterator[str]:
         )
 
 
-def describe_kernels(recipe: Recipe, device: torch.device, precision: Precision, stages: int) -> str:
+def describe_kernels(recipe: Recipe, device: torch.device, work: Work) -> str:
     """A line for the log: the implementation of blocks and loss on this GPU, with the reason if it is not Triton."""
     if recipe.parallel.kernels is Kernels.TORCH:
         return "torch (kernels=torch)"
-    if reason := why_not_fused(recipe.model, device, precision.compute.torch):
+    if reason := why_not_fused(recipe.model, device, work.precision.compute.torch):
         return f"torch, slower than Triton: {reason}"
-    recorded = recipe.parallel.cuda_graph and stages == 1 and precision.sums_in_place
+    recorded = work.recordable and recipe.parallel.cuda_graph
     return "Triton, each micro-batch one CUDA graph" if recorded else "Triton"

@@ -95,7 +95,7 @@ class Trainer:
         stages = (describe_parts(recipe, begin, end) for begin, end in pairwise(self.bounds))
         self.log(f"{'stages':<12}{' | '.join(stages)}")
         if device.type == "cuda":
-            self.log(f"{'kernels':<12}{describe_kernels(recipe, device, self._precision, layout.stages)}")
+            self.log(f"{'kernels':<12}{describe_kernels(recipe, device, self.work)}")
         self._startup.done("stages")
         self.engine = self._make_engine()
         self._startup.done("engine")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
+from megazh.program import program
 from megazh.run.folder import RunFolder
 from megazh.training.recipe import run_recipe
 from megazh.training.startup import Startup
@@ -51,7 +52,7 @@ def work(run: Path) -> int:
         first = ". ".join(str(error).split(". ")[:2])
         print(
             f"error: rank {os.environ.get('RANK')}: {first}; set a smaller micro_batch_size, or "
-            "activation_checkpointing=true ('megazh plan' shows what fits)",
+            f"activation_checkpointing=true ('{program()} plan' shows what fits)",
             file=sys.stderr,
             flush=True,
         )

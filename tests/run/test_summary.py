@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from made_runs import make_run, write_metrics, write_recipe
 
+from megazh.program import program
 from megazh.run.folder import RunFolder
 from megazh.run.summary import describe_end
 
@@ -42,8 +43,10 @@ def test_end_of_a_run(run: RunFolder) -> None:
         f"  {LONGER}    # train on, twice as long",
         f"  {ANEW}    # start another run",
     ]
-    assert shlex.split(lines[-4]) == ["megazh", "sample", str(run.path), "it's 从前"], "quoted for a shell"
-    assert shlex.split(lines[-3]) == ["tensorboard", "--logdir", str(run.path / "tensorboard")]
+    assert shlex.split(lines[-4])[-3:] == ["sample", str(run.path), "it's 从前"], "quoted for a shell"
+    assert lines[-4].startswith(f"  {program()} ")
+    assert shlex.split(lines[-3])[-2:] == ["--logdir", str(run.path / "tensorboard")]
+    assert lines[-3].startswith(f"  {program('tensorboard', 'tensorboard.main')} ")
     assert run.plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,8 +13,10 @@ from megazh.model.counts import parameter_counts
 from megazh.pipeline.memory import stage_parameters
 from megazh.training.describe import describe_job, describe_kernels, describe_stages
 from megazh.training.job import Devices, Job, Request, make_job
+from megazh.training.layout import make_layout
 from megazh.training.recipe import Device, Recipe, load_recipe
 from megazh.training.recipe_files import recipe_path
+from megazh.training.stages import work_of
 
 
 def job_of(name: str, ranks: int, device: Device, *settings: str) -> Job:
@@ -25,8 +27,9 @@ def job_of(name: str, ranks: int, device: Device, *settings: str) -> Job:
 
 def test_the_implementation_is_named_and_why_it_is_not_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def described(stages: int = 1, **changes: Any) -> str:
-        recipe = make_recipe(**changes)
-        return describe_kernels(recipe, torch.device("cuda", 0), recipe.precision.on(Device.CUDA), stages)
+        recipe = make_recipe(pipe_parallel_size=stages, **changes)
+        work = work_of(recipe, make_layout(recipe, stages), recipe.precision.on(Device.CUDA))
+        return describe_kernels(recipe, torch.device("cuda", 0), work)
 
     monkeypatch.setattr(support, "why_not", lambda device, dtype: None)
     assert described() == "Triton, each micro-batch one CUDA graph"
