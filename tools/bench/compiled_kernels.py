@@ -79,8 +79,7 @@ def launches(head_dims: list[int]) -> dict[str, Callable[[], None]]:
         found[f"head_dim {head_dim}"] = partial(_attention, head_dim, 12, 12)
         found[f"head_dim {head_dim}, grouped"] = partial(_attention, head_dim, 12, 4)
     largest = head_dims[-1]
-    found[f"head_dim {largest}, without bias"] = partial(_attention, largest, 16, 16, with_sum=False)
-    found[f"head_dim {largest}, fp16, one key head"] = partial(_attention, largest, 8, 1, torch.float16)
+    found[f"head_dim {largest}, fp16, 1 key, no bias"] = partial(_attention, largest, 16, 1, torch.float16, False)
     for width in (1024, 2048):
         found[f"width {width}"] = partial(_rows, width)
     found["151,936 ids"] = partial(_ids, 151_936, 1024)

@@ -60,8 +60,7 @@ def call(arguments: argparse.Namespace) -> None:
                     print(_line(each), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(each) for card in cards for each in found[card]], indent=1) + "\n")
-    if over := [fault for card in cards for each in found[card] for fault in _faults(each, arguments.most_spills)]:
-        raise WorkerError("; ".join(over))
+    check([each for card in cards for each in found[card]], arguments.most_spills)
 
 
 def _one_thread() -> None:
@@ -74,6 +73,16 @@ def _line(each: Found) -> str:
         f"{each.card:<5} {each.kernel:<27} {each.shape:<33} {each.registers:>9} {each.shared / 1024:>4.1f} KiB "
         f"{each.spills:>7} {each.warps:>6} {each.resident_warps:>9}"
     )
+
+
+def check(found: list[Found], most_spills: int) -> None:
+    """Refuse kernels that exceed their card.
+
+    Raises:
+        WorkerError: names each of them.
+    """
+    if faults := [fault for each in found for fault in _faults(each, most_spills)]:
+        raise WorkerError("; ".join(faults))
 
 
 def _faults(each: Found, most_spills: int) -> list[str]:

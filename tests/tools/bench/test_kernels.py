@@ -2,11 +2,12 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Finished, run_command
+from processes import run_command
 
 TOOL = Path(__file__).parents[3] / "tools" / "bench" / "kernels.py"
 KIB = 1024
@@ -17,15 +18,11 @@ KERNELS = {
 }  # fmt: skip
 
 
-def tool(*options: object, env: dict[str, str | None] | None = None) -> Finished:
-    return run_command([sys.executable, TOOL, *map(str, options)], timeout=550, env=env)
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """All kernels as they are launched, for all cards."""
     written = tmp_path_factory.mktemp("kernels") / "kernels.json"
-    result = tool("--json", written)
+    result = run_command([sys.executable, TOOL, "--json", written], timeout=550)
     assert result.returncode == 0, result.stderr
     found: list[dict[str, Any]] = json.loads(written.read_text())
     assert len(result.stdout.splitlines()) == 1 + len(found)
@@ -33,6 +30,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_kernel_compiles_for_every_card_and_fits_it(compiled: list[dict[str, Any]]) -> None:
     sources = (TOOL.parents[2] / "megazh" / "kernels").glob("*.py")
     written = {line[4 : line.index("(")].strip("_") for path in sources for line in _kernels(path)}
@@ -48,6 +46,7 @@ def test_every_kernel_compiles_for_every_card_and_fits_it(compiled: list[dict[st
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_attention_spills_nothing_on_a_3090_and_leaves_warps_to_wait_for_memory(compiled: list[dict[str, Any]]) -> None:
     for each in compiled:
         if "attention" in each["kernel"] and each["card"] in ("sm86", "sm89"):
@@ -61,23 +60,21 @@ def _kernels(path: Path) -> list[str]:
     return [function.splitlines()[0] for function in functions if "tl.program_id" in function]
 
 
-@pytest.mark.slow
-def test_what_exceeds_the_limits_is_named(tmp_path: Path) -> None:
-    result = tool("--cards", "sm86", "--head-dims", "64", "--blocks-of", "sm90", "--most-spills", "0")
-    assert result.returncode == 5, result.stdout
-    assert "attention_backward_keys (head_dim 64) on sm86 spills " in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
-def test_shared_memory_over_the_limit_of_a_card_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_exceeds_the_limits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TOOL.parent))
     from compiled_kernels import Found
-    from kernels import _faults
+    from kernels import check
 
-    found = Found("attention_forward", "head_dim 128", "sm86", 255, 100 * KIB, 0, 4, 0)
-    assert _faults(found, 0) == [
-        "attention_forward (head_dim 128) on sm86 needs 100 KiB of shared memory, a block may have 99 KiB"
-    ]
+    from megazh.errors import WorkerError
+
+    fits = Found("attention_forward", "head_dim 64", "sm86", 255, 99 * KIB, 8, 4, 4)
+    check([fits], 8)
+    with pytest.raises(WorkerError) as found:
+        check([fits, replace(fits, shared=100 * KIB), replace(fits, spills=9)], 8)
+    assert str(found.value) == (
+        "attention_forward (head_dim 64) on sm86 needs 100 KiB of shared memory, a block may have 99 KiB; "
+        "attention_forward (head_dim 64) on sm86 spills 9 bytes, at most 8 are allowed"
+    )
 
 
 def test_resident_warps_are_what_registers_shared_memory_and_the_card_allow(monkeypatch: pytest.MonkeyPatch) -> None:
