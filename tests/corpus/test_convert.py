@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from textdata import read_files, texts, use_small_blocks
 
@@ -93,6 +93,8 @@ def test_broken_array_is_named_with_the_place(tmp_path: Path, data: str, message
 def test_rows_of_csv_are_those_that_were_written(
     tmp_path: Path, documents: list[str], delimiter: str, end: str, quoting: Any, bom: bool, size: int
 ) -> None:
+    # Python 3.11 leaves a lone carriage return unquoted, and it ends a row.
+    assume(quoting == csv.QUOTE_ALL or "\r" not in "".join(documents))
     sink = io.StringIO()
     writer = csv.writer(sink, delimiter=delimiter, lineterminator=end, quoting=quoting)
     writer.writerow(["id", "text", "url"])
