@@ -29,7 +29,7 @@ def expected(elements: list[Any]) -> tuple[list[str], int, int]:
     return [word for word in words if word], words.count(""), len(found) - len(words)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     elements=st.lists(element, max_size=8),
     indent=st.sampled_from([None, 1]),
@@ -81,7 +81,7 @@ def test_broken_array_is_named_with_the_place(tmp_path: Path, data: str, message
     assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     documents=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60)),
     delimiter=st.sampled_from([",", "\t", ";"]),
