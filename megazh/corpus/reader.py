@@ -4,7 +4,7 @@ import contextlib
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import orjson
@@ -240,6 +240,7 @@ def _arrow_rows(source: Source, piece: Piece, options: ReadOptions) -> Iterator[
 
 
 def _rows(source: Source, batches: Iterable[pa.RecordBatch], options: ReadOptions) -> Iterator[Batch]:
+    options = replace(options, encoding=None)  # which is for text, JSON and CSV: tables hold UTF-8
     try:
         for rows in batches:
             column = _column(rows, options.text_key)

@@ -265,6 +265,7 @@ def test_bytes_that_are_no_text_in_a_binary_column(tmp_path: Path) -> None:
     found = read_files([tmp_path / "a.parquet"], ReadOptions(), SIZE)
     assert found.texts == ["ok"]
     assert [entry[1:] for entry in found.rejected] == [(2, "invalid UTF-8"), (3, "lone surrogate")]
+    assert read_files([tmp_path / "a.parquet"], ReadOptions(encoding="gb18030"), SIZE) == found, "tables hold UTF-8"
 
 
 @pytest.mark.parametrize("form", ["parquet", "arrow"])
