@@ -26,6 +26,11 @@ def program(script: str = "megazh", module: str = "megazh") -> str:
     return f"{variable}{_named(Path(sys.executable).name, folder)} -m {module}"
 
 
+def runnable(text: str) -> str:
+    """A message, with the commands of megazh that it quotes ('megazh plan NAME') as this user can run them."""
+    return text.replace("'megazh ", f"'{program()} ")
+
+
 def _named(name: str, folder: Path) -> str:
     """The name of a program in `folder` if PATH leads there, else its path, relative if it is below this folder."""
     found = shutil.which(name)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megazh.program import program
+from megazh.program import program, runnable
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,3 +65,9 @@ def test_other_programs_are_named_the_same_way(python: Path) -> None:
     assert program("tensorboard", "tensorboard.main") == f"{python} -m tensorboard.main"
     python.with_name("tensorboard").touch(mode=0o755)
     assert program("tensorboard", "tensorboard.main") == str(python.with_name("tensorboard"))
+
+
+def test_commands_that_messages_quote_are_those_of_this_user(python: Path) -> None:
+    assert runnable("not there; 'megazh index adopt P' makes it, megazh not") == (
+        f"not there; '{python} -m megazh index adopt P' makes it, megazh not"
+    )

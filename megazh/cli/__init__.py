@@ -10,6 +10,7 @@ from typing import NoReturn
 from megazh import __version__
 from megazh.caches import provide_caches
 from megazh.errors import INTERRUPTED, MegazhError, WorkerError
+from megazh.program import runnable
 
 # Each command with its line of help; the module of a command is imported only when it is called, so that
 # `megazh --help` and tab completion are quick.
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         options.call(options)
         sys.stdout.flush()  # here, where a closed pipe is no error
     except MegazhError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {runnable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; finished work is kept: run the same command again to continue", file=sys.stderr)

@@ -3,7 +3,6 @@
 import argparse
 
 from megazh.cli.options import Subparsers, add_command
-from megazh.program import program
 
 SHOW_EXAMPLES = """examples:
   megazh recipe show qwen0.5b_6x3090
@@ -64,9 +63,7 @@ def _check(options: argparse.Namespace) -> None:
     settings = [word for word in options.recipe if "=" in word]
     names = [word for word in options.recipe if word not in settings]
     if not names:
-        raise UsageError(
-            f"megazh recipe check: give the path of a .yaml file, or a name from '{program()} recipe list'"
-        )
+        raise UsageError("megazh recipe check: give the path of a .yaml file, or a name from 'megazh recipe list'")
     found = Collector()
     for name in names:
         with found.collecting():

@@ -9,6 +9,7 @@ from megazh.errors import DataError, UsageError
 from megazh.files import sha256_file
 from megazh.index.metadata import load_tokenizer_of
 from megazh.index.reader import IndexedDataset
+from megazh.program import runnable
 from megazh.progress import Progress
 
 _STEP = 1 << 24  # tokens per step of the check
@@ -29,7 +30,9 @@ def inspect_index(prefix: str, document: int | None = None, tokens: int = 200) -
     yield f"documents    {len(index):,} in {len(index.sequence_lengths):,} sequences"
     yield f"tokens       {len(index.tokens):,}"
     if data is None:
-        yield f"description  none: {prefix}.json is missing, as for Megatron-LM's own; 'megazh index adopt' makes it"
+        yield runnable(
+            f"description  none: {prefix}.json is missing, as for Megatron-LM's own; 'megazh index adopt' makes it"
+        )
     else:
         yield f"text         {data.text_bytes:,} bytes"
         yield f"tokenizer    {data.tokenizer.kind}, {data.tokenizer.vocab_size:,} ids, {data.tokenizer.fingerprint}"

@@ -11,7 +11,6 @@ from megazh.index.metadata import Metadata, Rejected, load_tokenizer_of
 from megazh.index.plan import PLAN
 from megazh.index.reader import IndexedDataset
 from megazh.index.writer import IndexWriter
-from megazh.program import program
 from megazh.progress import Progress
 from megazh.tokenizer.compare import tokenizer_difference
 from megazh.tokenizer.tokenizer import dtype_for
@@ -85,7 +84,7 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
 def _metadata(prefix: str, index: IndexedDataset) -> Metadata:
     if index.metadata is None:
         raise DataError(
-            f"{prefix}.json: missing; for an index of Megatron-LM, make it with '{program()} index adopt {prefix} "
+            f"{prefix}.json: missing; for an index of Megatron-LM, make it with 'megazh index adopt {prefix} "
             "--tokenizer TOK'"
         )
     return index.metadata

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
-from megazh.program import program
+from megazh.program import program, runnable
 from megazh.run.folder import RunFolder
 from megazh.training.recipe import run_recipe
 from megazh.training.startup import Startup
@@ -35,7 +35,7 @@ def work(run: Path) -> int:
 
             from megazh.training.loop import Interrupted, train  # imports DeepSpeed, which looks for its accelerator
     except MegazhError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {runnable(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     startup.done("imports")
     try:
@@ -44,7 +44,7 @@ def work(run: Path) -> int:
         with _ended_group():
             train(run, device, stop, startup)
     except MegazhError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {runnable(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     except Interrupted:
         return INTERRUPTED
