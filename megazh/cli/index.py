@@ -5,11 +5,21 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megazh.cli.options import Subparsers, add_command, add_reading, count, reading, share
+from megazh.cli.options import (
+    Subparsers,
+    add_command,
+    add_reading,
+    add_tokenizer_kind,
+    count,
+    reading,
+    share,
+    tokenizer_kind,
+)
 from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
 
 if TYPE_CHECKING:  # slow to import: the functions below import what they need
     from megazh.index.build import Request, Summary
+    from megazh.index.metadata import Metadata
 
 BUILD_EXAMPLES = """examples:
   megazh index build --input 'raw/*.jsonl.zst' --tokenizer qwen.tiktoken --output data_index/wiki
@@ -75,6 +85,13 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     add_tokenizer(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="where to write the index")
     parser.add_argument(
+        "--max-lost",
+        type=share,
+        default=0.01,
+        metavar="SHARE",
+        help="largest share of characters to accept that the tokenizer has no token for (default: 1%%)",
+    )
+    parser.add_argument(
         "--max-bad",
         type=share,
         default=0.001,
@@ -111,6 +128,7 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="SentencePiece: put <pad> <bos> <eos> <unk> (ids 0 to 3) in front of the model's ids",
     )
+    add_tokenizer_kind(parser)
 
 
 def _workers(text: str) -> int | None:
@@ -133,6 +151,8 @@ def build(options: argparse.Namespace) -> None:
         format=Format(options.format) if options.format else None,
         read=reading(options),
         max_bad=options.max_bad,
+        max_lost=options.max_lost,
+        ranks=tokenizer_kind(options),
         restart=options.restart,
     )
     world = mpi.join_world()
@@ -193,11 +213,23 @@ def _print_summary(summary: "Summary", request: "Request") -> None:
         ("rejected", _rejected(summary, request)),
         ("time", f"{duration(summary.seconds)}, {size / 1e6 / summary.seconds:.1f} MB/s of input, {workers}"),
         ("encoder", f"{summary.encoder}, {summary.samples_checked} documents checked against the reference"),
+        ("lost", _lost(data)),
+        ("decoded", summary.round_trip.describe()),
     ]
     if summary.pieces_kept:
         rows.append(("resumed", f"{summary.pieces_kept} of {summary.pieces} pieces were there from before"))
     for name, value in rows:
         print(f"{name:<10} {value}")
+
+
+def _lost(data: "Metadata") -> str:
+    found = data.coverage
+    if found is None or not found.lost_characters:
+        return "0 characters"
+    return (
+        f"{found.lost_characters:,} of {found.characters:,} characters ({found.share:.3%}) have no token; "
+        f"{found.unknown_tokens:,} unknown tokens"
+    )
 
 
 def _rejected(summary: "Summary", request: "Request") -> str:
@@ -232,6 +264,7 @@ def _merge(options: argparse.Namespace) -> None:
 def _adopt(options: argparse.Namespace) -> None:
     from megazh.index.adopt import adopt_index
 
-    metadata = adopt_index(options.prefix, options.tokenizer, options.eod, options.front_tokens)
+    ranks = tokenizer_kind(options)
+    metadata = adopt_index(options.prefix, options.tokenizer, options.eod, options.front_tokens, ranks)
     print(f"{options.prefix}: {metadata.documents:,} documents, {metadata.tokens:,} tokens of {metadata.dtype}")
     print(f"written beside it: .json, .docs and {metadata.tokenizer.file}; use it like an index of megazh")

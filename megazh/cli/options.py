@@ -10,6 +10,7 @@ from megazh.corpus.formats import Format
 
 if TYPE_CHECKING:
     from megazh.corpus.options import ReadOptions
+    from megazh.tokenizer.tokenizer import RankKind
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
@@ -106,6 +107,22 @@ def reading(options: argparse.Namespace) -> "ReadOptions":
 
     documents = TextDocuments(options.text_documents)
     return ReadOptions(options.text_key, documents, options.max_document_bytes, encoding(options))
+
+
+def add_tokenizer_kind(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says what a rank file belongs to."""
+    parser.add_argument(
+        "--tokenizer-kind",
+        choices=["qwen"],
+        help="a rank file (*.tiktoken) that is not Qwen's own: it has Qwen's regex and control tokens",
+    )
+
+
+def tokenizer_kind(options: argparse.Namespace) -> "RankKind | None":
+    """The value of the option that `add_tokenizer_kind` adds."""
+    from megazh.tokenizer.tokenizer import RankKind
+
+    return RankKind(options.tokenizer_kind) if options.tokenizer_kind else None
 
 
 def standalone(what: str, examples: str) -> argparse.ArgumentParser:

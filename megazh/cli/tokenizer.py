@@ -5,7 +5,16 @@ import sys
 import time
 from pathlib import Path
 
-from megazh.cli.options import Subparsers, add_command, add_reading, amount, count, reading
+from megazh.cli.options import (
+    Subparsers,
+    add_command,
+    add_reading,
+    add_tokenizer_kind,
+    amount,
+    count,
+    reading,
+    tokenizer_kind,
+)
 from megazh.errors import INTERRUPTED, UsageError
 from megazh.writing import check_writable
 
@@ -59,6 +68,7 @@ def add_to(commands: Subparsers) -> None:
         action="store_true",
         help="SentencePiece: put <pad> <bos> <eos> <unk> (ids 0 to 3) in front of the model's ids",
     )
+    add_tokenizer_kind(show)
     show.set_defaults(call=_show)
 
 
@@ -110,6 +120,7 @@ def _show(options: argparse.Namespace) -> None:
     from megazh.tokenizer import load_tokenizer
     from megazh.tokenizer.show import show_tokenizer
 
-    tokenizer = load_tokenizer(options.tokenizer, options.eod, options.front_tokens)
+    tokenizer = load_tokenizer(options.tokenizer, options.eod, options.front_tokens, tokenizer_kind(options))
+    tokenizer.check()
     for line in show_tokenizer(tokenizer, options.file, options.text, options.pieces):
         print(line)

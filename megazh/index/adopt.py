@@ -26,11 +26,14 @@ from megazh.index.plan import tokenizer_info
 from megazh.index.reader import IndexedDataset
 from megazh.progress import Progress
 from megazh.tokenizer import Tokenizer, load_tokenizer
+from megazh.tokenizer.tokenizer import RankKind
 
 _DOCUMENTS = 1 << 12  # documents per step
 
 
-def adopt_index(prefix: str, tokenizer: Path, eod: str | None = None, front_tokens: bool = False) -> Metadata:
+def adopt_index(
+    prefix: str, tokenizer: Path, eod: str | None = None, front_tokens: bool = False, ranks: RankKind | None = None
+) -> Metadata:
     """Write `PREFIX.json`, `PREFIX.docs` and a copy of the tokenizer beside `PREFIX.bin` and `PREFIX.idx`.
 
     The two files are only read. They must be what a build could have written, except that a document may have several
@@ -40,7 +43,7 @@ def adopt_index(prefix: str, tokenizer: Path, eod: str | None = None, front_toke
 
     Args:
         prefix: path of the index without suffix.
-        tokenizer: the tokenizer that made the ids, and its end-of-document token, as for `load_tokenizer`.
+        tokenizer: the tokenizer that made the ids; `eod`, `front_tokens` and `ranks` are as for `load_tokenizer`.
 
     Raises:
         UsageError: there is no such index, megazh described it already, or a file is in the way.
@@ -60,7 +63,8 @@ def adopt_index(prefix: str, tokenizer: Path, eod: str | None = None, front_toke
         raise UsageError(f"{prefix}.idx: a multimodal index (it has a mode for each sequence); only text can be used")
     if not len(index):
         raise DataError(f"{prefix}.idx: holds no documents")
-    loaded = load_tokenizer(tokenizer, eod, front_tokens)
+    loaded = load_tokenizer(tokenizer, eod, front_tokens, ranks)
+    loaded.check()
     info = tokenizer_info(loaded)
     _check_free(prefix, {info.file: info.sha256})
     folder = Path(f"{prefix}.build")

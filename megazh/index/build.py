@@ -28,7 +28,9 @@ from megazh.index.pools import Pool
 from megazh.index.reader import IndexedDataset
 from megazh.progress import Progress, duration
 from megazh.tokenizer import Tokenizer, load_tokenizer
-from megazh.tokenizer.encoders import Encoder, EncoderSource, encode_each
+from megazh.tokenizer.encoders import PROBES, Encoder, encode_each
+from megazh.tokenizer.round_trip import RoundTrip
+from megazh.tokenizer.tokenizer import RankKind, TokenizerFile
 from megazh.writing import check_writable, warn_once, writing
 
 _DISTRUST = "fast-encoder-differs"  # empty file in the build folder, present once the fast encoder was found wrong
@@ -49,6 +51,10 @@ class Request:
     read: ReadOptions = field(default_factory=ReadOptions)
     max_bad: float = 0.001
     """Largest share of records that may be rejected."""
+    max_lost: float = 0.01
+    """Largest share of characters that no token may stand for."""
+    ranks: RankKind | None = None
+    """What a rank file that is not Qwen's own belongs to."""
     restart: bool = False
     """Whether to discard the finished pieces of an interrupted build and to replace a complete index."""
     listing: Listing | None = None
@@ -72,6 +78,10 @@ class Summary:
     """Number of pieces that an interrupted build had finished."""
     samples_checked: int = 0
     """Number of documents whose ids were compared with those of the reference encoder."""
+    round_trip: RoundTrip = field(default_factory=RoundTrip)
+    """How the sampled documents compare with the text that their ids decode to."""
+    lost_example: str = ""
+    """Beginning of a document with a character that no token stands for, and what became of it."""
     already_complete: bool = False
     workers: int = 1
 
@@ -117,7 +127,8 @@ def check_request(request: Request) -> tuple[Tokenizer, Listing]:
         raise UsageError(f"--output {output}: give the prefix without {output.suffix}")
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder; give a prefix, such as {output}/NAME")
-    tokenizer = load_tokenizer(request.tokenizer, request.eod, request.front_tokens)
+    tokenizer = load_tokenizer(request.tokenizer, request.eod, request.front_tokens, request.ranks)
+    tokenizer.check()
     listing = request.listing or list_inputs(request.inputs, request.format, request.read)
     listing.sources = _without_own_files(listing.sources, output)
     check_writable(output.parent, "choose another --output", f"--output {output}")
@@ -154,6 +165,7 @@ class _Run:
     pieces: int = 0
     pieces_kept: int = 0
     samples_checked: int = 0
+    round_trip: RoundTrip = field(default_factory=RoundTrip)
 
 
 class _Build:
@@ -185,15 +197,9 @@ class _Build:
         self._prepare_folder(plan)
         copy = self._folder / f"tokenizer{self._tokenizer.path.suffix}"
         write_atomic(copy, self._tokenizer.path.read_bytes(), durable=False)  # flushed to disk at the end
-        source = self._tokenizer.encoders
-        self._setup = Setup(
-            options=self._request.read,
-            encoders=EncoderSource(source.kind, copy, source.shift),
-            eod_id=self._tokenizer.eod_id,
-            vocab_size=self._tokenizer.vocab_size,
-            dtype=plan.dtype,
-            folder=self._folder,
-        )
+        for notice in self._tokenizer.notices:
+            self._notify(notice)
+        self._setup = self._make_setup(copy, plan.dtype)
         assembly, run = self._encode(np.dtype(plan.dtype))
         for each, before in zip(self._sources, signatures, strict=True):
             if signature(each) != before:
@@ -201,11 +207,47 @@ class _Build:
                 raise DataError(f"{each.path}: changed while it was read; run again with --restart")
         metadata = self._finish(assembly, plan, copy)
         summary = Summary(
-            metadata, time.monotonic() - self._begin, **dataclasses.asdict(run), workers=self._pool.workers
+            metadata,
+            time.monotonic() - self._begin,
+            run.encoder,
+            run.pieces,
+            run.pieces_kept,
+            run.samples_checked,
+            run.round_trip,
+            assembly.lost_example,
+            workers=self._pool.workers,
         )
+        self._warn(summary)
         self._append_log(summary)
         self._remove_folder()
         return summary
+
+    def _make_setup(self, copy: Path, dtype: str) -> Setup:
+        """What workers need; `copy` is the copy of the tokenizer in the folder of the build."""
+        tokenizer = self._tokenizer
+        file = TokenizerFile(copy, tokenizer.eod, tokenizer.front_tokens, tokenizer.kind)
+        return Setup(
+            options=self._request.read,
+            encoders=dataclasses.replace(tokenizer.encoders, path=copy),
+            eod_id=tokenizer.eod_id,
+            vocab_size=tokenizer.vocab_size,
+            dtype=dtype,
+            counted=None if tokenizer.keeps_bytes else file,
+            control_ids=tokenizer.control_ids,
+            probes=(*PROBES, *tokenizer.probes()),
+            folder=self._folder,
+        )
+
+    def _warn(self, summary: Summary) -> None:
+        """Say what the text lost."""
+        found = summary.metadata.coverage
+        if found is not None and found.lost_characters:
+            self._notify(
+                f"warning: no token stands for {found.lost_characters:,} of {found.characters:,} characters "
+                f"({found.share:.3%}; {found.unknown_tokens:,} unknown tokens): {summary.lost_example}"
+            )
+        if summary.round_trip.differ:
+            self._notify(f"warning: {summary.round_trip.describe()}")
 
     def _complete(self, plan: Plan) -> Metadata | None:
         """Metadata of an existing index, if it is the requested one."""
@@ -270,7 +312,15 @@ class _Build:
     def _encode(self, dtype: np.dtype) -> tuple[Assembly, _Run]:
         fast, encoder = self._choose_encoder()
         while True:
-            assembly = Assembly(self._folder, dtype, self._sources, self._request.read, self._request.max_bad)
+            assembly = Assembly(
+                self._folder,
+                dtype,
+                self._sources,
+                self._request.read,
+                self._request.max_bad,
+                self._request.max_lost,
+                self._tokenizer.eod_id,
+            )
             try:
                 return assembly, self._encode_all(assembly, fast, encoder, dtype)
             except _EncoderDiffers as error:
@@ -331,8 +381,11 @@ class _Build:
 
         with Progress("indexing", sum(source.size for source in self._sources)) as progress:
             for result in self._pool.run(self._setup, tasks()):
-                self._check_samples(result)
-                run.samples_checked += len(result.samples)
+                if result.failure is not None or result.encoder != self._reference.name:
+                    self._check_samples(result)
+                    run.samples_checked += len(result.samples)
+                for sample in result.samples:
+                    run.round_trip.add(sample.text, sample.ids, self._tokenizer)
                 progress.advance(result.weight, result.tokens)
                 assembly.add(result.key, result.encoder)
         return run
@@ -346,6 +399,7 @@ class _Build:
             documents=writer.documents,
             tokens=writer.tokens,
             text_bytes=assembly.text_bytes,
+            coverage=assembly.coverage,
             empty_documents=assembly.empty,
             rejected=Rejected(total=assembly.rejected, reasons=dict(sorted(assembly.reasons.items()))),
             token_length_histogram={str(edge): writer.histogram[edge] for edge in sorted(writer.histogram)},

@@ -37,6 +37,9 @@ def inspect_index(prefix: str, document: int | None = None, tokens: int = 200) -
         yield f"text         {data.text_bytes:,} bytes"
         yield f"tokenizer    {data.tokenizer.kind}, {data.tokenizer.vocab_size:,} ids, {data.tokenizer.fingerprint}"
         yield f"end          {data.tokenizer.eod_id} {data.tokenizer.eod}"
+        if data.coverage is not None:
+            found = data.coverage
+            yield f"lost         {found.lost_characters:,} of {found.characters:,} characters have no token"
         yield f"skipped      {data.empty_documents:,} empty documents, {data.rejected.total:,} rejected lines"
         yield f"sha256       {data.files.bin.sha256} (.bin)"
         yield f"sources      {len(data.sources):,} files, {sum(source.bytes for source in data.sources):,} bytes"

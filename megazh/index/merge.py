@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megazh.errors import DataError, UsageError
 from megazh.files import locked, write_atomic
-from megazh.index.metadata import Metadata, Rejected, load_tokenizer_of
+from megazh.index.metadata import Metadata, Rejected, load_tokenizer_of, sum_coverage
 from megazh.index.plan import PLAN
 from megazh.index.reader import IndexedDataset
 from megazh.index.writer import IndexWriter
@@ -67,6 +67,7 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
             documents=writer.documents,
             tokens=writer.tokens,
             text_bytes=sum(each.text_bytes for each in inputs),
+            coverage=sum_coverage(each.coverage for each in inputs),
             empty_documents=sum(each.empty_documents for each in inputs),
             rejected=Rejected(total=sum(each.rejected.total for each in inputs), reasons=dict(sorted(reasons.items()))),
             token_length_histogram={str(edge): writer.histogram[edge] for edge in sorted(writer.histogram)},

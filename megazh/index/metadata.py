@@ -4,6 +4,7 @@ Equal input gives an equal file: it holds no times, hosts or worker counts.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from megazh.config import Config, from_mapping
 from megazh.errors import DataError, UsageError
 from megazh.files import sha256_file
 from megazh.tokenizer import Tokenizer, load_tokenizer
+from megazh.tokenizer.tokenizer import rank_kind
 
 FORMAT_VERSION = 1
 CORE_SUFFIXES = (".idx", ".bin", ".docs", ".json")
@@ -83,6 +85,23 @@ class Rejected(Config):
     reasons: dict[str, int]
 
 
+class Coverage(Config):
+    """How much of the text the tokens stand for; see `megazh.tokenizer.coverage`."""
+
+    characters: int
+    """Number of characters of all documents."""
+    lost_characters: int
+    """Number of characters that no token stands for: unknown or dropped ones, and lost line breaks."""
+    unknown_tokens: int
+    token_bytes: int | None
+    """Number of UTF-8 bytes that the tokens stand for; null if the tokenizer keeps all bytes of a text."""
+
+    @property
+    def share(self) -> float:
+        """Share of the characters that are lost."""
+        return self.lost_characters / max(self.characters, 1)
+
+
 class Metadata(Config):
     """The contents of `PREFIX.json`."""
 
@@ -95,6 +114,8 @@ class Metadata(Config):
     """Number of tokens, end-of-document tokens included."""
     text_bytes: int
     """Size of all documents in UTF-8 bytes, for bits per byte."""
+    coverage: Coverage | None = None
+    """Null for an index from before this was counted, or whose text is not known."""
     empty_documents: int
     """Number of documents without text; they are not in the index."""
     rejected: Rejected
@@ -131,6 +152,22 @@ def read_metadata(prefix: Path | str) -> Metadata | None:
         raise DataError(str(error)) from None
 
 
+def sum_coverage(parts: Iterable[Coverage | None]) -> Coverage | None:
+    """The coverage of several indexes of one tokenizer together; None if it is not known for one of them."""
+    known = []
+    for part in parts:
+        if part is None:
+            return None
+        known.append(part)
+    sizes = [part.token_bytes for part in known]
+    return Coverage(
+        characters=sum(part.characters for part in known),
+        lost_characters=sum(part.lost_characters for part in known),
+        unknown_tokens=sum(part.unknown_tokens for part in known),
+        token_bytes=None if None in sizes else sum(size or 0 for size in sizes),
+    )
+
+
 def length_histogram(lengths: npt.NDArray[np.integer]) -> dict[int, int]:
     """Number of documents by the largest power of two that is not above their length in tokens; 0 for empty ones."""
     found = np.bincount(np.frexp(lengths.astype(np.float64))[1])
@@ -145,4 +182,4 @@ def load_tokenizer_of(prefix: Path | str, metadata: Metadata) -> Tokenizer:
         raise DataError(f"{path}: missing; it is the copy of the tokenizer that made {prefix}.bin")
     if sha256_file(path) != info.sha256:
         raise DataError(f"{path}: is not the tokenizer that made {prefix}.bin: its content has changed")
-    return load_tokenizer(path, info.eod, info.front_tokens)
+    return load_tokenizer(path, info.eod, info.front_tokens, rank_kind(info.kind))

@@ -269,6 +269,10 @@ class ValidationSamples:
         corpus, row = self._locate(number)
         return int(self._corpora[corpus].table.valid_labels[row])
 
+    def index_of(self, number: int) -> IndexedDataset:
+        """Index that validation sample `number` is from."""
+        return self._corpora[self._locate(number)[0]].index
+
     def sample(self, number: int) -> Sample:
         """Validation sample `number`."""
         return _only(self.batch([number]))

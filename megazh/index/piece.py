@@ -10,7 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from megazh.corpus.reader import read_piece
 from megazh.corpus.sources import Source
 from megazh.errors import DataError
 from megazh.files import NewFile
-from megazh.tokenizer.encoders import PROBES, Encoder, EncoderSource, Ids, Offsets, encode_each
+from megazh.tokenizer.coverage import Counts, CoverageTable
+from megazh.tokenizer.encoders import Encoder, EncoderSource, Ids, Offsets, encode_each
+from megazh.tokenizer.tokenizer import TokenizerFile
 from megazh.writing import writing
 
-_MAGIC = b"MZPIECE1"
+_MAGIC = b"MZPIECE2"
 _TAIL = struct.Struct("<Q8s")
 _SAMPLE_ONE_IN = 1000  # one document in so many is checked against the reference encoder
 _SAMPLE_CHARACTERS = 4096  # longest document that is checked
@@ -43,13 +45,19 @@ class Setup:
     eod_id: int
     vocab_size: int
     dtype: str
+    counted: TokenizerFile | None
+    """The tokenizer, to count what its ids stand for; None if it keeps all bytes of a text."""
+    control_ids: frozenset[int]
+    """Ids that no document may contain besides the end-of-document id that is put after it."""
+    probes: tuple[str, ...]
+    """Texts on which the fast encoder is tried."""
     folder: Path
     """Folder of the piece files."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Work for a worker: encode a piece or, without one, try the fast encoder on unusual strings (`PROBES`)."""
+    """Work for a worker: encode a piece or, without one, try the fast encoder on unusual strings."""
 
     piece: Piece | None
     sources: Sequence[Source]
@@ -60,7 +68,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Sample:
-    """A document and its ids from the fast encoder, to be checked against the reference encoder."""
+    """A document and its ids, to be decoded and, if they are of the fast encoder, checked against the reference."""
 
     text: str
     ids: list[int]
@@ -87,6 +95,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._encoders: dict[tuple[EncoderSource, bool], Encoder | None] = {}
+        self._tables: dict[TokenizerFile, CoverageTable] = {}
 
     def run(self, setup: Setup, task: Task) -> Result:
         """Do `task`.
@@ -104,14 +113,15 @@ class Worker:
                 raise
             return Result(task.piece.key, failure=str(error))
         try:
-            return encode_piece(setup, task.piece, task.sources, encoder, samples=task.fast)
+            return encode_piece(setup, task.piece, task.sources, encoder, self._table(setup.counted))
         except EncoderFailedError as error:
             if not task.fast:
                 raise
             return Result(task.piece.key, encoder=encoder.name, failure=str(error))
 
     def load(self, setup: Setup, fast: bool) -> None:
-        """Load an encoder before the first task that needs it; one that cannot be loaded fails in that task."""
+        """Load what the first task needs before it comes; an encoder that cannot be loaded fails in that task."""
+        self._table(setup.counted)
         with contextlib.suppress(ImportError):
             self._encoder(setup, fast)
 
@@ -121,25 +131,34 @@ class Worker:
             self._encoders[key] = setup.encoders.fast() if fast else setup.encoders.reference()
         return self._encoders[key]
 
+    def _table(self, file: TokenizerFile | None) -> CoverageTable | None:
+        if file is None:
+            return None
+        if file not in self._tables:
+            self._tables[file] = CoverageTable(file.load())
+        return self._tables[file]
+
     def _try_fast(self, setup: Setup) -> Result:
         try:
             encoder = self._encoder(setup, fast=True)
             if encoder is None:
                 return Result("trial")
-            ids = encode_each(encoder, PROBES)
+            ids = encode_each(encoder, setup.probes)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a missing package, a tokenizer that it cannot read, a panic in native code
             return Result("trial", failure=_first_line(error))
-        samples = [Sample(text, found) for text, found in zip(PROBES, ids, strict=True)]
+        samples = [Sample(text, found) for text, found in zip(setup.probes, ids, strict=True)]
         return Result("trial", encoder=encoder.name, samples=samples)
 
 
-def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder: Encoder, samples: bool) -> Result:
+def encode_piece(
+    setup: Setup, piece: Piece, sources: Sequence[Source], encoder: Encoder, table: CoverageTable | None
+) -> Result:
     """Encode the documents of `piece` into its piece file, with the end-of-document id after each.
 
     Args:
-        samples: whether to return some documents with their ids, to be checked.
+        table: counts what the ids stand for; None if the tokenizer keeps all bytes of a text.
 
     Raises:
         DataError: a source is damaged.
@@ -152,6 +171,7 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
     hashes: list[int] = []
     rejected: list[tuple[int, str, str]] = []
     empty = lines = text_bytes = 0
+    counts = Counts(token_bytes=None if table is None else 0)
     digest = xxhash.xxh3_64()
     final = piece_path(setup.folder, piece.key, encoder.name)
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
@@ -162,7 +182,10 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
             lines += batch.lines
             empty += batch.empty
             for texts in _calls(batch.texts):
-                ids, offsets = _encode(encoder, texts, setup.vocab_size)
+                ids, offsets = _encode(encoder, texts, setup)
+                counts.characters += sum(map(len, texts))
+                if table is not None:
+                    table.count(texts, ids, offsets, counts)
                 raw = [text.encode() for text in texts]  # cheap: the encoder made each str cache its UTF-8
                 new_hashes = [xxhash.xxh3_64_intdigest(text) for text in raw]
                 text_bytes += sum(map(len, raw))
@@ -171,8 +194,7 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
                 file.write(tokens.data)
                 digest.update(tokens.data)
                 lengths.append((np.diff(offsets) + 1).astype(np.int32))
-                if samples:
-                    result.samples += _samples(texts, new_hashes, ids, offsets, first=not hashes)
+                result.samples += _samples(texts, new_hashes, ids, offsets, first=not hashes)
                 hashes += new_hashes
                 result.tokens += len(tokens)
         all_lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
@@ -183,6 +205,7 @@ def encode_piece(setup: Setup, piece: Piece, sources: Sequence[Source], encoder:
             "documents": len(hashes),
             "tokens": result.tokens,
             "text_bytes": text_bytes,
+            "coverage": asdict(counts),
             "empty": empty,
             "lines": lines,
             "rejected": rejected,
@@ -208,18 +231,28 @@ def remove_unfinished_pieces(folder: Path) -> None:
 
 
 class EncoderFailedError(DataError):
-    """An encoder raised, or returned an id that is not in the vocabulary."""
+    """An encoder raised, or returned an id that is not in the vocabulary, or that only control tokens may have."""
 
 
-def _encode(encoder: Encoder, texts: list[str], vocab_size: int) -> tuple[Ids, Offsets]:
+def _encode(encoder: Encoder, texts: list[str], setup: Setup) -> tuple[Ids, Offsets]:
     try:
         ids, offsets = encoder.encode_batch(texts)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic in native code is not an Exception
         raise EncoderFailedError(f"{encoder.name} failed ({_first_line(error)}) on {texts[0][:40]!r}") from None
-    if len(ids) and int(ids.max()) >= vocab_size:
-        raise EncoderFailedError(f"{encoder.name} gave id {int(ids.max())}, but the vocabulary has {vocab_size} ids")
+    if len(ids) and int(ids.max()) >= setup.vocab_size:
+        raise EncoderFailedError(
+            f"{encoder.name} gave id {int(ids.max())}, but the vocabulary has {setup.vocab_size} ids"
+        )
+    is_control = np.zeros(setup.vocab_size, np.bool_)
+    is_control[list(setup.control_ids)] = True
+    wrong = np.flatnonzero(is_control[ids])
+    if len(wrong):
+        text = texts[int(np.searchsorted(offsets, wrong[0], "right")) - 1]
+        raise EncoderFailedError(
+            f"{encoder.name} gave the id {ids[wrong[0]]} of a control token for ordinary text: {text[:40]!r}"
+        )
     return ids, offsets
 
 

@@ -13,6 +13,7 @@ from megazh.errors import DataError, UsageError, WriteError
 from megazh.files import check_sha256, write_atomic
 from megazh.index.metadata import TokenizerInfo
 from megazh.tokenizer import Tokenizer, load_tokenizer
+from megazh.tokenizer.tokenizer import rank_kind
 
 if TYPE_CHECKING:
     from megazh.index.mixture import Mixture
@@ -88,7 +89,7 @@ class RunFolder:
                 f"{path}: missing; it is the run's copy of its tokenizer: copy the tokenizer of its corpus there"
             )
         check_sha256(path, info.sha256)
-        return load_tokenizer(path, info.eod, info.front_tokens)
+        return load_tokenizer(path, info.eod, info.front_tokens, rank_kind(info.kind))
 
     def begin(self, config: str, mixture: Mixture) -> None:
         """Record what the run is made of; for a run that is resumed, check that its data is still the same.

@@ -30,7 +30,7 @@ def tokenizer_difference(one: Tokenizer, other: Tokenizer) -> str:
 def _canonical(tokenizer: Tokenizer) -> dict[str, Any]:
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-    text = tokenizer.encoders.tokenizer_json()
+    text = tokenizer.encoders.file_text()
     return _without_offsets(json.loads(HuggingFaceTokenizer.from_str(text).to_str()))
 
 

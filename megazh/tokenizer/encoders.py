@@ -6,6 +6,7 @@ fast encoder compare its ids with those of the reference (`megazh.index.build` d
 
 import functools
 import itertools
+import json
 import os
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from megazh.errors import DataError
 from megazh.tokenizer import qwen
+from megazh.tokenizer.control import plain_copy, plain_model
 
 Ids = npt.NDArray[np.uint32]
 Offsets = npt.NDArray[np.int64]
@@ -144,18 +146,28 @@ class EncoderSource:
         kind: file format of `path`.
         path: the tokenizer file.
         shift: number added to every id of a SentencePiece model.
+        hidden: control tokens that the libraries would take from text, to be hidden from them (see
+            `megazh.tokenizer.control`); None where they read the file as it is.
     """
 
     kind: TokenizerFormat
     path: Path
     shift: int = 0
+    hidden: tuple[str, ...] | None = None
 
-    def tokenizer_json(self) -> str:
+    def file_text(self) -> str:
         """Contents of the `tokenizer.json` at `path`, or of the one that the rank file is converted to."""
         return (
             qwen.tokenizer_json(self.path)
             if self.kind is TokenizerFormat.QWEN_RANKS
             else self.path.read_text(encoding="utf-8")
+        )
+
+    def tokenizer_json(self) -> str:
+        """Contents of the `tokenizer.json` that the encoders get."""
+        text = self.file_text()
+        return (
+            text if self.hidden is None else json.dumps(plain_copy(json.loads(text), self.hidden), ensure_ascii=False)
         )
 
     def reference(self) -> Encoder:
@@ -173,7 +185,10 @@ class EncoderSource:
                 raise DataError(f"{self.path}: cannot be read as a tokenizer.json: {error}") from None
         import sentencepiece
 
-        return SentencePieceEncoder(sentencepiece.SentencePieceProcessor(model_file=str(self.path)), self.shift)
+        data = self.path.read_bytes()
+        if self.hidden is not None:
+            data = plain_model(data, self.hidden)
+        return SentencePieceEncoder(sentencepiece.SentencePieceProcessor(model_proto=data), self.shift)
 
     def fast(self) -> Encoder | None:
         """Make an encoder that should give the same ids faster; None if there is none for this file format.

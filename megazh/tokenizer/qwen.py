@@ -19,6 +19,18 @@ QWEN_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 END_OF_TEXT = "<|endoftext|>"
+_RANKS = 151_643
+_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+"""SHA-256 of Qwen's rank file as Qwen publishes it: one line `base64 rank` per token, in the order of ranks."""
+_OTHER_MODELS = {
+    50_256: "r50k_base (GPT-2)",
+    50_280: "p50k_base",
+    100_256: "cl100k_base (GPT-4)",
+    128_000: "Llama 3",
+    163_584: "Kimi K2",
+    199_998: "o200k_base (GPT-4o)",
+}
+"""Models by their number of ranks, for messages."""
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
@@ -56,6 +68,41 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     if missing:
         raise DataError(f"{path}: has no token for byte {missing[0]:#04x}, so it cannot encode every text")
     return ranks
+
+
+def check_qwens(path: Path) -> None:
+    """Check that the rank file at `path` is Qwen's own, since regex and control tokens are not in the file.
+
+    Raises:
+        DataError: it is cut off, changed, another model's, or no rank file.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if hashlib.sha256(data).hexdigest() == _SHA256:
+        return
+    lines = sum(1 for line in data.splitlines() if line.strip())
+    other = _OTHER_MODELS.get(lines)
+    if other is not None:
+        raise DataError(
+            f"{path}: a rank file with as many ranks ({lines:,}) as {other}; it holds neither the regex nor the "
+            "control tokens, and only Qwen's are known: use that model's tokenizer.json"
+        )
+    ranks = read_ranks(path)
+    written = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=_rank))
+    if hashlib.sha256(written).hexdigest() == _SHA256:
+        return  # other line ends
+    what = "as many as Qwen's, but with other content" if len(ranks) == _RANKS else f"Qwen's has {_RANKS:,}: cut off?"
+    raise DataError(
+        f"{path}: a rank file with {len(ranks):,} ranks ({what}); it holds neither the regex nor the control tokens "
+        "that belong to them: download it again, use a tokenizer.json, or, if Qwen's regex and control tokens are "
+        "right for it, add --tokenizer-kind qwen"
+    )
+
+
+def _rank(item: tuple[bytes, int]) -> int:
+    return item[1]
 
 
 def split_token(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:

@@ -1,6 +1,6 @@
 """Text of token ids that arrive one by one, in whole characters."""
 
-from megazh.tokenizer.tokenizer import Tokenizer
+from megazh.tokenizer.base import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 _UNFINISHED = 3

@@ -1,6 +1,7 @@
 """Validation loss and sampled continuations, computed by the training pipeline itself."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,8 @@ class Validator:
     """Validates on the same samples each time.
 
     Bits per byte are the loss summed over all labels (end-of-document tokens included), divided by ln 2 and by the
-    number of UTF-8 bytes that the labels stand for.
+    number of UTF-8 bytes of text that the labels stand for: the bytes of their tokens, times the bytes of text for each
+    byte of a token in the whole corpus (see `count_bytes`), which is 1 unless the tokenizer changes or drops text.
 
     Args:
         samples: all held-out samples.
@@ -48,19 +50,35 @@ class Validator:
         self._feed = ValidationFeed(samples, layout, replica, limit)
         self.samples = len(self._feed.numbers)
         """Number of samples in a pass."""
-        self._bytes = self._count_bytes(samples, tokenizer)
-
-    def _count_bytes(self, samples: ValidationSamples, tokenizer: Tokenizer) -> int:
-        counts: npt.NDArray[np.int64] = np.zeros(tokenizer.vocab_size, np.int64)
-        for number in self._feed.numbers:
-            labels = samples.sample(number).labels
-            counts += np.bincount(labels[labels >= 0], minlength=tokenizer.vocab_size)
-        return sum(int(counts[token]) * len(tokenizer.token_bytes(int(token))) for token in np.flatnonzero(counts))
+        self._bytes = count_bytes(samples, self._feed.numbers, tokenizer)
 
     def __call__(self, engine: Any) -> Validation:
         """Validate. All ranks call it."""
         loss = float(engine.eval_batch(iter(self._feed), num_micro_batches=self._feed.micro_batches))
         return Validation(loss, loss * self._feed.valid / math.log(2) / max(self._bytes, 1))
+
+
+def count_bytes(samples: ValidationSamples, numbers: Sequence[int], tokenizer: Tokenizer) -> float:
+    """Number of UTF-8 bytes of text that the labels of the samples `numbers` stand for.
+
+    Tokens of a byte-level BPE are bytes of text. Others stand for text that was normalized, and may have lost blanks
+    between words or unknown characters. For these, the bytes of the tokens are scaled by (bytes of text) / (bytes of
+    tokens) of their corpus, both counted when it was built: the sum over a whole corpus is the size of its text.
+    """
+    sizes: npt.NDArray[np.int64] | None = None
+    total = 0.0
+    for number in numbers:
+        if sizes is None:
+            sizes = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)], np.int64)
+        labels = samples.sample(number).labels
+        size = int(sizes[labels[labels >= 0]].sum())
+        corpus = samples.index_of(number).metadata
+        coverage = None if corpus is None else corpus.coverage
+        scale = 1.0
+        if corpus is not None and coverage is not None and coverage.token_bytes:
+            scale = corpus.text_bytes / coverage.token_bytes
+        total += size * scale
+    return total
 
 
 def sample_text(engine: Any, tokenizer: Tokenizer, prompt: str, count: int, seed: int) -> str:

@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from processes import Finished, Running, run_command, start_command, wait_until
 from slurm_cluster import SlurmCluster
+from textdata import json_lines, texts
+from tokenizer_kinds import unigram
 
 from megazh.errors import DataError, UsageError, WorkerError
+from megazh.index.check import verify_index
 from megazh.index.mpi import launched
 
 TOOL = Path(__file__).parents[2] / "tools" / "index_dataset.py"
@@ -202,6 +205,21 @@ def test_too_many_bad_lines_are_told_once(mpirun: Path, tokenizer_json: Path, tm
     assert "bad.jsonl line 2" in line
     assert "--max-bad" in line
     assert not Path(f"{tmp_path}/index.idx").exists()
+
+
+@pytest.mark.mpi
+def test_ranks_keep_control_tokens_text_and_lost_text_is_told_once(mpirun: Path, tmp_path: Path) -> None:
+    tokenizer = unigram(tmp_path, with_bytes=False)  # the end token is a word of its vocabulary
+    corpus = tmp_path / "text.jsonl"
+    corpus.write_bytes(json_lines([*texts(300, 4), "a </s> b", "</s>", "一\n二\n三\n"] * 3))
+    output = tmp_path / "index"
+    finished = run_command([mpirun, "-n", "2", *command(corpus, tokenizer, output)])
+    assert finished.returncode == DataError.exit_code, finished.stderr
+    (line,) = error_lines(finished)
+    assert "--max-lost" in line
+    finished = run_command([mpirun, "-n", "2", *command(corpus, tokenizer, output, "--max-lost", "100%")])
+    assert finished.returncode == 0, finished.stderr
+    assert "909 documents" in verify_index(str(output))
 
 
 @pytest.mark.mpi

@@ -16,6 +16,7 @@ from megazh.corpus.sources import Source, find_sources
 from megazh.index.piece import Setup, Task
 from megazh.index.pools import ProcessPool, workers_for
 from megazh.tokenizer import load_tokenizer
+from megazh.tokenizer.encoders import PROBES
 
 MEGABYTE = 1_000_000
 
@@ -84,7 +85,17 @@ def test_workers_share_the_encoder_that_is_loaded_once(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(["天气"] * 20))
     sources = find_sources([str(tmp_path / "a.jsonl")])
     loaded = load_tokenizer(tokenizer)
-    setup = Setup(ReadOptions(), loaded.encoders, loaded.eod_id, loaded.vocab_size, "int32", tmp_path)
+    setup = Setup(
+        options=ReadOptions(),
+        encoders=loaded.encoders,
+        eod_id=loaded.eod_id,
+        vocab_size=loaded.vocab_size,
+        dtype="int32",
+        counted=None,
+        control_ids=loaded.control_ids,
+        probes=PROBES,
+        folder=tmp_path,
+    )
     pool = ProcessPool(3)
     next(pool.run(setup, iter([Task(None, (), fast=True)])))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -22,6 +22,7 @@ from megazh.tokenizer.encoders import (
     TokenizerFormat,
     encode_each,
 )
+from megazh.tokenizer.tokenizer import RankKind
 
 needs_qwen = pytest.mark.skipif(not QWEN_RANKS.exists(), reason="Qwen's rank file is not beside the project")
 REGEX = (
@@ -201,7 +202,7 @@ def test_qwens_fingerprint_is_that_of_its_tokenizer_json(tmp_path: Path) -> None
 
 def test_control_tokens_follow_the_ranks_and_never_come_from_text(small: Path) -> None:
     ranks = qwen.read_ranks(small)
-    tokenizer = load_tokenizer(small)
+    tokenizer = load_tokenizer(small, ranks=RankKind.QWEN)
     assert tokenizer.vocab_size == len(ranks) + 3
     assert (tokenizer.eod, tokenizer.eod_id) == ("<|endoftext|>", len(ranks))
     text = qwen.tokenizer_json(small)
@@ -225,7 +226,7 @@ def test_every_merge_is_found(small: Path) -> None:
 
 
 def test_text_is_normalised_first(small: Path) -> None:
-    tokenizer = load_tokenizer(small)
+    tokenizer = load_tokenizer(small, ranks=RankKind.QWEN)
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
     assert tokenizer.encode("\u212b") == tokenizer.encode("\u00c5")
 

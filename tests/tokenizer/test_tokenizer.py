@@ -24,7 +24,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from megazh.errors import DataError, MegazhError, UsageError
 from megazh.tokenizer import Tokenizer, load_tokenizer, qwen
 from megazh.tokenizer.encoders import FastokensEncoder, HuggingFaceEncoder, TokenizerFormat, encode_each
-from megazh.tokenizer.tokenizer import dtype_for
+from megazh.tokenizer.tokenizer import RankKind, dtype_for
 
 CONTROL = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -118,7 +118,7 @@ def test_fingerprint_of_a_rank_file_is_that_of_its_tokenizer_json(tmp_path: Path
     ranks = write_ranks(tmp_path / "small.tiktoken", ranks_of(tokenizer_path()))
     written = tmp_path / "tokenizer.json"
     written.write_text(qwen.tokenizer_json(ranks), encoding="utf-8")
-    expected = load_tokenizer(ranks).fingerprint
+    expected = load_tokenizer(ranks, ranks=RankKind.QWEN).fingerprint
     assert load_tokenizer(written).fingerprint == expected
     saved = tmp_path / "saved.json"
     HuggingFaceTokenizer.from_file(str(written)).save(str(saved))
@@ -135,6 +135,11 @@ def other_regex(changed: dict[str, Any]) -> None:
     changed["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}{1,3}|\s+"
 
 
+def rename_control_token(changed: dict[str, Any]) -> None:
+    changed["added_tokens"][2]["content"] = "<|other|>"
+    changed["model"]["vocab"]["<|other|>"] = changed["model"]["vocab"].pop("<|im_start|>")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -143,7 +148,7 @@ def other_regex(changed: dict[str, Any]) -> None:
         lambda changed: changed.update(normalizer=None),
         lambda changed: changed.update(normalizer={"type": "NFKC"}),
         lambda changed: changed["model"].update(ignore_merges=True),
-        lambda changed: changed["added_tokens"][2].update(content="<|other|>"),
+        rename_control_token,
         lambda changed: changed["model"]["merges"].pop(),
     ],
     ids=["merges", "regex", "no NFC", "NFKC", "ignore_merges", "control token", "merge less"],
@@ -197,7 +202,7 @@ def test_folder_holds_one_of_the_kinds(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no tokenizer\.json, \*\.tiktoken or \*\.model"):
         load_tokenizer(tmp_path)
     write_ranks(tmp_path / "qwen.tiktoken", ranks_of(tokenizer_path()))
-    assert load_tokenizer(tmp_path).kind is TokenizerFormat.QWEN_RANKS
+    assert load_tokenizer(tmp_path, ranks=RankKind.QWEN).kind is TokenizerFormat.QWEN_RANKS
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_path().read_bytes())
     assert load_tokenizer(tmp_path).kind is TokenizerFormat.HUGGING_FACE
     assert load_tokenizer(tmp_path).path == tmp_path / "tokenizer.json"
