@@ -252,7 +252,10 @@ def known_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> s
 
 def remember_sha256(path: Path, digest: str) -> None:
     """Remember the SHA-256 of a file in its present state; where nothing can be kept, warn once."""
-    note = json.dumps({**_signature(path), "sha256": digest}).encode()
+    try:
+        note = json.dumps({**_signature(path), "sha256": digest}).encode()
+    except OSError:  # another process has removed it meanwhile
+        return
     try:
         write_atomic(_note_path(path), note, durable=False)  # a damaged note is ignored
     except OSError as error:

@@ -139,7 +139,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 def _load(path: Path) -> Any:
-    from megazh.training.checkpoint import _allowed
+    from megazh.training.checkpoint_files import _allowed
 
     return load_tensors(path, allowed=_allowed())
 

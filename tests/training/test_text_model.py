@@ -1,5 +1,6 @@
 """A model opened from its run folder: the checkpoint that is loaded, and the text that is written."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from made_runs import add_checkpoint, make_run, write_recipe
 from megazh.errors import DataError, UsageError
 from megazh.model.generate import SamplingOptions
 from megazh.run.folder import RunFolder
+from megazh.training.checkpoint_list import MANIFEST, list_checkpoints
 from megazh.training.recipe import run_recipe
 from megazh.training.text_model import TextModel, open_model
 
@@ -123,3 +125,13 @@ def test_damaged_files_are_named(run: RunFolder) -> None:
     path.unlink()
     with pytest.raises(DataError, match=rf"{path}: missing"):
         open_model(run.path)
+
+
+def test_a_checkpoint_of_another_run_is_refused(run: RunFolder) -> None:
+    (path,) = list_checkpoints(run.checkpoints)
+    values = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**values, "run_id": run.info().run_id}))
+    assert open_model(run.path, device="cpu")
+    (path / MANIFEST).write_text(json.dumps({**values, "run_id": "another"}))
+    with pytest.raises(DataError, match=rf"^{path}: belongs to another run \(its run_id is another, that of this run "):
+        open_model(run.path, device="cpu")

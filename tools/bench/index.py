@@ -29,11 +29,11 @@ try:
     from index_rounds import HEAD_BYTES, HEAD_SHARE, PAIR, SLOW, Bench, Run, equal_ids, ratio, targets
     from index_text import Slice, made_up_documents, read_documents, write_slices
 
+    from megazh.caches import cache_dir
     from megazh.cli import run
     from megazh.cli.options import count, standalone
     from megazh.corpus.options import ReadOptions, TextDocuments
     from megazh.errors import WorkerError
-    from megazh.files import cache_dir
     from megazh.tokenizer import load_tokenizer
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; run 'bash jobs/setup.sh' once, then use .venv/bin/python (or activate .venv)")

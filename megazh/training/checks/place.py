@@ -1,5 +1,6 @@
 """Whether what the command line names is there, and the run folder is free and its disk large enough."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from itertools import pairwise
@@ -7,12 +8,12 @@ from pathlib import Path
 
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import find_sources
-from megazh.errors import UsageError
+from megazh.errors import DataError, UsageError
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.memory import checkpoint_bytes, stage_parameters
 from megazh.run.folder import DESCRIPTION, RunFolder
 from megazh.training.checkpoint_list import unfinished_bytes
-from megazh.training.checks.resume import steps_done
+from megazh.training.checks.resume import is_complete, steps_done
 from megazh.training.job import Case, Request
 from megazh.training.recipe import Recipe
 from megazh.training.stages import bounds_for, work_of
@@ -24,7 +25,10 @@ _MADE_FIRST = {".lock", DESCRIPTION, "logs"}
 
 def run_folder(case: Case) -> Iterator[str]:
     """The run folder is new, or holds a run and nothing else."""
-    check_run_folder(case.run, case.request)
+    complete = False
+    with contextlib.suppress(DataError):  # a damaged checkpoint, which other checks name
+        complete = is_complete(case.run, case.recipe)
+    check_run_folder(case.run, case.request, complete)
     yield from ()
 
 
@@ -34,8 +38,11 @@ def inputs(case: Case) -> Iterator[str]:
     yield from ()
 
 
-def check_run_folder(run: RunFolder, request: Request) -> None:
-    """Refuse a run folder that cannot be one, or that holds something else. Raises UsageError."""
+def check_run_folder(run: RunFolder, request: Request, complete: bool = False) -> None:
+    """Refuse a run folder that cannot be one, or that holds something else. Raises UsageError.
+
+    `complete`: whether the run is, so that nothing has to be written to describe it.
+    """
     path = run.path
     name = f"-r {request.run}" if request.run is not None else str(path)
     another = "give a folder of its own, such as -r runs/NAME"
@@ -46,7 +53,8 @@ def check_run_folder(run: RunFolder, request: Request) -> None:
         raise UsageError(f"{name}: {above} is a link to nothing; {another}")
     if not above.is_dir():
         raise UsageError(f"{name}: {above} is a file, not a folder; {another}")
-    check_writable(path, another, name)
+    if not complete:
+        check_writable(path, another, name)
     if run.exists and not (path / DESCRIPTION).exists():
         raise UsageError(f"{name}: holds a {run.config.name}, and no run ({DESCRIPTION} is missing); {another}")
     if not path.is_dir() or run.exists:

@@ -74,6 +74,21 @@ def test_a_folder_of_another_user(tmp_path: Path) -> None:
         warnings_of(folder_case(tmp_path, str(tmp_path / "theirs" / "run")), [place.run_folder])
 
 
+def test_a_run_that_is_complete_is_described_where_nothing_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stories: Path
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UsageError("cannot be written")
+
+    monkeypatch.setattr(place, "check_writable", refuse)
+    case = make_case(tmp_path, stories, steps=6)
+    make_run(case.run.path, tmp_path / "mini.yaml", step=6)
+    assert warnings_of(case, [place.run_folder]) == []
+    longer = make_case(tmp_path, stories, steps=7)
+    with pytest.raises(UsageError, match="cannot be written"):
+        warnings_of(longer, [place.run_folder])
+
+
 @pytest.mark.parametrize("given", ["nowhere", "nowhere/*.jsonl", "empty", ""])
 def test_inputs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.chdir(tmp_path)
