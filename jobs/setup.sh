@@ -13,6 +13,8 @@
 #                                 a GPU, 'torch==2.13.0+cpu' (from whatever index pip is told to use) saves gigabytes.
 #                                 Later calls remember it.
 set -euo pipefail
+trap '' PIPE # a reader of these lines that has gone (|& head) does not end the setup
+[[ -e /proc/self/fd/2 ]] || exec 2> /dev/null
 exec 3>&1 1>&2 # stdout carries the path and nothing else
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -40,7 +42,7 @@ main() {
             fail 5 "$venv cannot be written by user $(id -un 2> /dev/null || id -u): have the owner of $root run \
 jobs/setup.sh, or set MEGAZH_PYTHON"
         exec 9> "$venv/setup.lock"
-        flock --nonblock 9 || { echo "setup: another setup of $venv is running; waiting for it" && flock 9; }
+        flock --nonblock 9 || { say "another setup of $venv is running; waiting for it" && flock 9; }
         : > "$log"
         for part in "${parts[@]}"; do
             part_done "$part" || make_part "$part"
@@ -49,8 +51,12 @@ jobs/setup.sh, or set MEGAZH_PYTHON"
     echo "$venv/bin/python" >&3
 }
 
+say() {
+    { echo "setup: $1"; } 2> /dev/null || true # nobody may read it
+}
+
 fail() { # CODE MESSAGE; the codes are those of megazh/errors.py
-    echo "error: setup: $2"
+    { echo "error: setup: $2"; } 2> /dev/null || true
     exit "$1"
 }
 
@@ -135,7 +141,7 @@ make_venv() {
     elif [[ -z $found ]]; then
         fail 5 "no Python 3.11 or newer; install one (Debian 12: apt-get install python3-venv), or set MEGAZH_PYTHON"
     fi
-    echo "setup: making $venv with $(type -P "$found") (pip's output: $log)"
+    say "making $venv with $(type -P "$found") (pip's output: $log)"
     find "$venv" -mindepth 1 -maxdepth 1 ! -name setup.lock ! -name setup.log -exec rm -rf {} +
     "$found" -m venv "$venv" >> "$log" 2>&1 || fail 5 "$found cannot make $venv: see $log"
 }
@@ -143,7 +149,7 @@ make_venv() {
 pip_install() { # WHAT PIP-ARGUMENTS...
     local what=$1 why
     shift
-    echo "setup: installing $what"
+    say "installing $what"
     "$venv/bin/python" -m pip install --no-input --disable-pip-version-check "$@" >> "$log" 2>&1 9>&- && return
     why=$(grep '^ERROR: ' "$log" | tail -n 1 || true)
     fail 5 "pip cannot install $what${why:+ (${why#ERROR: })}: see $log"

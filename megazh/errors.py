@@ -10,6 +10,7 @@ code  meaning
 4     busy: another process is at the same work; try again when it is done
 5     a worker, a rank or the machine failed; finished work is kept, run again
 130   stopped by Ctrl-C; finished work is kept, run again
+141   the reader of the output (head, less) ended before the output did
 ====  =======================================================================
 """
 
@@ -92,3 +93,6 @@ class WriteError(WorkerError, OSError):
 
 
 INTERRUPTED = 130
+
+READER_GONE = 141
+"""128 + SIGPIPE, as shells report programs that SIGPIPE ends."""

@@ -6,6 +6,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from megazh.console import lenient
+
 _LOG_SECONDS = 30.0
 
 
@@ -22,9 +24,10 @@ class Progress:
         self._what, self._total, self._quiet = what, total, quiet
         self._done = self._tokens = 0
         self._begin = self._printed = time.monotonic()
-        terminal = sys.stderr.isatty() and not quiet
+        self._output = lenient(sys.stderr)  # work goes on where nobody reads
+        terminal = self._output.isatty() and not quiet
         self._bar = (
-            tqdm(total=total, unit="B", unit_scale=True, desc=what, dynamic_ncols=True, leave=False)
+            tqdm(total=total, unit="B", unit_scale=True, desc=what, dynamic_ncols=True, leave=False, file=self._output)
             if terminal
             else None
         )
@@ -42,11 +45,11 @@ class Progress:
             self._printed = time.monotonic()
             left = seconds * (self._total - self._done) / max(self._done, 1)
             rate = f", {_scaled(self._tokens / seconds)}tok/s" if self._tokens else ""
-            sys.stderr.write(
+            self._output.write(
                 f"{self._what}: {_scaled(self._done)}B of {_scaled(self._total)}B, "
                 f"{_scaled(self._done / seconds)}B/s{rate}, {duration(left)} left\n"
             )
-            sys.stderr.flush()
+            self._output.flush()
 
     def __enter__(self) -> Self:
         return self

@@ -2,14 +2,15 @@
 
 import argparse
 import importlib
-import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from megazh import __version__
 from megazh.caches import provide_caches
-from megazh.errors import INTERRUPTED, MegazhError, WorkerError
+from megazh.console import Console, ReaderGone, open_console
+from megazh.errors import INTERRUPTED, READER_GONE, MegazhError, WorkerError
 from megazh.program import runnable
 
 # Each command with its line of help; the module of a command is imported only when it is called, so that
@@ -28,10 +29,44 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes `-你好` for text, and that says how to give other text that begins with a dash."""
+
+    words: tuple[str, ...] = ()
+    """The command line."""
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        # The names of options are ASCII; None stands for text.
+        after = arg_string.lstrip("-")[:1]
+        return None if after and not after.isascii() else super()._parse_optional(arg_string)
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message; ends the process."""
+        known = tuple(name for name in self._option_string_actions if len(name) == 2)
+        for word in self.words:
+            if word[:1] == "-" and word[1:2] not in ("", "-") and not word.startswith(known):
+                message += (
+                    f"; {word!r} looks like an option: text that begins with a dash goes to the end, behind --, and a "
+                    "value behind =, as in --option=-value"
+                )
+                break
+        super().error(message)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line `megazh ARGUMENTS`; ends the process."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="megazh", description="From raw Chinese text to a language model.")
+    sys.exit(_guarded(lambda: _parse(words)))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Call the command that the options name; returns the exit code (see `megazh.errors`)."""
+    return _guarded(lambda: options)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="megazh", description="From raw Chinese text to a language model.")
+    _Parser.words = tuple(words)
     parser.add_argument("--version", action="version", version=f"megazh {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     called = words[0] if words else None
@@ -46,25 +81,45 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         options.settings, rest = rest, []
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    sys.exit(run(options))
+    return options
 
 
-def run(options: argparse.Namespace) -> int:
-    """Call the command that the options name; returns the exit code (see `megazh.errors`)."""
+def _guarded(options: Callable[[], argparse.Namespace]) -> int:
+    """Parse and call a command; every end of it becomes an exit code, and every error a line on stderr."""
+    with open_console() as console:
+        try:
+            code = _call(console, options)
+            sys.stdout.flush()  # here, where a reader that has gone is no error
+        except MegazhError as error:
+            code = _failed(f"error: {runnable(str(error))}", error.exit_code)
+        except KeyboardInterrupt:
+            code = _failed("interrupted; finished work is kept: run the same command again to continue", INTERRUPTED)
+        except ReaderGone:
+            code = READER_GONE
+        except OSError as error:  # a disk that is full or gone, a file without permission
+            what = f"{error.filename or 'input or output'}: {error.strerror or error}"
+            code = _failed(f"error: {what}", WorkerError.exit_code)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        console.finish(code)
+    return code
+
+
+def _call(console: Console, options: Callable[[], argparse.Namespace]) -> int:
     try:
+        given = options()
+        if getattr(given, "outlives_output", False) and not getattr(given, "dry_run", False):
+            console.outlive()
         provide_caches()
-        options.call(options)
-        sys.stdout.flush()  # here, where a closed pipe is no error
-    except MegazhError as error:
-        print(f"error: {runnable(str(error))}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; finished work is kept: run the same command again to continue", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:  # a disk that is full or gone, a file without permission
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return WorkerError.exit_code
+        given.call(given)
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            return _failed(ended.code, 1)
+        return ended.code or 0
     return 0
+
+
+def _failed(line: str, code: int) -> int:
+    print(line, file=sys.stderr, flush=True)
+    return code

@@ -72,11 +72,11 @@ def add_to(commands: Subparsers) -> None:
     )
     merge.add_argument("prefix", metavar="PREFIX", nargs="+")
     merge.add_argument("--output", required=True, metavar="PREFIX")
-    merge.set_defaults(call=_merge)
+    merge.set_defaults(call=_merge, outlives_output=True)
     adopt = add_command(below, "adopt", "make an index of Megatron-LM or datatrove usable, as it is", ADOPT_EXAMPLES)
     adopt.add_argument("prefix", metavar="PREFIX")
     add_tokenizer(adopt)
-    adopt.set_defaults(call=_adopt)
+    adopt.set_defaults(call=_adopt, outlives_output=True)
 
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +110,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="discard the finished pieces of an interrupted build, and replace a complete index",
     )
-    parser.set_defaults(call=build)
+    parser.set_defaults(call=build, outlives_output=True)
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ def add_to(commands: Subparsers) -> None:
     stories.add_argument("--count", type=count, default=20000, metavar="N", help="number of stories (default: 20000)")
     stories.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the stories (default: 1)")
     stories.add_argument("--output", type=Path, required=True, metavar="FILE", help=".jsonl file to write")
-    stories.set_defaults(call=_write)
+    stories.set_defaults(call=_write, outlives_output=True)
 
 
 def _write(options: argparse.Namespace) -> None:

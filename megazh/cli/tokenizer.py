@@ -50,7 +50,7 @@ def add_to(commands: Subparsers) -> None:
         "files are read as a whole all the same. More takes time in proportion, and teaches little",
     )
     train.add_argument("--restart", action="store_true", help="replace an existing tokenizer")
-    train.set_defaults(call=_train)
+    train.set_defaults(call=_train, outlives_output=True)
     show = add_command(
         below,
         "show",

@@ -21,6 +21,7 @@ from megazh.training.describe import describe_job
 from megazh.training.job import Case, Devices, Job, Request
 from megazh.training.preflight import CHECKS, DATA, WITHOUT_DEVICES, preflight, requested_case, warnings_of
 from megazh.training.recipe import Device
+from megazh.training.startup import preparing
 from megazh.writing import check_writable
 
 
@@ -106,6 +107,7 @@ def _devices(case: Case, hosts: list[Host]) -> Devices:
     return Devices(Device.CPU if request.device == "cpu" else Device.CUDA, ranks, ids)
 
 
+@preparing()
 def _prepare(job: Job, request: Request) -> None:
     """Make data from the text of -i, or from stories; where it is there already, check it."""
     from megazh.index.prepare import prepare

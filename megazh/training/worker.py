@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import platform
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from megazh import __version__
+from megazh.console import LAST_WORDS, finish_console, mark
 from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
 from megazh.program import program, runnable
+from megazh.progress import duration
 from megazh.run.folder import RunFolder
-from megazh.training.recipe import run_recipe
+from megazh.training.layout import make_layout
+from megazh.training.recipe import Recipe, run_recipe
 from megazh.training.startup import Startup
 from megazh.training.stop import StopRequest
 
@@ -23,10 +31,26 @@ if TYPE_CHECKING:
 
 
 def work(run: Path) -> int:
-    """Train the run in the folder `run`, whose config.yaml says how; returns the exit code (see `megazh.errors`)."""
-    stop, startup = StopRequest(), Startup()
+    """Train the run in the folder `run`, whose config.yaml says how; returns the exit code (see `megazh.errors`).
+
+    RUN/logs/rank_N.log gets lines about begin and end of this rank, and its error. Nothing is raised.
+    """
+    stop, startup, notes = StopRequest(), Startup(), _Notes(RunFolder(run).logs)
+    begun = time.monotonic()
     try:
-        device_type = run_recipe(RunFolder(run)).parallel.device.value
+        code = _train(run, stop, startup, notes)
+    except BaseException:  # a bug, or a library that gave up
+        notes.fail(traceback.format_exc().rstrip())
+        code = 1
+    notes.add(f"ended with exit code {code} after {duration(time.monotonic() - begun)}")
+    return code
+
+
+def _train(run: Path, stop: StopRequest, startup: Startup, notes: _Notes) -> int:
+    notes.add(f"process {os.getpid()} on {os.uname().nodename}: {_versions()}")
+    try:
+        recipe = run_recipe(RunFolder(run))
+        device_type = recipe.parallel.device.value
         # DeepSpeed's launcher sets neither; both are read when CUDA and DeepSpeed are imported.
         os.environ.setdefault("DS_ACCELERATOR", device_type)
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -35,32 +59,84 @@ def work(run: Path) -> int:
 
             from megazh.training.loop import Interrupted, train  # imports DeepSpeed, which looks for its accelerator
     except MegazhError as error:
-        print(f"error: {runnable(str(error))}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return notes.fail(f"error: {runnable(str(error))}", error.exit_code)
     startup.done("imports")
     try:
         device = join(device_type)
         startup.done("joining the ranks")
+        notes.add(_place(recipe, device))
         with _ended_group():
             train(run, device, stop, startup)
     except MegazhError as error:
-        print(f"error: {runnable(str(error))}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return notes.fail(f"error: {runnable(str(error))}", error.exit_code)
     except Interrupted:
         return INTERRUPTED
     except torch.OutOfMemoryError as error:
         first = ". ".join(str(error).split(". ")[:2])
-        print(
+        return notes.fail(
             f"error: rank {os.environ.get('RANK')}: {first}; set a smaller micro_batch_size, or "
             f"activation_checkpointing=true ('{program()} plan' shows what fits)",
-            file=sys.stderr,
-            flush=True,
+            WorkerError.exit_code,
         )
-        return WorkerError.exit_code
     except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr, flush=True)
-        return WorkerError.exit_code
+        what = f"{error.filename or 'input or output'}: {error.strerror or error}"
+        return notes.fail(f"error: {what}", WorkerError.exit_code)
     return 0
+
+
+class _Notes:
+    """Lines about this rank in RUN/logs/rank_N.log. A disk that takes them no longer does not end the rank."""
+
+    def __init__(self, logs: Path) -> None:
+        self._rank = os.environ.get("RANK", "0")
+        self._path = logs / f"rank_{self._rank}.log"
+
+    def add(self, text: str) -> None:
+        """Add a line with the time."""
+        self._append(mark(f"rank {self._rank}: {text}"))
+
+    def fail(self, text: str, code: int = 1) -> int:
+        """Give the reason to end: to stderr, to the log, and to the launcher; returns the exit code `code`."""
+        line = f"{text}\n"
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        if not self._is_stderr():
+            self._append(line)
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            os.write(int(os.environ[LAST_WORDS]), line.encode("utf-8", "replace")[-(1 << 15) :])
+        return code
+
+    def _append(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "ab") as file:
+                file.write(line.encode("utf-8", "replace"))
+
+    def _is_stderr(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(2), self._path.stat())
+        except OSError:
+            return False
+
+
+def _versions() -> str:
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
+    return f"megazh {__version__}, {libraries}, Python {platform.python_version()}"
+
+
+def _place(recipe: Recipe, device: torch.device) -> str:
+    """Stage, replica and device of this rank."""
+    import torch
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    layout = make_layout(recipe, ranks)
+    stage, replica = divmod(rank, layout.replicas)
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        name = f"{device}: {card.name}, {card.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}"
+    else:
+        name = f"{device}, {torch.get_num_threads()} threads"
+    return f"stage {stage} of {layout.stages}, replica {replica} of {layout.replicas}; {name}"
 
 
 @contextlib.contextmanager
@@ -80,10 +156,9 @@ def leave(code: int) -> NoReturn:
     """End this rank's process without the interpreter's own shutdown.
 
     In about one of forty runs on a CPU, one of torch's threads aborted during that shutdown ("terminate called without
-    an active exception"), after everything was done and written.
+    an active exception"), after everything was done and written. With NCCL it can hang.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    finish_console(code)
     os._exit(code)
 
 

@@ -1,5 +1,7 @@
 """Launch the ranks of a job on several hosts, by DeepSpeed's launcher through pdsh and ssh."""
 
+import contextlib
+import os
 import re
 import shlex
 import shutil
@@ -12,8 +14,12 @@ from types import FrameType
 
 from megazh.cluster.hostfile import Host, read_hostfile
 from megazh.cluster.launchers.local import free_port
+from megazh.cluster.launchers.rank_log import Output
+from megazh.console import CONSOLE_LOG, open_console
 from megazh.errors import INTERRUPTED, UsageError, WorkerError
 from megazh.training.job import Job
+
+_POLL_SECONDS = 0.1
 
 
 def launch(job: Job) -> int:
@@ -24,7 +30,16 @@ def launch(job: Job) -> int:
     Raises:
         UsageError: as `command`.
     """
-    process = subprocess.Popen(command(job))
+    with open_console() as console:
+        console.log_to(job.run.logs / CONSOLE_LOG)
+        return _run(command(job))
+
+
+def _run(command: list[str]) -> int:
+    # Not the terminal itself: DeepSpeed's launcher and pdsh would end where it is gone.
+    out, err = Output("stdout"), Output("stderr")
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # DeepSpeed hands PYTHON* on to the hosts
+    process = subprocess.Popen(command, stdout=out.descriptor, stderr=err.descriptor, env=environment)
     interrupted = False
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -32,10 +47,21 @@ def launch(job: Job) -> int:
         interrupted = True
         process.send_signal(signal.SIGINT)  # then wait: this process holds the lock of the run folder
 
-    before = {each: signal.signal(each, forward) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        each: signal.signal(each, forward)
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(each) != signal.SIG_IGN  # nohup has it ignored
+    }
     try:
-        code = process.wait()
+        code = None
+        while code is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(_POLL_SECONDS)
+            out.show()
+            err.show()
     finally:
+        out.close()
+        err.close()
         for each, handler in before.items():
             signal.signal(each, handler)
     if not code:

@@ -19,15 +19,15 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from megazh.cluster.launchers.rank_log import RankLog
+from megazh.cluster.launchers.rank_log import Output, RankLog
+from megazh.console import CONSOLE_LOG, LAST_WORDS, open_console
 from megazh.errors import INTERRUPTED, UsageError, WorkerError
 from megazh.training.job import Job
-from megazh.training.startup import BEGUN, process_begun
+from megazh.training.startup import start_times
 
 _ATTEMPTS = 3  # attempts to find a port that nobody takes before rank 0 listens on it
 _SAVE_SECONDS = 900.0  # for a step of a large model and gigabytes to a slow disk; a second Ctrl-C does not wait
 _OTHERS_SECONDS = 30.0  # ranks end together: after one has ended well, the others are about to
-_END_SECONDS = 5.0
 _KILL_SECONDS = 30.0  # a process inside a driver call can outlive SIGKILL for a while
 _POLL_SECONDS = 0.1
 
@@ -64,9 +64,11 @@ _HINTS: dict[int, str] = {signal.SIGKILL: " (out of memory?)", signal.SIGBUS: " 
 
 def launch(job: Job) -> int:
     """Run the ranks of a job on this machine until all have ended; returns the exit code (see `run_ranks`)."""
-    env = {**job.environment, BEGUN: str(process_begun())}
+    env = {**job.environment, **start_times()}
     arguments = ["-m", "megazh", *job.arguments]
-    return run_ranks(arguments, job.layout.ranks, env, job.devices.ids, job.run.logs, job.labels)
+    with open_console() as console:
+        console.log_to(job.run.logs / CONSOLE_LOG)
+        return run_ranks(arguments, job.layout.ranks, env, job.devices.ids, job.run.logs, job.labels)
 
 
 def command(job: Job) -> list[str]:
@@ -85,13 +87,15 @@ def run_ranks(
     """Run `ranks` processes `python ARGUMENTS` on this machine until all have ended; returns the exit code.
 
     A rank finds RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, as
-    torch.distributed expects. Rank 0 inherits this process's stdout, and its stderr is copied to this process's. The
-    stderr of each rank, and the stdout of each but rank 0, are appended to LOG_FOLDER/rank_N.log.
+    torch.distributed expects. stdout and stderr of rank 0 are copied to those of this process. The stderr of each rank,
+    and the stdout of each but rank 0, are appended to LOG_FOLDER/rank_N.log. No rank writes to the terminal itself, and
+    this process goes on where its terminal, or the reader of its output, is stuck or gone.
 
-    When a rank fails, the others get SIGTERM and, after 5 s, SIGKILL, and one line on stderr names the first that
-    failed and why: its own line `error: ...` where its exit code is one of megazh's errors. The first Ctrl-C (SIGINT;
-    also SIGTERM and SIGHUP) sends SIGINT to all ranks, which have 15 minutes to save and end; the second kills them.
-    No process of the ranks outlives this one, even if this one is killed.
+    When a rank fails, the others are killed, and one line on stderr names the first that failed and why: its own line
+    `error: ...` where its exit code is one of megazh's errors. The first Ctrl-C (SIGINT; also SIGTERM and SIGHUP) sends
+    SIGINT to all ranks, which have 15 minutes to save and end; another Ctrl-C kills them. A second SIGTERM or SIGHUP
+    does not: Slurm and terminals that close send several. No process of the ranks outlives this one, even if this one
+    is killed.
 
     Args:
         arguments: arguments of the Python interpreter in each rank.
@@ -110,7 +114,8 @@ def run_ranks(
     _refuse_copies()
     log_folder.mkdir(parents=True, exist_ok=True)
     labels = labels or [f"rank {rank}" for rank in range(ranks)]
-    with _signals() as events:
+    with open_console() as console, _signals() as events:
+        console.outlive()
         for attempt in range(_ATTEMPTS):
             with _reserved_port() as port:
                 environment = _environment(env, ranks, gpu_ids, port)
@@ -119,7 +124,7 @@ def run_ranks(
                 run.watch(events)
             if run.failed is None or run.interrupted or attempt + 1 == _ATTEMPTS or not run.port_was_taken():
                 break
-    return _report(run, labels)
+        return _report(run, labels)
 
 
 def free_port() -> int:
@@ -143,11 +148,13 @@ class _Run:
     def __init__(self, arguments: list[str], environment: dict[str, str], logs: list[RankLog]) -> None:
         self._arguments, self._environment = arguments, environment
         self.logs = logs
+        self._output = Output("stdout")  # of rank 0
         self.failed: _Exit | None = None
         self.interrupted = False
         self.stuck: list[int] = []
         """Ranks that did not end in time."""
         self._alive: dict[int, subprocess.Popen[bytes]] = {}
+        self._last_words: dict[int, int] = {}
         self._deadline: float | None = None
         self._killed = False
 
@@ -157,13 +164,13 @@ class _Run:
             for rank in range(len(self.logs)):
                 self._start(rank, events)
             while self._alive:
-                self.logs[0].show()
+                self._show()
                 with contextlib.suppress(queue.Empty):
                     event = events.get(timeout=_POLL_SECONDS)
                     if isinstance(event, _Exit):
                         self._ended(event)
                     else:
-                        self._interrupt()
+                        self._interrupt(event)
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     if self._killed:
                         break
@@ -171,54 +178,72 @@ class _Run:
                     self._kill()
         finally:
             self._kill()
-            self.logs[0].show()
+            self._show()
+            self._output.close()
+            for descriptor in self._last_words.values():
+                os.close(descriptor)
+
+    def _show(self) -> None:
+        """Copy what rank 0 has written to the terminal."""
+        self._output.show()
+        self.logs[0].show()
 
     def port_was_taken(self) -> bool:
         """Whether rank 0 failed because another program has its port."""
         return any("EADDRINUSE" in line for line in self.logs[0].tail())
 
     def _start(self, rank: int, events: _Events) -> None:
-        environment = {**self._environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        self._last_words[rank], last_words = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), LAST_WORDS: str(last_words)}
         bootstrap = [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, str(os.getpid())]
         with open(self.logs[rank].path, "ab") as log:
             process = subprocess.Popen(
                 [*bootstrap, sys.executable, *self._arguments],
-                env=environment,
+                env={**self._environment, **own},
                 stdin=subprocess.DEVNULL,
-                stdout=None if rank == 0 else log,
+                stdout=self._output.descriptor if rank == 0 else log,
                 stderr=log,
+                pass_fds=[last_words],
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, and a rank's children can be ended with it
             )
+        os.close(last_words)
         self._alive[rank] = process
         # One thread per rank instead of a polling loop, so that the first death is known.
         threading.Thread(target=_await, args=(rank, process, events), daemon=True).start()
 
     def _ended(self, event: _Exit) -> None:
         del self._alive[event.rank]
-        if self.interrupted and event.code == 1 and self.logs[event.rank].ends_with_interrupt():
+        log = self.logs[event.rank]
+        with contextlib.suppress(BlockingIOError):
+            log.reported = os.read(self._last_words[event.rank], 1 << 16).decode(errors="replace")
+        if event.code < 0:  # else it has written the end itself
+            log.note(f"rank {event.rank}: ended by signal {-event.code}{' of its launcher' if self._killed else ''}")
+        if self.interrupted and event.code == 1 and log.ends_with_interrupt():
             # The signal came while Python itself was starting, which then ends with 1 instead of by the signal.
             event = _Exit(event.rank, -signal.SIGINT)
-        well = event.code == 0 or (event.code == INTERRUPTED and self.interrupted)
+        if event.code == INTERRUPTED:  # the ranks agree to stop where one of them got a signal
+            self.interrupted = True
+        well = event.code in (0, INTERRUPTED)
         if self.interrupted and self.failed is None and not self._killed:
             self._deadline = min(self._deadline or math.inf, time.monotonic() + _OTHERS_SECONDS)
         if not well and not self._killed and self.failed is None:
             self.failed = event
-            self.logs[0].show()
+            self._show()
             self.logs[0].hide()
-            self._signal(signal.SIGTERM)
-            self._wait(_END_SECONDS)
+            self._kill()
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, number: signal.Signals) -> None:
         if self.failed is not None and self.failed.code in _SIGNALLED and not self.interrupted:
             self.interrupted = True  # Slurm sends signals to all processes, and the ranks were quicker
             return
         if self.interrupted or self.failed is not None:
-            self._kill()
+            if number == signal.SIGINT:
+                self._kill()
             return
         self.interrupted = True
-        print("stopping: the ranks save and end (a second Ctrl-C kills them)", file=sys.stderr, flush=True)
         self._signal(signal.SIGINT)
         self._wait(_SAVE_SECONDS)
+        print("stopping: the ranks save and end (a second Ctrl-C kills them)", file=sys.stderr, flush=True)
 
     def _signal(self, number: signal.Signals) -> None:
         """Signal all ranks that live. Not through Popen, which would reap a dead one before its thread can."""
@@ -271,7 +296,7 @@ def _cause(failed: _Exit, labels: Sequence[str], run: _Run, again: str) -> tuple
         hint = _HINTS.get(-failed.code, "")
         what = f"{label} was killed by signal {-failed.code}{hint}"
         return WorkerError.exit_code, f"error: {what}; {where}; {again}"
-    if UsageError.exit_code <= failed.code <= WorkerError.exit_code and (own := log.own_error()):
+    if 1 < failed.code < INTERRUPTED and (own := log.own_error()):
         return failed.code, own
     words = f" ({log.last_words()})" if log.last_words() else ""
     code = failed.code if failed.code in (1, INTERRUPTED) else WorkerError.exit_code
@@ -294,6 +319,7 @@ def _environment(env: Mapping[str, str], ranks: int, gpu_ids: Sequence[int | str
         "PYTHONFAULTHANDLER": "1",
         **kept,
         **env,
+        "PYTHONIOENCODING": "utf-8",  # of files and pipes that this process reads; the terminal may have another
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",

@@ -1,9 +1,14 @@
-"""The log file of a rank: copied to the terminal while the rank runs, searched for the reason when it has died."""
+"""What ranks write: copied to the terminal while they run, searched for the reason when one has died."""
 
+import contextlib
+import fcntl
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
+
+from megazh.console import MARK, mark
 
 _TAIL_BYTES = 1 << 16
 _LONGEST_MESSAGE = 300
@@ -15,21 +20,62 @@ _FINAL = re.compile(_RANK + r"(?:error: |interrupted|Traceback \(most recent cal
 _EXCEPTION = re.compile(_RANK + r"((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception)(?:: .*)?)$")
 
 
+class Output:
+    """A file in memory that a process writes its output to, and that `show` copies to stdout or stderr.
+
+    Neither a full disk nor a terminal that makes its writers wait can reach the process. The lines stay in memory: some
+    megabytes in the longest runs.
+    """
+
+    def __init__(self, stream: str) -> None:
+        """Args: stream: `stdout` or `stderr`, where `show` writes."""
+        self._stream = stream
+        if hasattr(os, "memfd_create"):
+            self.descriptor = os.memfd_create("megazh output")
+        else:  # a Python that was built for an old system
+            with tempfile.TemporaryFile() as file:
+                self.descriptor = os.dup(file.fileno())
+        flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags | os.O_APPEND)
+        self._shown = 0
+
+    def show(self, all_of_it: bool = False) -> None:
+        """Copy what is new: whole lines, or all of it."""
+        while data := os.pread(self.descriptor, 1 << 20, self._shown):
+            end = len(data) if all_of_it or len(data) == 1 << 20 else data.rfind(b"\n") + 1
+            if not end:
+                return
+            self._shown += end
+            stream = getattr(sys, self._stream)
+            stream.write(data[:end].decode(errors="replace"))
+            stream.flush()
+
+    def close(self) -> None:
+        """Copy the rest, and free the memory."""
+        self.show(all_of_it=True)
+        os.close(self.descriptor)
+
+
 class RankLog:
     """The log of one rank. It is appended to; output of earlier attempts is ignored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.reported = ""
+        """The rank's own reason to end, which it sends to the launcher besides: the disk of the log may be full."""
         self._begin = self._shown = path.stat().st_size if path.exists() else 0
         self._showing = True
 
     def show(self) -> None:
-        """Copy new lines to stderr, up to a final error: that is reported by the launcher."""
-        if not self._showing or not self.path.exists():
+        """Copy new lines to stderr, up to a final error: that is reported by the launcher. Marks are for the log."""
+        if not self._showing:
             return
-        with open(self.path, "rb") as file:
-            file.seek(self._shown)
-            lines = file.read().splitlines(keepends=True)
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._shown)
+                lines = file.read().splitlines(keepends=True)
+        except OSError:  # the disk of the log is not there at the moment; training may go on
+            return
         for line in lines:
             text = line.decode(errors="replace")
             if not text.endswith(("\n", "\r")):
@@ -38,7 +84,8 @@ class RankLog:
                 self._showing = False
                 break
             self._shown += len(line)
-            sys.stderr.write(text)
+            if not MARK.match(text):
+                sys.stderr.write(text)
         if lines:
             sys.stderr.flush()
 
@@ -46,14 +93,19 @@ class RankLog:
         """Show nothing more: the output of a rank after another has failed does not help."""
         self._showing = False
 
+    def note(self, text: str) -> None:
+        """Append a line with the time."""
+        with contextlib.suppress(OSError), open(self.path, "ab") as file:
+            file.write(mark(text).encode())
+
     def tail(self) -> list[str]:
-        """The last lines of this attempt."""
-        if not self.path.exists():
-            return []
-        with open(self.path, "rb") as file:
+        """The last lines of this attempt, without marks, and the reason that the rank sent."""
+        lines = []
+        with contextlib.suppress(OSError), open(self.path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._begin, size - _TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()
+            lines = file.read().decode(errors="replace").splitlines()
+        return [line for line in [*lines, *self.reported.splitlines()] if not MARK.match(line)]
 
     def own_error(self) -> str:
         """The last line `error: ...` of the rank, its own reason to end; empty without one."""

@@ -168,7 +168,7 @@ if rank == 0:
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 open('deaf', 'w').close()
 time.sleep(60)"""
-    with start_command(command(script, 2, seconds={"_END_SECONDS": 0.5}), cwd=tmp_path) as started:
+    with start_command(command(script, 2, seconds={"_KILL_SECONDS": 5}), cwd=tmp_path) as started:
         finished = started.wait(10)
         assert started.descendants() == []
     assert finished.returncode == 5
