@@ -337,6 +337,7 @@ class Console:
         with contextlib.suppress(KeyboardInterrupt):
             for writer in self._writers.values():
                 writer.drain()
+        self._writers.clear()
 
 
 _active: Console | None = None

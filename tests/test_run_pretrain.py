@@ -1,9 +1,12 @@
 """`jobs/run_pretrain.sh`: the Python that it runs, its arguments, and the folder that it runs in."""
 
+import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
 
+import pytest
 from processes import run_command
 
 JOBS = Path(__file__).parents[1] / "jobs"
@@ -11,6 +14,7 @@ JOBS = Path(__file__).parents[1] / "jobs"
 # A Python that passes the check of setup.sh, and prints its folder, PYTHONPATH and arguments.
 PYTHON = f"""#!/bin/bash
 [[ $1 == - ]] && exec {sys.executable} "$@"
+echo "$MEGAZH_BEGUN" > "${{OUT:-/dev/null}}"
 printf '%s\\n' "$PWD" "$PYTHONPATH" "$@"
 exit 7
 """
@@ -54,3 +58,15 @@ def test_nothing_in_the_current_folder_passes_for_a_module(tmp_path: Path) -> No
     )
     assert finished.returncode == 2
     assert "usage: megazh" in finished.stderr
+
+
+@pytest.mark.parametrize("ends", ["| true", ">&-", "2>&-", "> /dev/full", "|& true", "<&- >&- 2>&-"])
+def test_the_exit_code_is_the_runs_whoever_reads(tmp_path: Path, ends: str) -> None:
+    """`| true` reads nothing: the pipe is closed at once."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON.replace("printf", "sleep 0.1; printf"))
+    python.chmod(0o755)
+    line = f"bash {shlex.quote(str(JOBS / 'run_pretrain.sh'))} -c demo {ends}\necho ${{PIPESTATUS[0]}} > code"
+    run_command(["bash", "-c", line], 30, {"MEGAZH_PYTHON": str(python), "OUT": str(tmp_path / "begun")}, tmp_path)
+    assert (tmp_path / "code").read_text() == "7\n"
+    assert abs(float((tmp_path / "begun").read_text()) - time.time()) < 30, "the time at which Python began"

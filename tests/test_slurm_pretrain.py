@@ -1,12 +1,15 @@
 """`slurm/pretrain_6x3090.sh` on a private Slurm cluster: its resources, the command that it starts, a complete run."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from processes import wait_until
 from slurm_cluster import SlurmCluster
+
+from megazh.cluster.launchers import local
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "slurm" / "pretrain_6x3090.sh"
@@ -64,6 +67,12 @@ def test_a_copy_is_found_from_the_repository_only(
         slurm, ROOT, "--gres=none", f"--chdir={tmp_path}", f"--output={tmp_path}/log", copy, environ=recording_python
     )
     assert slurm.wait_job(job) == "COMPLETED", (tmp_path / "log").read_text()
+
+
+def test_the_ranks_get_ten_minutes_to_save() -> None:
+    """20 GB to a disk of 100 MB/s take more than three, and the launcher would wait for fifteen."""
+    (seconds,) = re.findall(r"^#SBATCH --signal=B:TERM@(\d+)$", SCRIPT.read_text(), re.MULTILINE)
+    assert 600 <= int(seconds) <= local._SAVE_SECONDS
 
 
 @pytest.mark.slurm

@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that takes `-你好` for text, and that says how to give other text that begins with a dash."""
 
     words: tuple[str, ...] = ()
-    """The command line."""
+    """The command line, or the part of it that is wrong."""
 
     def _parse_optional(self, arg_string: str) -> Any:
         # The names of options are ASCII; None stands for text.
@@ -80,6 +80,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     if rest and hasattr(options, "settings") and all("=" in word for word in rest):
         options.settings, rest = rest, []
     if rest:
+        _Parser.words = tuple(rest)
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
 
@@ -110,7 +111,8 @@ def _call(console: Console, options: Callable[[], argparse.Namespace]) -> int:
     try:
         given = options()
         if getattr(given, "outlives_output", False) and not getattr(given, "dry_run", False):
-            console.outlive()
+            # The launcher names the log once the run folder is there.
+            console.outlive(log_follows=getattr(given, "keeps_log", False))
         provide_caches()
         given.call(given)
     except SystemExit as ended:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from megazh.cli.options import Subparsers, add_command, add_encoding, count, encoding
-from megazh.console import open_console
 from megazh.errors import UsageError
 
 EXAMPLES = """examples:
@@ -57,7 +56,7 @@ def add_to(commands: Subparsers) -> None:
         "--dry-run", action="store_true", help="print layout, stages, memory and command; start nothing"
     )
     parser.usage = "%(prog)s [options] [key=value ...]"
-    parser.set_defaults(settings=[], call=_pretrain, outlives_output=True)
+    parser.set_defaults(settings=[], call=_pretrain, outlives_output=True, keeps_log=True)
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -66,26 +65,24 @@ def _pretrain(options: argparse.Namespace) -> None:
     from megazh.training.job import Request
 
     inputs, settings = _apart(options.input, options.settings)
-    request = Request(
-        engine=options.type,
-        recipe=options.config,
-        gpus=options.gpus,
-        num_gpus=options.num_gpus,
-        stages=options.stages,
-        hostfile=options.hostfile,
-        run=options.run,
-        inputs=inputs,
-        text_key=options.text_key,
-        text_documents=TextDocuments(options.text_documents) if options.text_documents else None,
-        encoding=encoding(options),
-        device=options.device,
-        dry_run=options.dry_run,
-        settings=settings,
+    code = start(
+        Request(
+            engine=options.type,
+            recipe=options.config,
+            gpus=options.gpus,
+            num_gpus=options.num_gpus,
+            stages=options.stages,
+            hostfile=options.hostfile,
+            run=options.run,
+            inputs=inputs,
+            text_key=options.text_key,
+            text_documents=TextDocuments(options.text_documents) if options.text_documents else None,
+            encoding=encoding(options),
+            device=options.device,
+            dry_run=options.dry_run,
+            settings=settings,
+        )
     )
-    with open_console() as console:
-        if not request.dry_run:
-            console.outlive(log_follows=True)  # the launcher names the file once the run folder is there
-        code = start(request)
     if code:
         sys.exit(code)
 

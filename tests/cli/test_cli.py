@@ -196,3 +196,26 @@ def test_ctrl_c_while_the_input_is_hashed_does_not_wait_for_the_end(tmp_path: Pa
     assert code == 130
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "x.build").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("sample", "runs/x", "-abc"), "'-abc' looks like an option"),
+        (("index", "build", "--eod", "-x"), "'-x' looks like an option"),
+        (("pretrain", "-n", "2", "-abc"), "'-abc' looks like an option"),
+        (("pretrain", "-n", "2", "-p1", "--inptu"), ""),
+        (("sample", "runs/x"), ""),
+    ],
+)
+def test_text_that_begins_with_a_dash_is_explained(words: tuple[str, ...], hint: str) -> None:
+    code, _, err = megazh(*words)
+    assert code == 2
+    assert ("looks like an option" in err) == bool(hint)
+    assert hint in err
+
+
+@pytest.mark.parametrize("words", [("-你好",), ("--“好”",), ("--", "-abc")])
+def test_text_that_begins_with_a_dash_is_text(tmp_path: Path, words: tuple[str, ...]) -> None:
+    code, _, err = megazh("sample", tmp_path, *words)
+    assert (code, err) == (2, f"error: {tmp_path}: not the folder of a run: config.yaml is missing\n")

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import pty
+import re
 import shlex
 import shutil
 import signal
@@ -16,6 +18,7 @@ from processes import Finished, Running, run_command, start_command, wait_until
 
 from megazh.cli import main
 from megazh.cluster import start as starting
+from megazh.console import MARK
 from megazh.errors import INTERRUPTED, BusyError, DataError, UsageError, WorkerError
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import read_metrics
@@ -228,7 +231,9 @@ def test_a_run_leaves_all_that_is_promised(complete: Finished, here: Path) -> No
     assert read_manifest(run.checkpoints / f"step_{STEPS:08d}").step == STEPS
     assert (run.path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert next((run.path / "tensorboard").glob("events.out.tfevents.*")).stat().st_size > 1000
-    assert sorted(path.name for path in run.logs.iterdir()) == ["rank_0.log", "rank_1.log"]
+    assert sorted(path.name for path in run.logs.iterdir()) == ["console.log", "rank_0.log", "rank_1.log"]
+    log = (run.logs / "console.log").read_text().splitlines()
+    assert [line for line in log if not MARK.match(line)] == complete.stdout.splitlines()
     found = losses(run.path)
     assert len(found) == STEPS
     assert found[STEPS] < found[1] - 0.3
@@ -348,6 +353,58 @@ def test_a_killed_rank_is_named_and_nothing_is_left(here: Path, env: dict[str, s
         "error: rank 1 (stage 1) was killed by signal 9 (out of memory?); all ranks ended; its last output is in "
         f"runs/killed/logs/rank_1.log; {AGAIN}"
     ]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.usefixtures("complete")
+def test_a_run_whose_output_nobody_reads_is_whole(here: Path, env: dict[str, str | None]) -> None:
+    script = shlex.quote(str(ROOT / "jobs" / "run_pretrain.sh"))
+    line = f"bash {script} -c mini.yaml --device cpu -r runs/unread steps=5 | head -n 3; exit ${{PIPESTATUS[0]}}"
+    finished = run_command(["bash", "-c", line], 120, {**env, "MEGAZH_PYTHON": sys.executable}, here)
+    assert (finished.returncode, errors(finished)) == (0, [])
+    assert len(finished.stdout.splitlines()) == 3
+    run = RunFolder(here / "runs" / "unread")
+    assert len(losses(run.path)) == 5
+    log = (run.logs / "console.log").read_text().splitlines()
+    assert log[1:4] == finished.stdout.splitlines(), "what was shown, and all the rest"
+    assert [line.split(" |")[0] for line in log if line.startswith("step ")] == [f"step {n}/5" for n in range(1, 6)]
+    assert {"runs/unread: complete, 5 steps", "go on:"} <= set(log)
+    assert log[-1].endswith("ended with exit code 0")
+    for rank in range(2):
+        begin, place, *_, end = (run.logs / f"rank_{rank}.log").read_text().splitlines()
+        assert f" rank {rank}: process " in begin
+        assert f" rank {rank}: stage {rank} of 2, replica 0 of 1; cpu, 1 threads" in place
+        assert f" rank {rank}: ended with exit code 0 after 0:0" in end
+    (start,) = (line for line in log if line.startswith("first step after"))
+    total, launcher = (float(text) for text in re.findall(r"after (\d+\.\d) s: launcher (\d+\.\d)", start)[0])
+    assert launcher < total
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.usefixtures("complete")
+def test_closing_the_terminal_saves(here: Path, env: dict[str, str | None]) -> None:
+    run = RunFolder(here / "runs" / "hung up")
+    line = shlex.join([*PRETRAIN, "-r", "runs/hung up"])
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(here)
+        os.environ.update({name: value for name, value in env.items() if value is not None})
+        os.execvp("bash", ["bash", "--norc", "-i", "-c", f"{line}; true"])
+    try:
+        wait_until(lambda: recorded(run.path) >= 2, 120, "two steps")
+        os.close(terminal)
+        wait_until(lambda: list_checkpoints(run.checkpoints), 60, "a checkpoint")
+        log = run.logs / "console.log"
+        wait_until(lambda: log.read_text().endswith("ended with exit code 130\n"), 30, "the end of the launcher")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    (checkpoint,) = list_checkpoints(run.checkpoints)
+    assert 2 <= read_manifest(checkpoint).step == recorded(run.path) < STEPS
+    assert f"\ninterrupted; {AGAIN}\n" in log.read_text()
 
 
 def process_of_rank(running: Running, rank: int) -> int:

@@ -1,7 +1,11 @@
-"""Starting ranks: their environment, the failure that is reported, and no process left behind."""
+"""Starting ranks: environment, the failure that is reported, no process left behind, outputs that nobody reads."""
 
+import contextlib
 import json
 import os
+import pty
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -256,6 +260,122 @@ def test_what_a_rank_started_ends_with_it(tmp_path: Path) -> None:
     with start_command(command(script, 2), cwd=tmp_path) as started:
         assert started.wait(10).returncode == 0
         assert started.descendants() == []
+
+
+SAVES = """
+def save(*_):
+    print('saving', flush=True)
+    time.sleep(0.3)
+    open(f'saved_{rank}', 'w').close()
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)"""
+STEPS = "for step in range(40): print('step', step, flush=True); print('note', step, file=sys.stderr); time.sleep(0.02)"
+
+
+@contextmanager
+def on_a_terminal(tmp_path: Path, script: str, ranks: int = 2, shell: str = "") -> Iterator[tuple[int, int]]:
+    """Run ranks as `bash -i` does, in the foreground of a terminal; yields the terminal and the shell's process.
+
+    The exit code of the launcher is written to the file `code`.
+    """
+    words = shlex.join(command(script, ranks))
+    (tmp_path / "line.sh").write_text(f"{words}{shell}\necho $? > code\n")
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        os.execvp("bash", ["bash", "--norc", "-i", "line.sh"])
+    try:
+        yield terminal, process
+    finally:
+        for child in (*_children(process), process):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            os.close(terminal)
+        os.waitpid(process, 0)
+
+
+def _children(process: int) -> list[int]:
+    path = Path(f"/proc/{process}/task/{process}/children")
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+
+@pytest.mark.parametrize("ends", ["| head -n 2", "| true", ">&-", "2>&-", "> /dev/full 2>&1", "|& head -n 1"])
+def test_a_run_goes_to_its_end_whoever_reads(tmp_path: Path, ends: str) -> None:
+    script = f"{STEPS}\nopen(f'done_{{rank}}', 'w').close(); sys.exit(7 if rank else 0)"
+    line = f"{shlex.join(command(script, 2))} {ends}\necho ${{PIPESTATUS[0]}} > code"
+    run_command(["bash", "-c", line], 30, cwd=tmp_path)
+    assert (tmp_path / "code").read_text() == "5\n", "rank 1 ends with 7, which is no code of megazh"
+    assert (tmp_path / "done_0").exists() or (tmp_path / "done_1").exists()
+
+
+def test_a_terminal_that_closes_lets_the_ranks_save(tmp_path: Path) -> None:
+    """The kernel and the shell both send SIGHUP; the second one must not kill the ranks."""
+    script = f"{SAVES}\nopen(f'ready_{{rank}}', 'w').close()\nwhile True: print('step', flush=True); time.sleep(0.02)"
+    with on_a_terminal(tmp_path, script) as (terminal, _):
+        wait_until(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in range(2)), 20, "all ranks ready")
+        os.close(terminal)
+        wait_until(lambda: all((tmp_path / f"saved_{rank}").exists() for rank in range(2)), 10, "all ranks saved")
+
+
+def test_a_terminal_that_stops_does_not_hold_up_a_save(tmp_path: Path) -> None:
+    """Nobody reads the terminal, as after Ctrl-S: its buffer is full, and who writes to it waits."""
+    script = f"{SAVES}\nopen(f'ready_{{rank}}', 'w').close()\nwhile True: print('step' * 99, flush=True)"
+    with on_a_terminal(tmp_path, script) as (_, shell):
+        wait_until(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in range(2)), 20, "all ranks ready")
+        time.sleep(0.5)
+        (launcher,) = _children(shell)
+        os.kill(launcher, signal.SIGTERM)
+        wait_until(lambda: all((tmp_path / f"saved_{rank}").exists() for rank in range(2)), 10, "all ranks saved")
+        wait_until(lambda: not Path(f"/proc/{launcher}/fd").exists() or not _children(shell), 20, "the launcher ended")
+
+
+def test_a_second_sigterm_or_sighup_does_not_kill(tmp_path: Path) -> None:
+    with running(tmp_path, SAVES) as started:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+            started.process.send_signal(number)
+            time.sleep(0.05)
+        assert started.wait(10).returncode == 130
+    assert (tmp_path / "saved_0").exists()
+    assert (tmp_path / "saved_1").exists()
+
+
+def test_ranks_that_stop_by_themselves_are_waited_for(tmp_path: Path) -> None:
+    """Slurm signals all processes, and a rank tells the others; the launcher may be the last to know."""
+    script = """
+if rank == 1:
+    time.sleep(0.5)
+    open('saved_1', 'w').close()
+sys.exit(130)"""
+    finished = launch(tmp_path, script, 2)
+    assert (finished.returncode, finished.stderr) == (130, f"interrupted; {AGAIN}\n")
+    assert (tmp_path / "saved_1").exists()
+
+
+def test_a_reason_reaches_the_user_when_the_disk_of_the_log_is_full(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_1.log").symlink_to("/dev/full")
+    script = """
+from megazh.training.worker import _Notes
+from pathlib import Path
+if rank == 1: sys.exit(_Notes(Path('logs')).fail('error: the disk is full', 5))
+time.sleep(30)"""
+    finished = launch(tmp_path, script, 2)
+    assert (finished.returncode, finished.stderr) == (5, "error: the disk is full\n")
+
+
+def test_a_killed_rank_leaves_a_line_in_its_log(tmp_path: Path) -> None:
+    launch(tmp_path, "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(30)", 2)
+    logs = [(tmp_path / "logs" / f"rank_{rank}.log").read_text() for rank in range(2)]
+    assert re.fullmatch(r"--- [-\d]+ [\d:+-]+ rank 1: ended by signal 9\n", logs[1])
+    assert re.fullmatch(r"--- [-\d]+ [\d:+-]+ rank 0: ended by signal 9 of its launcher\n", logs[0])
+
+
+def test_lines_of_a_terminal_without_chinese(tmp_path: Path) -> None:
+    script = "print('从前 🐝'); print('蜂蜜', file=sys.stderr)"
+    finished = launch(tmp_path, script, 1, {"PYTHONIOENCODING": "latin-1"})
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "?? ?\n", "??\n")
+    assert (tmp_path / "logs" / "rank_0.log").read_text(encoding="utf-8") == "蜂蜜\n"
 
 
 def test_another_port_is_tried_where_the_first_is_taken(tmp_path: Path) -> None:
