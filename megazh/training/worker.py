@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megazh import __version__
-from megazh.console import LAST_WORDS, finish_console, mark
+from megazh.console import LAST_WORDS, finish_console, lenient, mark
 from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
 from megazh.program import program, runnable
 from megazh.progress import duration
@@ -98,8 +98,9 @@ class _Notes:
     def fail(self, text: str, code: int = 1) -> int:
         """Give the reason to end: to stderr, to the log, and to the launcher; returns the exit code `code`."""
         line = f"{text}\n"
-        sys.stderr.write(line)
-        sys.stderr.flush()
+        stderr = lenient(sys.stderr)
+        stderr.write(line)
+        stderr.flush()
         if not self._is_stderr():
             self._append(line)
         with contextlib.suppress(KeyError, ValueError, OSError):

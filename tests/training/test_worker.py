@@ -69,6 +69,7 @@ def test_an_error_is_a_line_in_the_log_and_reaches_the_launcher(
 def test_a_full_disk_of_the_log_does_not_end_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank_1.log").symlink_to("/dev/full")
+    monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))  # noqa: SIM115
     failing(monkeypatch, DataError("damaged"))
     assert worker.work(tmp_path) == DataError.exit_code
 

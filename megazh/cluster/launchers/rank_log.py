@@ -73,7 +73,7 @@ class RankLog:
         try:
             with open(self.path, "rb") as file:
                 file.seek(self._shown)
-                lines = file.read().splitlines(keepends=True)
+                lines = file.read(1 << 20).splitlines(keepends=True)
         except OSError:  # the disk of the log is not there at the moment; training may go on
             return
         for line in lines:
@@ -104,7 +104,7 @@ class RankLog:
         with contextlib.suppress(OSError), open(self.path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._begin, size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+            lines = file.read(_TAIL_BYTES).decode(errors="replace").splitlines()
         return [line for line in [*lines, *self.reported.splitlines()] if not MARK.match(line)]
 
     def own_error(self) -> str:
