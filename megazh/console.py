@@ -135,7 +135,9 @@ class Stream(io.TextIOBase):
             status = os.fstat(self._descriptor)
             if not stat.S_ISREG(status.st_mode):  # a file on a disk does not wait for a reader
                 # One thread for stdout and stderr if both are the same terminal or pipe: lines stay in order.
-                self._writer = writers.setdefault((status.st_dev, status.st_ino, status.st_rdev), _Writer())
+                key = status.st_dev, status.st_ino, status.st_rdev
+                self._writer = writers.get(key) or _Writer(self._descriptor)
+                writers[key] = self._writer
 
     def release(self) -> None:
         """Write directly again, and to no log: for whoever still holds this stream at the end of the command."""
@@ -154,7 +156,7 @@ class Stream(io.TextIOBase):
                 self._under.write(data.decode(self.encoding))
                 self._under.flush()
             elif self._writer is not None:
-                self._writer.put(self._descriptor, data)
+                self._writer.put(data)
             else:
                 _write_all(self._descriptor, data)
         except (OSError, ValueError) as error:
@@ -167,56 +169,63 @@ class Stream(io.TextIOBase):
 
 
 class _Writer(threading.Thread):
-    """Writes to a terminal or a pipe, which may make it wait. It stops for good at the first failure."""
+    """Writes to a terminal or a pipe, which may make it wait. It stops for good at the first failure.
 
-    def __init__(self) -> None:
+    It writes to a duplicate of the descriptor, so that a chunk that it still holds at its end lands in no other file.
+    """
+
+    def __init__(self, descriptor: int) -> None:
         super().__init__(name="console", daemon=True)
+        self._descriptor = os.dup(descriptor)
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[int, bytes]] = deque()
+        self._waiting: deque[bytes] = deque()
         self._bytes = self._written = 0
         self._dead = False
+        self.start()
 
-    def put(self, descriptor: int, data: bytes) -> None:
+    def put(self, data: bytes) -> None:
         """Have `data` written, behind all that waits."""
         with self._changed:
-            if self._dead:
-                return
             if self._bytes + len(data) > _MOST_WAITING:  # nobody reads
                 self._stop()
+            if self._dead:
                 return
-            self._waiting.extend((descriptor, data[at : at + _CHUNK]) for at in range(0, len(data), _CHUNK))
+            self._waiting.extend(data[at : at + _CHUNK] for at in range(0, len(data), _CHUNK))
             self._bytes += len(data)
             self._changed.notify_all()
-        if self.ident is None:
-            self.start()
 
     def run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
-                descriptor, data = self._waiting[0]
+        while data := self._next():
             failed = False
             try:
-                _write_all(descriptor, data)
+                _write_all(self._descriptor, data)
             except OSError as error:
                 failed = error.errno not in _NO_SPACE
             with self._changed:
-                if failed or self._dead:
+                if failed:
                     self._stop()
-                    return
-                self._waiting.popleft()
-                self._bytes -= len(data)
-                self._written += len(data)
+                if self._waiting:
+                    self._waiting.popleft()
+                    self._bytes -= len(data)
+                    self._written += len(data)
                 self._changed.notify_all()
+        os.close(self._descriptor)
 
-    def drain(self) -> None:
-        """Wait until all is written, or nothing was for `_PATIENCE_SECONDS`."""
+    def _next(self) -> bytes:
+        """Wait for the next bytes; empty at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._dead)
+            return self._waiting[0] if self._waiting else b""
+
+    def finish(self) -> None:
+        """Wait until all is written, or nothing was for `_PATIENCE_SECONDS`; then end."""
         with self._changed:
             while self._waiting:
                 before = self._written
                 self._changed.wait_for(lambda: not self._waiting or self._written != before, _PATIENCE_SECONDS)  # noqa: B023
                 if self._written == before:
-                    return
+                    break
+            self._stop()
 
     def _stop(self) -> None:
         self._dead = True
@@ -336,7 +345,7 @@ class Console:
             stream.release()
         with contextlib.suppress(KeyboardInterrupt):
             for writer in self._writers.values():
-                writer.drain()
+                writer.finish()
         self._writers.clear()
 
 
