@@ -9,6 +9,7 @@ code  meaning
 3     bad data: a file is damaged, foreign, changed, or has too many bad lines
 4     busy: another process is at the same work; try again when it is done
 5     a worker, a rank or the machine failed; finished work is kept, run again
+6     training diverged: steps or weights are not finite; the same again diverges again, so change a setting first
 130   stopped by Ctrl-C; finished work is kept, run again
 141   the reader of the output (head, less) ended before the output did
 ====  =======================================================================
@@ -46,6 +47,15 @@ class WorkerError(MegazhError):
     """A worker process, a rank or the machine (disk, memory) failed; the same command continues after finished work."""
 
     exit_code = 5
+
+
+class DivergedError(MegazhError):
+    """Training that has become useless: steps are skipped again and again, or weights are not finite.
+
+    The same command would end the same way, so schedulers must not start it again by themselves.
+    """
+
+    exit_code = 6
 
 
 class SeveralErrors(MegazhError):

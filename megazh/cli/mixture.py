@@ -31,9 +31,11 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
+    from megazh.index.fingerprint import digest_of
     from megazh.index.mixture import Mixture  # slow to import (numba)
     from megazh.index.report import describe_mixture
 
     mixture = Mixture(options.manifest, options.seq_len, Packing(options.packing), options.max_docs, options.seed)
     for line in describe_mixture(mixture, options.tokens):
         print(line)
+    print(f"fingerprint  {digest_of(mixture.fingerprint)} (equal where all samples are)")

@@ -62,6 +62,8 @@ def _sample(options: argparse.Namespace) -> None:
     if not 0 <= options.seed < _SEEDS:
         raise UsageError(f"--seed {options.seed}: expected a number from 0 to {_SEEDS - 1}")
     model = open_model(options.run, options.checkpoint, options.device)
+    if warning := model.warning(options.prompt):
+        print(warning, file=sys.stderr)
     for number in range(options.count):
         begun, tokens = time.perf_counter(), 0
         sys.stdout.write(options.prompt)

@@ -1,5 +1,6 @@
 """From a request on the command line to an exit code: devices, checks, data, ranks, closing summary."""
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ from megazh.cluster.launchers import local
 from megazh.errors import Collector, UsageError, WorkerError
 from megazh.files import locked
 from megazh.model.counts import flops_per_token
+from megazh.run.plot import plot_losses
 from megazh.run.summary import describe_end
 from megazh.training.checkpoint_list import remove_unfinished
 from megazh.training.checks.data import checked_mixture, describe_data, makes_data
-from megazh.training.checks.resume import check_resume, is_complete, steps_done
+from megazh.training.checks.resume import check_resume, is_complete, saved_data, steps_done
 from megazh.training.describe import describe_job
 from megazh.training.job import Case, Devices, Job, Request
 from megazh.training.preflight import CHECKS, DATA, WITHOUT_DEVICES, preflight, requested_case, warnings_of
@@ -60,10 +62,13 @@ def start(request: Request) -> int:
     with locked(job.run.lock, f"{job.run.path}: another job is training in this folder"):
         remove_unfinished(job.run.checkpoints)  # first: what follows may need their space
         check_resume(job)
-        job.run.begin(job.recipe.to_yaml(), mixture)
+        _note(job.run.begin(job.recipe.to_yaml(), mixture, saved_data(job.run)))
         for line in (*describe_job(job), *describe_data(job.recipe)):
             print(line, flush=True)
         code = launcher.launch(job)
+    if code:
+        with contextlib.suppress(Exception):  # a plot, or its lack, changes no exit code
+            plot_losses(job.run.path, job.run.plot)
     if code == 0 and not is_complete(job.run, job.recipe):
         raise WorkerError(f"{job.run.path}: the ranks ended before the run was complete; run the same command again")
     if code == 0:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megazh.errors import DataError, MegazhError, UsageError
+from megazh.index.fingerprint import Fingerprint, fingerprint_of
 from megazh.index.manifest import CorpusEntry, OnExhausted, exact, manifest_at
 from megazh.index.metadata import Metadata
 from megazh.index.order import Blend, permuted, select_side, stream_key
@@ -77,7 +78,8 @@ class Mixture:
         self._check_tokenizers()
         self._check_sides()
         tokenizer = self.corpora[0].metadata.tokenizer
-        self._padding_id = tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id
+        self.padding_id = tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id
+        """Token id of padding."""
         self._samples = [self._pack(corpus, corpus.training, "training") for corpus in self.corpora]
         for corpus, samples in zip(self.corpora, self._samples, strict=True):
             if len(samples) == 0:
@@ -139,7 +141,7 @@ class Mixture:
     def _pack(self, corpus: Corpus, documents: Int64s, side: str) -> CorpusSamples:
         seed = f"{self.seed}/{corpus.entry.name}/{side}"
         table = pack_documents(corpus.index, documents, self.shape, seed, keep_tail=side == "validation")
-        return CorpusSamples(corpus.index, self.shape, self._padding_id, table)
+        return CorpusSamples(corpus.index, self.shape, self.padding_id, table)
 
     def _amount(self, number: int) -> Fraction:
         """Exact weight, or number of tokens, to which the share of a corpus is proportional."""
@@ -157,6 +159,11 @@ class Mixture:
         if self.corpora[0].entry.weight is not None:
             return None
         return round(sum(self._amount(number) for number in range(len(self.corpora))))
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Named parts that decide what sample n is; see `megazh.index.fingerprint`."""
+        return fingerprint_of(self)
 
     def epoch_samples(self, corpus: int) -> int:
         """Number of training samples in one epoch of `corpus`."""

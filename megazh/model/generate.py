@@ -154,11 +154,11 @@ def draw(
         generator: a generator on the CPU.
 
     Raises:
-        DataError: a logit is NaN.
+        DataError: a logit is NaN, or the largest one is infinite.
     """
     logits = logits[:tokenizer_size].cpu().clone()
-    if logits.isnan().any():
-        raise DataError("the model's logits contain NaN: training has diverged; use an earlier checkpoint")
+    if not logits.max().isfinite():  # NaN if any logit is
+        raise DataError("the model's logits are not finite: training has diverged; use an earlier checkpoint")
     if seen and options.repetition_penalty != 1.0:
         ids = torch.tensor(sorted(set(seen)))
         old = logits[ids]
@@ -200,7 +200,7 @@ def generate(
 
     Raises:
         UsageError: the prompt is empty.
-        DataError: a logit is NaN.
+        DataError: as `draw`.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)

@@ -35,6 +35,13 @@ def summed_cross_entropy(
     Returns:
         A scalar in fp32.
     """
+    return summed_losses(hidden, weight, labels, z_loss, fused)[0]
+
+
+def summed_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, z_loss: float, fused: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum as in `summed_cross_entropy`, and the z-loss in it, a scalar in fp32 without gradient."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _SummedCrossEntropy.apply(flat, weight, labels.reshape(-1), z_loss, needs_gradient, fused)
@@ -48,7 +55,7 @@ def loss_and_gradient(
     z_loss: float,
     scale: torch.Tensor,
     fused: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross entropy as in `summed_cross_entropy`, and the gradients of `scale` times that sum, in one pass.
 
     Args:
@@ -58,7 +65,8 @@ def loss_and_gradient(
         scale: a scalar in fp32 on the device of `hidden`.
 
     Returns:
-        The sum, not scaled, a scalar in fp32; and the gradient of `hidden`, in the shape and dtype of `hidden`.
+        The sum, not scaled, a scalar in fp32; the gradient of `hidden`, in the shape and dtype of `hidden`; and the
+        z-loss in the sum, not scaled either, a scalar in fp32.
     """
     assert main_grad(weight) is not None
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
@@ -67,8 +75,8 @@ def loss_and_gradient(
     def add(left: torch.Tensor, right: torch.Tensor) -> None:
         product_gradient(weight, left, right)
 
-    total = _sum_chunks(flat, weight.detach(), labels.reshape(-1), z_loss, scale, fused, gradient, add)
-    return total, gradient.view_as(hidden)
+    total, z_total = _sum_chunks(flat, weight.detach(), labels.reshape(-1), z_loss, scale, fused, gradient, add)
+    return total, gradient.view_as(hidden), z_total
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -81,21 +89,22 @@ class _SummedCrossEntropy(torch.autograd.Function):
         z_loss: float,
         needs_gradient: bool,
         fused: bool,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
         one = torch.ones((), device=hidden.device)
         add = functools.partial(add_product_, grad_weight) if grad_weight is not None else None
-        total = _sum_chunks(hidden, weight, labels, z_loss, one, fused, grad_hidden, add)
+        total, z_total = _sum_chunks(hidden, weight, labels, z_loss, one, fused, grad_hidden, add)
         if needs_gradient:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(z_total)
+        return total, z_total
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        (scale,) = gradients
+        scale = gradients[0]
         # Scaled in fp32: in fp16 the scale (loss scale / number of tokens) would make small gradients underflow.
         scaled = grad_hidden.float().mul_(scale).to(grad_hidden.dtype)
         return scaled, grad_weight.mul_(scale).to(ctx.dtype), None, None, None, None
@@ -110,8 +119,11 @@ def _sum_chunks(
     fused: bool,
     grad_hidden: torch.Tensor | None,
     add: AddProduct | None,
-) -> torch.Tensor:
-    """Sum the losses of all tokens; write `grad_hidden` and call `add` with the gradients of `scale` times that sum."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the losses of all tokens; write `grad_hidden` and call `add` with the gradients of `scale` times that sum.
+
+    Returns the sum, and the z-loss in it.
+    """
     # Without a gradient, large chunks save little time, and a CUDA graph would hold the memory for them.
     largest_chunk = chunk_tokens(len(weight), fused and grad_hidden is not None)
     # Chunks of equal size, in whole tiles of 64 tokens, rather than a small chunk at the end.
@@ -120,36 +132,49 @@ def _sum_chunks(
     # Only CUDA has bf16 products with fp32 output; elsewhere a bf16 product would round the logits.
     wide = weight if weight.is_cuda else weight.float()
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    z_total = torch.zeros_like(total)
     chunk_scale = scale if grad_hidden is not None else None
     for begin in range(0, len(hidden), size):
         rows, targets = hidden[begin : begin + size], labels[begin : begin + size]
         if fused:
-            summed, gradient = _fused_chunk(rows, weight, targets, z_loss, chunk_scale)
+            summed, z_summed, gradient = _fused_chunk(rows, weight, targets, z_loss, chunk_scale)
         else:
-            summed, gradient = _chunk(_logits(rows, wide), targets, z_loss, chunk_scale)
+            summed, z_summed, gradient = _chunk(_logits(rows, wide), targets, z_loss, chunk_scale)
         total += summed
+        if z_summed is not None:
+            z_total += z_summed
         if grad_hidden is None or add is None:
             continue
         gradient = gradient.to(weight.dtype if fused else wide.dtype)
         grad_hidden[begin : begin + size] = gradient @ (weight if fused else wide)
         add(gradient, rows.to(gradient.dtype))
-    return total
+    return total, z_total
 
 
 def _fused_chunk(
     rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, z_loss: float, scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Like `_chunk`, but from hidden states and with a Triton kernel."""
     from megazh.kernels.cross_entropy import cross_entropy_
 
     logits = rows @ weight.T
-    return cross_entropy_(logits, labels, z_loss, scale).sum(), logits
+    if not z_loss:
+        return cross_entropy_(logits, labels, z_loss, scale).sum(), None, logits
+    # The kernel gives loss = z - logit + z_loss z^2 with the log-sum-exp z, and overwrites the logits: solved for z.
+    at_label = logits.gather(1, labels.long().clamp_min(0)[:, None])[:, 0].float()
+    losses = cross_entropy_(logits, labels, z_loss, scale)
+    known = losses + at_label
+    z = 2 * known / (1 + (1 + 4 * z_loss * known).clamp_min(0).sqrt())
+    return losses.sum(), torch.where(labels >= 0, z_loss * z.square(), 0.0).sum(), logits
 
 
 def _chunk(
     logits: torch.Tensor, labels: torch.Tensor, z_loss: float, scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of losses; with a scale also the gradient of scale times that sum, written over the logits."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Sum of losses, and the z-loss in it if there is one; the third tensor is that of `logits`.
+
+    With a scale, the gradient of scale times the sum is written over the logits.
+    """
     targets = labels.long()[:, None]
     counted = targets >= 0
     targets = targets.clamp_min(0)
@@ -158,13 +183,14 @@ def _chunk(
     at_label = logits.gather(1, targets)
     z = log_sum + largest
     summed = torch.where(counted, log_sum - at_label + z_loss * z.square(), 0.0).sum()
+    z_summed = torch.where(counted, z_loss * z.square(), 0.0).sum() if z_loss else None
     if scale is None:
-        return summed, logits
+        return summed, z_summed, logits
     # d loss / d logits = softmax * (1 + 2 z_loss z) - one_hot; zero where the token is ignored
     gradient = logits.sub_(log_sum).exp_()
     gradient.mul_(torch.where(counted, 1 + 2 * z_loss * z, 0.0).mul_(scale))
     gradient.scatter_add_(1, targets, counted.float().mul_(-scale))
-    return summed, gradient
+    return summed, z_summed, gradient
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

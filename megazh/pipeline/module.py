@@ -17,10 +17,12 @@ from megazh.model.config import ModelConfig
 from megazh.model.decoder import run_layers
 from megazh.model.document_map import decode_document_map
 from megazh.model.layers import Block, Embedding, Head, layer_count, make_layer
-from megazh.model.loss import loss_and_gradient, summed_cross_entropy
+from megazh.model.loss import loss_and_gradient, summed_losses
 from megazh.pipeline.work import Work
 
 _TIED = "embedding"
+Z_LOSS = "z_loss"
+"""Name of the z-loss among the engine's `agg_additional_losses`."""
 
 
 class _Layers:
@@ -95,6 +97,7 @@ class DecoderPipeline(PipelineModule):
         self._documents, self.fused = Documents(config, work.backend), work.fused
         self.recordable = work.recordable and cuda_graph
         self.checkpointing, self._z_loss = work.activation_checkpointing, z_loss
+        self._last_z_loss = torch.zeros(())  # of the micro-batch that was trained last
         numbers = range(self._local_start, self._local_stop)
         self._embedding: Embedding | None = self.forward_funcs[0] if 0 in numbers else None
         self._blocks: list[Block] = [layer for layer in self.forward_funcs if isinstance(layer, Block)]
@@ -165,8 +168,11 @@ class DecoderPipeline(PipelineModule):
             labels: (batch, seq) int32 labels, and the scale, (1,) fp32.
         """
         (hidden, weight), (wanted, scale) = outputs, labels
-        z_loss = self._z_loss if self.training else 0.0
-        return summed_cross_entropy(hidden, weight, wanted, z_loss, self.fused) * scale.squeeze()
+        z_loss, scale = self._z_loss if self.training else 0.0, scale.squeeze()
+        total, z_total = summed_losses(hidden, weight, wanted, z_loss, self.fused)
+        if self.training:
+            self._last_z_loss = z_total * scale
+        return total * scale
 
     def loss_and_gradient(
         self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor], share: float
@@ -186,8 +192,18 @@ class DecoderPipeline(PipelineModule):
         assert self._head is not None
         wanted, scale = labels
         scale = scale.squeeze()
-        summed, gradient = loss_and_gradient(hidden, self._head.weight, wanted, self._z_loss, scale * share, self.fused)
+        summed, gradient, z_summed = loss_and_gradient(
+            hidden, self._head.weight, wanted, self._z_loss, scale * share, self.fused
+        )
+        self._last_z_loss = z_summed * scale
         return summed * scale, gradient
+
+    def get_additional_losses(self) -> dict[str, torch.Tensor] | None:
+        """The z-loss in the loss of the micro-batch that was trained last; None for a run without one.
+
+        DeepSpeed asks for it, and averages it as it does the loss. All stages name it, and only the last knows it.
+        """
+        return {Z_LOSS: self._last_z_loss} if self._z_loss else None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Turn (..., hidden) normed states into (..., vocab) fp32 logits, on the last stage."""

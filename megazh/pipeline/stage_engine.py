@@ -78,6 +78,7 @@ class StageEngine(PipelineEngine):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.total_loss: torch.Tensor | None
+        self.total_additional_losses: dict[str, torch.Tensor] | None
         self.pipe_recv_buf: Tensors | None
         self.first_output_send: bool
         # Whether the right column of the table above holds: bf16 weights, fp32 sums.
@@ -156,6 +157,9 @@ class StageEngine(PipelineEngine):
         self.loss = loss
         self.fwd_outputs.append(loss)
         self.total_loss = loss if self.total_loss is None else self.total_loss + loss
+        if self.module.training and (parts := self.module.get_additional_losses()):
+            totals = self.total_additional_losses or {}
+            self.total_additional_losses = {name: totals.get(name, 0.0) + part for name, part in parts.items()}
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
         if not self._lean:
@@ -219,6 +223,20 @@ class StageEngine(PipelineEngine):
         assert self._transfers.to_previous is not None
         self._transfers.to_previous.send((self.pipe_buffers["inputs"][buffer_id][0].grad,))
         self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        """Skip a step whose gradients are not finite, in all precisions, and leave it to the caller to give up."""
+        optimizer: Any = self.optimizer
+        scaler: Any = getattr(optimizer, "loss_scaler", None)
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False
+        if isinstance(self.optimizer, torch.optim.Optimizer):  # fp32 without ZeRO: DeepSpeed never looks
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            norms = torch.stack([gradient.norm() for gradient in gradients])
+            optimizer.overflow = not bool(norms.isfinite().all())  # equal on all replicas, as gradients are
+            if optimizer.overflow:
+                optimizer.zero_grad(set_to_none=True)  # so that the optimizer finds nothing to do
+        super()._take_model_step(lr_kwargs)
 
     def _exec_weight_pass(self) -> None:
         add_postponed(self._weights.popleft())

@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
 
 from megazh.config import Config, from_mapping
 from megazh.errors import DataError, UsageError, WriteError
 from megazh.files import check_sha256, write_atomic
+from megazh.index.fingerprint import describe_differences, differences, renamed_corpora
 from megazh.index.metadata import TokenizerInfo
+from megazh.run.attempt import Attempt, this_attempt
+from megazh.run.redraw import PLOT
 from megazh.tokenizer import Tokenizer, load_tokenizer
 from megazh.tokenizer.tokenizer import rank_kind
 
@@ -37,7 +43,7 @@ class CorpusInfo(Config):
 
 
 class RunInfo(Config):
-    """The contents of `run.json`: what the run reads."""
+    """The contents of `run.json`: what the run reads, and its attempts."""
 
     format_version: Literal[1] = 1
     run_id: str = ""
@@ -48,6 +54,10 @@ class RunInfo(Config):
     """Path of the manifest."""
     mixture_seed: int
     corpora: list[CorpusInfo]
+    data: dict[str, str] | None = None
+    """Fingerprint of the mixture (see `megazh.index.fingerprint`); None in runs of versions that recorded none."""
+    attempts: list[Attempt] = Field(default_factory=list)
+    """Starts of the run, oldest first; those of versions that recorded none are missing."""
 
 
 class RunFolder:
@@ -58,7 +68,7 @@ class RunFolder:
         self.config = path / CONFIG
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
-        self.plot = path / "loss.png"
+        self.plot = path / PLOT
         self.lock = path / ".lock"
 
     @property
@@ -91,12 +101,16 @@ class RunFolder:
         check_sha256(path, info.sha256)
         return load_tokenizer(path, info.eod, info.front_tokens, rank_kind(info.kind))
 
-    def begin(self, config: str, mixture: Mixture) -> None:
-        """Record what the run is made of; for a run that is resumed, check that its data is still the same.
+    def begin(self, config: str, mixture: Mixture, saved: Mapping[str, str] | None = None) -> list[str]:
+        """Record an attempt and what the run is made of; for a resume, check first that the data is still the same.
 
         Args:
             config: text of `config.yaml`, the recipe with the layout that is about to run.
             mixture: the data.
+            saved: see `check_data`.
+
+        Returns:
+            Lines to print; see `check_data`.
 
         Raises:
             UsageError: the run was started with other data.
@@ -104,22 +118,73 @@ class RunFolder:
         """
         info = run_info(mixture)
         if self.exists:
-            self._check_data(info)
-            before = self.info()
-            if not before.run_id:
-                self._describe(before.model_copy(update={"run_id": _new_id()}))
+            notes, before = self.check_data(mixture, saved), self.info()
+            attempts, run_id = [*before.attempts, this_attempt()], before.run_id or _new_id()
+            self._describe(info.model_copy(update={"attempts": attempts, "run_id": run_id}))
             self.record(config)
-            return
+            return notes
         tokenizer = Path(f"{mixture.corpora[0].prefix}{info.tokenizer.file}").read_bytes()
         try:
             write_atomic(self._tokenizer_path(info.tokenizer), tokenizer)
-            self._describe(info.model_copy(update={"run_id": _new_id()}))
+            self._describe(info.model_copy(update={"attempts": [this_attempt()], "run_id": _new_id()}))
             self.record(config)  # last: config.yaml marks the run as started
         except WriteError:
             for path in (self._tokenizer_path(info.tokenizer), self.path / DESCRIPTION):
                 with contextlib.suppress(OSError):
                     path.unlink()
             raise
+        return []
+
+    def add_devices(self, devices: list[str], versions: Mapping[str, str]) -> None:
+        """Complete the newest attempt by what only its ranks know: their devices, and versions of more libraries."""
+        info = self.info()
+        if info.attempts:
+            newest = info.attempts[-1]
+            update = {"devices": devices, "versions": {**newest.versions, **versions}}
+            self._describe(
+                info.model_copy(update={"attempts": [*info.attempts[:-1], newest.model_copy(update=update)]})
+            )
+
+    def check_data(self, mixture: Mixture, saved: Mapping[str, str] | None = None) -> list[str]:
+        """Check that a mixture gives the samples that the run was begun with.
+
+        Paths may differ; see `megazh.index.fingerprint` for what counts.
+
+        Args:
+            mixture: the data that the run is about to go on with.
+            saved: fingerprint in the manifest of the checkpoint that is resumed from, where it has one.
+
+        Returns:
+            Lines to print: what cannot be checked, for a run of a version that recorded less.
+
+        Raises:
+            UsageError: the data differs; names the parts with both values.
+        """
+        was, info = self.info(), run_info(mixture)
+        if was.tokenizer.fingerprint != info.tokenizer.fingerprint:
+            raise UsageError(f"{self.path}: the run was begun with another tokenizer; {ANOTHER_RUN}")
+        for recorded in (was.data, saved):
+            if recorded is not None and (found := differences(recorded, mixture.fingerprint)):
+                raise UsageError(self._differs(info, found))
+        if was.data is not None:
+            return []
+        if found := _differences_without_fingerprint(was, info):
+            raise UsageError(self._differs(info, found))
+        return [
+            f"note: {self.path} was begun by a version that did not record weights, amounts, stop rules, the split's "
+            "salt and fraction, and packing: if these have changed since, other samples follow; names, seed, text and "
+            "numbers of training documents are unchanged, and from now on everything is recorded"
+        ]
+
+    def _differs(self, info: RunInfo, found: list[tuple[str, str, str]]) -> str:
+        renamed = "".join(
+            f"; samples follow the corpus's name: the data of '{now}' needs a manifest with 'name: {before}'"
+            for before, now in renamed_corpora(found)
+        )
+        return (
+            f"{self.path}: the data of {info.mixture} is not what the run was begun with: "
+            f"{describe_differences(found)}{renamed}; {ANOTHER_RUN}"
+        )
 
     def record(self, config: str) -> None:
         """Write `config.yaml` anew: on every start, and once the cut into stages is known."""
@@ -131,16 +196,18 @@ class RunFolder:
     def _tokenizer_path(self, info: TokenizerInfo) -> Path:
         return self.path / f"tokenizer{Path(info.file).suffix}"
 
-    def _check_data(self, info: RunInfo) -> None:
-        was = self.info()
-        if was.tokenizer.fingerprint != info.tokenizer.fingerprint:
-            raise UsageError(f"{self.path}: the run was begun with another tokenizer; {ANOTHER_RUN}")
-        old_data = [(corpus.name, corpus.sha256, corpus.training_documents) for corpus in was.corpora]
-        new_data = [(corpus.name, corpus.sha256, corpus.training_documents) for corpus in info.corpora]
-        if (old_data, was.mixture_seed) != (new_data, info.mixture_seed):
-            raise UsageError(
-                f"{self.path}: the data of {info.mixture} is not what the run was begun with; {ANOTHER_RUN}"
-            )
+
+def _differences_without_fingerprint(was: RunInfo, now: RunInfo) -> list[tuple[str, str, str]]:
+    """What differs between two descriptions of which one has no fingerprint."""
+
+    def parts(info: RunInfo) -> dict[str, str]:
+        found = {"seed": str(info.mixture_seed), "corpora": ", ".join(corpus.name for corpus in info.corpora)}
+        for corpus in info.corpora:
+            found[f"corpora.{corpus.name}.bin"] = corpus.sha256
+            found[f"corpora.{corpus.name}.training_documents"] = str(corpus.training_documents)
+        return found
+
+    return differences(parts(was), parts(now))
 
 
 def _new_id() -> str:
@@ -165,4 +232,5 @@ def run_info(mixture: Mixture) -> RunInfo:
         mixture=str(mixture.path),
         mixture_seed=mixture.seed,
         corpora=corpora,
+        data=mixture.fingerprint,
     )

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from pydantic import TypeAdapter
 
 from megazh.errors import DataError, UsageError
 from megazh.files import write_atomic
-from megazh.progress import duration
 from megazh.run.board import Board
+from megazh.run.lines import one_line, sample_line, step_line, validation_line
+from megazh.run.redraw import Redrawing
 from megazh.writing import write_all, writing
 
 METRICS = "metrics.jsonl"
@@ -23,7 +25,6 @@ TENSORBOARD = "tensorboard"
 
 _GIB = 1 << 30
 _TAG_LENGTH = 40
-_UNITS = ((1, ""), (1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T"))
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class StepRecord:
     tokens: int
     """Tokens that the run has consumed so far."""
     loss: float
-    """Mean of the training objective over the trained tokens of this step, in nats per token: cross entropy, plus the
-    z-loss term if `optimizer.z_loss` is set."""
+    """Mean cross entropy over the trained tokens of this step, in nats per token, as in `ValidationRecord`. Files of
+    versions that did not record `z_loss` hold the sum of both."""
     learning_rate: float
     grad_norm: float
     """Global L2 norm of the gradients before clipping; nan where the engine gives none."""
@@ -62,6 +63,12 @@ class StepRecord:
     """Estimated seconds until the last step."""
     loss_scale: float | None = None
     """Dynamic loss scale; only with fp16."""
+    skipped_so_far: int | None = None
+    """Steps of the run that were skipped so far; None in files of versions that did not count them."""
+    z_loss: float | None = None
+    """Mean z-loss that training adds to `loss`, in nats per token; None without `optimizer.z_loss`."""
+    time: float | None = None
+    """When it was recorded, in seconds since 1970-01-01 UTC; None in files of versions that did not record it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class ValidationRecord:
     bits_per_byte: float | None
     samples: int
     """Samples evaluated."""
+    time: float | None = None
+    """See `StepRecord.time`."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,9 @@ class SampleRecord:
     step: int
     prompt: str
     text: str
-    """Continuation, without the prompt."""
+    """Continuation, without the prompt; empty where the model's logits were not finite."""
+    time: float | None = None
+    """See `StepRecord.time`."""
 
 
 _KINDS: dict[str, TypeAdapter[Any]] = {
@@ -94,6 +105,14 @@ _KINDS: dict[str, TypeAdapter[Any]] = {
     "validation": TypeAdapter(ValidationRecord),
     "sample": TypeAdapter(SampleRecord),
 }
+
+VALIDATION = "validation"
+"""Name of the validation of a step in `Metrics.evaluated_at`."""
+
+
+def sample_of(prompt: str) -> str:
+    """Name of the continuation of a prompt in `Metrics.evaluated_at`."""
+    return f"sample {_valid_text(prompt)}"
 
 
 class Metrics:
@@ -123,7 +142,7 @@ class Metrics:
             if first_step and path.exists():
                 _drop_after(path, first_step)
             self._file = open(path, "ab" if first_step else "wb", buffering=0)  # noqa: SIM115 (closed by close)
-        self._path = path
+        self._path, self._redrawing = path, Redrawing(folder)
         self._board = Board(folder / TENSORBOARD, first_step + 1 if first_step else 0)
 
     def step(self, record: StepRecord) -> None:
@@ -137,10 +156,11 @@ class Metrics:
         self._last_step = record.step
         if self._quiet:
             return
-        _print(_step_line(record))
         self._append("step", record)
+        _print(step_line(record))
         scalars = {
             "train/loss": record.loss,
+            "train/z_loss": record.z_loss,
             "train/lr": record.learning_rate,
             "train/grad_norm": record.grad_norm,
             "train/loss_scale": record.loss_scale,
@@ -161,24 +181,41 @@ class Metrics:
         if self._quiet:
             return
         record = ValidationRecord(step, tokens, loss, bits_per_byte, samples)
-        bits = "" if bits_per_byte is None else f" | {bits_per_byte:.4f} bits/byte"
-        _print(f"validation after step {step} | {_compact(tokens)} tok | loss {loss:.4f}{bits} | {samples:,} samples")
         self._append("validation", record)
+        _print(validation_line(record))
         self._add_scalars({"validation/loss": loss, "validation/bits_per_byte": bits_per_byte}, step)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record a sampled continuation; see `SampleRecord`."""
         if self._quiet:
             return
-        prompt, text = (each.encode("utf-8", "replace").decode() for each in (prompt, text))  # no lone surrogates
-        _print(f"sample after step {step} | {_one_line(prompt)} → {_one_line(text)}")
-        self._append("sample", SampleRecord(step, prompt, text))
+        prompt, text = _valid_text(prompt), _valid_text(text)
+        record = SampleRecord(step, prompt, text)
+        self._append("sample", record)
+        _print(sample_line(record))
         shown = "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())  # TensorBoard reads Markdown
-        self._board.text(f"sample/{_one_line(prompt)[:_TAG_LENGTH]}", shown, step)
+        self._board.text(f"sample/{one_line(prompt)[:_TAG_LENGTH]}", shown, step)
+
+    def evaluated_at(self, step: int) -> set[str]:
+        """What is recorded at a step besides the step itself: `VALIDATION`, and `sample_of` each prompt."""
+        if self._quiet:
+            return set()
+        records = [record for _, record in _read(self._path) if record["step"] == step]
+        return {
+            VALIDATION if record["kind"] == "validation" else sample_of(record["prompt"])
+            for record in records
+            if record["kind"] != "step"
+        }
+
+    def draw(self) -> None:
+        """Draw `loss.png` in the background, at most once a minute."""
+        if not self._quiet:
+            self._redrawing.draw()
 
     def close(self) -> None:
         """Close the files; nothing can be recorded afterwards."""
         if not self._quiet:
+            self._redrawing.close()
             self._file.close()
             self._board.close()
 
@@ -189,6 +226,7 @@ class Metrics:
         self.close()
 
     def _append(self, kind: str, record: StepRecord | ValidationRecord | SampleRecord) -> None:
+        record = dataclasses.replace(record, time=round(time.time(), 3))
         values = {"kind": kind, **{name: _json_value(value) for name, value in dataclasses.asdict(record).items()}}
         line = json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         before = self._file.tell()
@@ -252,42 +290,9 @@ def _json_value(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step_line(record: StepRecord) -> str:
-    unit = "rank" if record.memory_bytes is None else "GPU"
-    each = f"({_compact(record.tokens_per_second_per_gpu)}/{unit})"
-    parts = [
-        f"step {record.step:>{len(str(record.steps))}}/{record.steps}",
-        f"{_compact(record.tokens):>5} tok",
-        f"loss {record.loss:<7.4f}",
-        f"lr {record.learning_rate:.2e}",
-        f"norm {record.grad_norm:<5.2f}",
-        f"{_compact(record.tokens_per_second):>5} tok/s {each:<12}",
-    ]
-    if record.loss_scale is not None:
-        parts.append(f"scale {record.loss_scale:<5.0f}")
-    if record.mfu is not None:
-        parts.append(f"MFU {record.mfu:>5.1%}")
-    if record.memory_bytes is not None:
-        parts.append(f"{record.memory_bytes / _GIB:>4.1f} GiB")
-    parts.append(f"ETA {duration(record.eta_seconds) if math.isfinite(record.eta_seconds) else '?'}")
-    if record.skipped:
-        parts.append("skipped: not finite")
-    return " | ".join(parts)
-
-
-def _compact(number: float) -> str:
-    """Format a number with about three digits: 950, 11.2k, 1.97M, 30.0B."""
-    if not math.isfinite(number) or (abs(number) < 1000 and number == int(number)):
-        return f"{number:.0f}"
-    scale, unit = next((pair for pair in _UNITS if abs(number) < 999.5 * pair[0]), _UNITS[-1])
-    number /= scale
-    digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
-    return f"{number:.{digits}f}{unit}"
-
-
-def _one_line(text: str) -> str:
-    """Put text on one line of a terminal: no line breaks, no control characters."""
-    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+def _valid_text(text: str) -> str:
+    """Text without lone surrogates, which no file can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _print(line: str) -> None:

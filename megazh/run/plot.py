@@ -22,9 +22,6 @@ def plot_losses(folder: Path, output: Path) -> None:
         UsageError: the folder holds no metrics, or `output` is not named .png.
         DataError: the metrics are damaged, or hold no step.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogFormatter
-
     if output.suffix.lower() != ".png":
         raise UsageError(f"{output}: a loss plot is a PNG; name it .png")
     records = read_metrics(folder)
@@ -32,6 +29,9 @@ def plot_losses(folder: Path, output: Path) -> None:
     validations = [record for record in records if record["kind"] == "validation"]
     if not steps:
         raise DataError(f"{folder}: no step is recorded yet; let the run take one first")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogFormatter
+
     tokens, loss = _column(steps, "tokens"), _column(steps, "loss")
     finite = np.isfinite(loss)
 

@@ -25,7 +25,7 @@ def describe_end(
         longer: the command that trains on, twice as long.
         anew: the command that starts another run of the same recipe.
     """
-    records = read_metrics(run.path)
+    records = read_metrics(run.path) if (run.path / METRICS).exists() else []
     trained = [record for record in records if record["kind"] == "step"]
     validations = [record for record in records if record["kind"] == "validation"]
     samples = [record for record in records if record["kind"] == "sample"]
@@ -43,11 +43,15 @@ def describe_end(
         )
     for sample in samples[-_SAMPLES:]:
         yield f"{'sample':<12}{sample['prompt']}|{' '.join(sample['text'].split())}"
+    if skipped := sum(record["skipped"] for record in trained):
+        yield f"{'skipped':<12}{skipped:,} of {len(trained):,} steps, since their gradients were not finite"
     try:
         plot_losses(run.path, run.plot)
         yield f"{'plot':<12}{run.plot}"
     except OSError as error:
         warn_once(run.plot, error, "the run is complete without its plot; the next call draws it")
+    except Exception as error:  # the run is complete without it
+        yield f"{'plot':<12}could not be drawn: {' '.join(str(error).split())}"
     seconds = sum(record["step_seconds"] for record in trained)
     operations = flops_per_step * len(trained) / 1e12
     yield f"{'time':<12}{seconds:.0f} s in {len(trained)} steps, {operations:.1f} TFLOP"

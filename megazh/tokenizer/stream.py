@@ -1,4 +1,7 @@
-"""Text of token ids that arrive one by one, in whole characters."""
+"""Text of token ids, all at once or one by one, in whole characters."""
+
+import codecs
+from collections.abc import Sequence
 
 from megazh.tokenizer.base import Tokenizer
 
@@ -17,8 +20,43 @@ Without a limit, the time for a text would grow with the square of its length.
 """
 
 
+_LONGEST = 4
+"""Bytes of the longest character in UTF-8."""
+
+
+def decode_whole(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text of `ids` without the first bytes of a last character whose other bytes are missing.
+
+    Such bytes are what a text ends with where its last character was cut. Other bytes that are not UTF-8 are U+FFFD,
+    and so is U+FFFD itself.
+    """
+    tail, first = b"", len(ids)
+    while first and len(tail) < _LONGEST and (piece := tokenizer.token_bytes(ids[first - 1])):
+        first -= 1
+        tail = piece + tail
+    cut = _unfinished_bytes(tail)
+    kept = len(ids)
+    # Whole tokens first: some decoders turn all bytes before an unfinished character into U+FFFD, too.
+    while cut and kept and len(piece := tokenizer.token_bytes(ids[kept - 1])) <= cut:
+        kept, cut = kept - 1, cut - len(piece)
+    text = tokenizer.decode(ids[:kept])
+    return text[:-1] if cut and text.endswith(_REPLACEMENT) else text
+
+
+def _unfinished_bytes(data: bytes) -> int:
+    """Number of bytes at the end of `data` that begin a character without finishing it."""
+    for count in range(min(_LONGEST - 1, len(data)), 0, -1):
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            if decoder.decode(data[-count:]) == "":
+                return count
+        except UnicodeDecodeError:
+            continue
+    return 0
+
+
 class TextStream:
-    """Turns ids into text piece by piece; the pieces joined equal the text of all ids decoded at once.
+    """Turns ids into text piece by piece; the pieces joined equal the text of all ids, as `decode_whole` gives it.
 
     Text is held back while its end may be the first bytes of a character that the next token completes. Decoders may
     treat the start of a text differently (SentencePiece drops a space), so each id is decoded with those before it.
@@ -50,8 +88,8 @@ class TextStream:
         return new
 
     def end(self) -> str:
-        """The text held back so far; bytes that form no character are U+FFFD."""
-        text = self._tokenizer.decode(self._ids)
+        """The text held back so far, without a last character that was cut; other broken bytes are U+FFFD."""
+        text = decode_whole(self._tokenizer, self._ids)
         new, self._returned = text[self._returned :], len(text)
         return new
 

@@ -44,6 +44,7 @@ def save_checkpoint(
     bounds: list[int],
     precision: str,
     run_id: str = "",
+    data: dict[str, str] | None = None,
 ) -> Path:
     """Write the checkpoint of `step` and return its path. All ranks call it.
 
@@ -58,6 +59,7 @@ def save_checkpoint(
         bounds: (stages + 1,) stage bounds; see `megazh.pipeline.split`.
         precision: name of the dtype of the weights, such as bf16.
         run_id: identity of the run, which its other checkpoints share.
+        data: fingerprint of the data; see `megazh.index.fingerprint`.
 
     Raises:
         WriteError: the disk is full, too small or gone, on any rank; earlier checkpoints are untouched.
@@ -103,6 +105,8 @@ def save_checkpoint(
             precision=precision,
             run_id=run_id,
             versions=_versions(),
+            data=data,
+            complete=False,
             files=[entries[name] for name in sorted(entries)],
         )
         try:
@@ -171,6 +175,23 @@ def state_bytes(engine: Any) -> int:
     sharded = engine.save_zero_checkpoint
     counted = [*(weights if first else []), *([*state, *masters] if first or sharded else [])]
     return sum(tensor.nbytes for tensor in counted)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Note in the manifest of the last step's checkpoint that the run is done. All ranks call it.
+
+    Raises:
+        WriteError: the manifest cannot be written.
+    """
+    error: WriteError | None = None
+    if dist.get_rank() == 0:
+        manifest = read_manifest(checkpoint).model_copy(update={"complete": True})
+        try:
+            with writing(checkpoint / MANIFEST, kept=_KEPT):
+                write_atomic(checkpoint / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+        except WriteError as failure:
+            error = failure
+    _raise_together(error)
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, manifest: CheckpointManifest) -> None:

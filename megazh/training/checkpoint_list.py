@@ -43,6 +43,11 @@ class CheckpointManifest(Config):
     run_id: str = ""
     """Identity of the run, as in its run.json; empty in checkpoints of versions before there was one."""
     versions: dict[str, str]
+    data: dict[str, str] | None = None
+    """Fingerprint of the data (see `megazh.index.fingerprint`); None in checkpoints of versions that recorded none."""
+    complete: bool | None = None
+    """Whether the run has validated and sampled after its last step, and is done. None in checkpoints of versions that
+    saved only after that."""
     files: list[FileEntry]
 
 

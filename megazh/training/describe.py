@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -71,3 +73,15 @@ def describe_kernels(recipe: Recipe, device: torch.device, work: Work) -> str:
         return f"torch, slower than Triton: {reason}"
     recorded = work.recordable and recipe.parallel.cuda_graph
     return "Triton, each micro-batch one CUDA graph" if recorded else "Triton"
+
+
+def describe_devices(device: torch.device) -> list[str]:
+    """The devices of all ranks by host, such as `node1: 6 x NVIDIA GeForce RTX 3090`. All ranks call it."""
+    import torch
+
+    from megazh.training.collect import gather
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return [
+        f"{host}: {count} x {each}" for (host, each), count in Counter(gather((socket.gethostname(), name))).items()
+    ]

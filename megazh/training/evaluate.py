@@ -1,22 +1,35 @@
-"""Validation loss and sampled continuations, computed by the training pipeline itself."""
+"""Validation loss and sampled continuations, computed by the training pipeline itself.
+
+Both take long, so they ask now and then whether to go on. All ranks get the same answer at the same place.
+"""
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.distributed as dist
 
 from megazh.index.mixture import ValidationSamples
 from megazh.model.generate import SamplingOptions, generate
 from megazh.pipeline.generate import pipeline_forward
+from megazh.progress import duration
 from megazh.tokenizer import Tokenizer
+from megazh.tokenizer.stream import decode_whole
 from megazh.training.feed import ValidationFeed
 from megazh.training.layout import Layout
 
 SAMPLING = SamplingOptions(temperature=0.7, top_k=50, top_p=0.95)
 """Sampling options of continuations during training."""
+
+_FIRST_PIECE, _LARGEST_PIECE = 4, 256  # micro-batches between two questions whether to go on
+_PIECE_SECONDS = 2.0
+_LOG_SECONDS = 30.0
+_TOKENS_PER_POLL = 8
 
 
 @dataclass(frozen=True)
@@ -52,9 +65,45 @@ class Validator:
         """Number of samples in a pass."""
         self._bytes = count_bytes(samples, self._feed.numbers, tokenizer)
 
-    def __call__(self, engine: Any) -> Validation:
-        """Validate. All ranks call it."""
-        loss = float(engine.eval_batch(iter(self._feed), num_micro_batches=self._feed.micro_batches))
+    def __call__(
+        self,
+        engine: Any,
+        agree: Callable[[float], tuple[bool, float]] = lambda seconds: (False, seconds),
+        log: Callable[[str], None] = lambda line: None,
+    ) -> Validation | None:
+        """Validate. All ranks call it.
+
+        Args:
+            engine: the engine.
+            agree: takes this rank's seconds of the last piece; returns, the same on all ranks, whether to stop and the
+                seconds of the slowest rank.
+            log: prints a line of progress, every half minute.
+
+        Returns:
+            None if it was stopped.
+        """
+        total, done, piece = self._feed.micro_batches, 0, _FIRST_PIECE
+        batches, losses = iter(self._feed), list[torch.Tensor]()
+        begun = logged = time.monotonic()
+        while done < total:
+            count, piece_begun = min(piece, total - done), time.monotonic()
+            found = engine.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
+            losses += found or []  # None except on the last stage
+            done += count
+            stop, seconds = agree(time.monotonic() - piece_begun)
+            if stop:
+                return None
+            if time.monotonic() - logged > _LOG_SECONDS:
+                logged = time.monotonic()
+                left = (logged - begun) * (total - done) / done
+                log(f"validation: {done * self.samples // total:,} of {self.samples:,} samples, {duration(left)} left")
+            faster = seconds * 2 < _PIECE_SECONDS
+            piece = (
+                min(2 * piece, _LARGEST_PIECE) if faster else max(piece // 2, 1) if seconds > _PIECE_SECONDS else piece
+            )
+        # As `eval_batch` does for all micro-batches at once, so that pieces change no bit of the loss.
+        reduced = engine._reduce_outputs(losses, micro_batches=total) if engine.is_last_stage() else None
+        loss = float(engine._bcast_pipe_scalar(reduced))
         return Validation(loss, loss * self._feed.valid / math.log(2) / max(self._bytes, 1))
 
 
@@ -81,13 +130,50 @@ def count_bytes(samples: ValidationSamples, numbers: Sequence[int], tokenizer: T
     return total
 
 
-def sample_text(engine: Any, tokenizer: Tokenizer, prompt: str, count: int, seed: int) -> str:
-    """Sample a continuation of `prompt`, at most `count` tokens long. All ranks call it and get the same text."""
+def sample_text(
+    engine: Any,
+    tokenizer: Tokenizer,
+    prompt: str,
+    count: int,
+    seed: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> str | None:
+    """Sample a continuation of `prompt`, at most `count` tokens long. All ranks call it and get the same text.
+
+    Args:
+        engine: the engine.
+        tokenizer: the tokenizer of the run.
+        prompt: text to continue.
+        count: largest number of tokens.
+        seed: seed of the random draws.
+        stop: whether this rank was requested to stop; the stages of a replica agree on it every few tokens.
+
+    Returns:
+        The text without the bytes of a last character that was cut; None if it was stopped.
+
+    Raises:
+        DataError: the logits are not finite.
+    """
     ids = tokenizer.encode(prompt)
     module = engine.module
     module.eval()
-    forward = pipeline_forward(module, len(ids) + count)
-    tokens = generate(forward, ids, count, SAMPLING, tokenizer.vocab_size, tokenizer.eod_id, seed)
-    text = tokenizer.decode([*ids, *tokens])
-    module.train()
-    return text[len(tokenizer.decode(ids)) :]
+    try:
+        forward = pipeline_forward(module, len(ids) + count)
+        tokens: list[int] = []
+        for token in generate(forward, ids, count, SAMPLING, tokenizer.vocab_size, tokenizer.eod_id, seed):
+            tokens.append(token)
+            if len(tokens) % _TOKENS_PER_POLL == 0 and _agree_in_replica(module, stop()):
+                return None
+    finally:
+        module.train()
+    return decode_whole(tokenizer, [*ids, *tokens])[len(tokenizer.decode(ids)) :]
+
+
+def _agree_in_replica(module: Any, stop: bool) -> bool:
+    """Whether any stage of this replica wants to stop. Replicas draw for themselves and may end at other tokens."""
+    grid = module.mpu()
+    if grid.pipe_parallel_size == 1:
+        return stop
+    flag = torch.tensor([stop], dtype=torch.int32, device=next(module.parameters()).device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=grid.get_pipe_parallel_group())
+    return bool(flag)

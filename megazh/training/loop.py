@@ -1,29 +1,34 @@
 """The training loop: build or resume, then step, log, validate, sample and save."""
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from megazh.errors import DataError, DivergedError
 from megazh.model.backend import choose_backend
 from megazh.model.counts import flops_per_token
 from megazh.pipeline.engine import check_tied, make_engine, quiet
-from megazh.pipeline.module import DecoderPipeline
+from megazh.pipeline.module import Z_LOSS, DecoderPipeline
 from megazh.pipeline.precision import Dtype
 from megazh.run.folder import RunFolder
-from megazh.run.metrics import Metrics, StepRecord
+from megazh.run.metrics import VALIDATION, Metrics, StepRecord, sample_of
 from megazh.run.peaks import mfu, peak_flops
-from megazh.training.checkpoint import check_disk, load_checkpoint, save_checkpoint
+from megazh.training.checkpoint import check_disk, load_checkpoint, mark_complete, save_checkpoint
+from megazh.training.checkpoint_list import checkpoint_path
+from megazh.training.collect import of_rank_0
 from megazh.training.cut import agree_on_bounds
-from megazh.training.describe import describe_kernels
-from megazh.training.evaluate import Validator, sample_text
+from megazh.training.describe import describe_devices, describe_kernels
+from megazh.training.evaluate import Validation, Validator, sample_text
 from megazh.training.feed import MicroBatch, training_feed
+from megazh.training.health import Health, diverged, find_not_finite
 from megazh.training.layout import Layout, make_layout
 from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.optimizer import make_optimizer
@@ -49,14 +54,17 @@ def train(path: Path, device: torch.device, stop: StopRequest, startup: Startup)
 
     Raises:
         MegazhError: data, checkpoint or machine fail, as the functions called here document.
+        DivergedError: steps or weights are not finite; nothing more was saved.
         Interrupted: a rank was requested to stop; a checkpoint of the last finished step is written.
     """
     run = RunFolder(path)
     recipe = run_recipe(run)
     layout = make_layout(recipe, dist.get_world_size())
     trainer = Trainer(run, recipe, layout, device, stop, startup)
+    devices = describe_devices(device)
     if dist.get_rank() == 0:
         run.record(recipe.with_cut(trainer.bounds).to_yaml())
+        run.add_devices(devices, {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {})
     trainer.run()
 
 
@@ -82,6 +90,7 @@ class Trainer:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total), device)
         self._mixture = recipe.open_mixture()
+        run.check_data(self._mixture)  # on another machine or a moment later, the paths may lead to other data
         self._tokenizer = run.tokenizer()
         self._startup.done("data")
         self._run_id = run.info().run_id
@@ -101,6 +110,11 @@ class Trainer:
         self._startup.done("engine")
         if checkpoint and manifest:
             load_checkpoint(self.engine, checkpoint, manifest)
+            if wrong := find_not_finite(self.engine):
+                raise DataError(
+                    f"{checkpoint}: {wrong} is not finite: training had diverged; remove this checkpoint to resume "
+                    "from the one before it"
+                )
             self._startup.done("checkpoint")
             self.log(f"resumed at step {self._step} of {self._steps}")
             if not manifest.run_id:
@@ -119,6 +133,13 @@ class Trainer:
         self._pace = 0.0
         """Exponential average of the seconds per step."""
         self._begun_at = self._step
+        self._saved_at = self._step if manifest else None
+        """Step of the newest checkpoint; None where there is none."""
+        self._save_is_due = False
+        """Whether a checkpoint waits for a step that is not skipped."""
+        self._health = Health()
+        self._evaluated: set[str] = set()
+        """Evaluations that are done for the current step, see `_evaluate`."""
 
     def log(self, line: str) -> None:
         """Print a line once, on rank 0."""
@@ -158,29 +179,85 @@ class Trainer:
         return Validator(self._mixture.validation, self._layout, self._replica, limit, self._tokenizer)
 
     def run(self) -> None:
-        """Train all remaining steps."""
-        checkpoint_every, evaluation = self._recipe.checkpoint.checkpoint_every, self._recipe.evaluation
-        if self._largest([float(self._stop.requested)])[0]:
+        """Train all remaining steps, validate and sample, and mark the run as complete."""
+        if self._stop_is_agreed():
             raise Interrupted  # during start-up: there is nothing to save
         with Metrics(self._folder.path, self._step, quiet=dist.get_rank() != 0) as metrics:
-            if self._step == 0:
-                self._validate(metrics)
-                self._startup.done("validation")
+            self._evaluated = of_rank_0(metrics.evaluated_at(self._step))
+            self._evaluate(metrics)  # of a new run, or what an interruption prevented
+            self._startup.done("validation")
             while self._step < self._steps:
                 stop = self.take_step(metrics)
-                last = self._step == self._steps
-                if not last and (stop or _due(checkpoint_every, self._step)):
-                    self._save()  # before anything that takes time or may fail
-                if stop and not last:
+                self._evaluated = set()
+                self._check_health(metrics)
+                self._save_if_due(stop)
+                if stop:
                     raise Interrupted
-                if last or _due(evaluation.validate_every, self._step):
-                    self._validate(metrics)
-                if last or _due(evaluation.sample_every, self._step):
-                    self._sample(metrics)
-                if last or _due(self._recipe.parallel.check_tied_every, self._step):
-                    check_tied(self.engine.module)
-                if last:
-                    self._save()
+                self._evaluate(metrics)
+                if self._step < self._steps and (self._saved_at == self._step or VALIDATION in self._evaluated):
+                    metrics.draw()
+        mark_complete(checkpoint_path(self._folder.checkpoints, self._step))
+
+    def _check_health(self, metrics: Metrics) -> None:
+        """End a run that has diverged, before anything is saved.
+
+        Raises:
+            DivergedError: too many steps in a row were skipped, at the end of a run already more than half of it; or
+                the last one, and the model is of no use.
+        """
+        skipped = self._health.skipped_in_row
+        if self._health.diverged:
+            raise self._diverged(f"the last {skipped} steps were skipped, since gradients were not finite")
+        if self._step < self._steps or not skipped:
+            return
+        if 2 * skipped > self._steps or self.engine.skipped_steps >= self._steps:
+            raise self._diverged(
+                f"{self.engine.skipped_steps} of {self._steps} steps were skipped, since gradients were not finite"
+            )
+        if self._health.doubtful:
+            found = self._validate(metrics)  # first: the steps skipped last hold nothing that a save could lose
+            if found is None or not math.isfinite(found.loss):
+                shown = "loss" if found is None else "validation loss"
+                raise self._diverged(f"the last step was skipped, and the {shown} is not finite, either")
+
+    def _diverged(self, what: str) -> DivergedError:
+        saved = None if self._saved_at is None else checkpoint_path(self._folder.checkpoints, self._saved_at)
+        return diverged(f"step {self._step}: training has diverged: {what}", self._recipe.optimizer, saved)
+
+    def _save_if_due(self, stop: bool) -> None:
+        """Save before anything that takes time or may fail: at the end, on a request to stop, and at intervals.
+
+        At an interval, a checkpoint waits for a step that is not skipped: until then it would hold nothing new.
+        """
+        self._save_is_due |= _due(self._recipe.checkpoint.checkpoint_every, self._step)
+        if stop or self._step == self._steps or (self._save_is_due and not self._health.skipped_in_row):
+            self._save()
+
+    def _evaluate(self, metrics: Metrics) -> None:
+        """Validate, sample and compare the tied embedding, as far as each is due now and not done.
+
+        Raises:
+            Interrupted: a rank was requested to stop; the current step is saved.
+        """
+        every, last = self._recipe.evaluation, self._step >= self._steps
+        if self._step == 0 or last or _due(every.validate_every, self._step):
+            self._validate(metrics)
+        if not self._step:
+            return
+        if last or _due(every.sample_every, self._step):
+            self._sample(metrics)
+        if last or _due(self._recipe.parallel.check_tied_every, self._step):
+            check_tied(self.engine.module)
+
+    def _stop_is_agreed(self) -> bool:
+        """Whether any rank was requested to stop. All ranks call it."""
+        return self._largest([float(self._stop.requested)])[0] > 0
+
+    def _interrupt(self) -> NoReturn:
+        """Save the current step, unless that was done or it is the first, and end. All ranks call it."""
+        if self._step and self._saved_at != self._step:
+            self._save()
+        raise Interrupted
 
     def take_step(self, metrics: Metrics) -> bool:
         """Take one optimizer step and record it in `metrics`; returns whether a rank was requested to stop."""
@@ -196,14 +273,17 @@ class Trainer:
         skipped_before = engine.skipped_steps
         begun = time.perf_counter()
         loss = float(engine.train_batch(self._feed))
+        z_loss = float(engine.agg_additional_losses[Z_LOSS]) if engine.agg_additional_losses else None
         seconds = time.perf_counter() - begun
         self._step += 1
         if self._step == self._begun_at + 1:
             self._startup.done("first step")
             self.log(self._startup.describe())
-        stop, data_seconds, memory, reserved = self._largest(
-            [float(self._stop.requested), self._data_seconds, *self._memory()]
+        skipped_here, odd_here = engine.skipped_steps > skipped_before, not math.isfinite(loss)
+        stop, data_seconds, memory, reserved, skipped, odd = self._largest(
+            [float(self._stop.requested), self._data_seconds, *self._memory(), float(skipped_here), float(odd_here)]
         )
+        self._health.count(skipped > 0, not odd)
         rate_all = recipe.batch_tokens / seconds
         norm = engine.get_global_grad_norm()
         metrics.step(
@@ -211,7 +291,7 @@ class Trainer:
                 step=self._step,
                 steps=self._steps,
                 tokens=self._step * recipe.batch_tokens,
-                loss=loss,
+                loss=loss - (z_loss or 0.0),
                 learning_rate=rate,
                 grad_norm=float("nan") if norm is None else float(norm),
                 step_seconds=seconds,
@@ -221,7 +301,9 @@ class Trainer:
                 memory_bytes=int(memory) if memory else None,
                 memory_reserved=int(reserved) if memory else None,
                 data_seconds=data_seconds,
-                skipped=engine.skipped_steps > skipped_before,
+                skipped=skipped > 0,
+                skipped_so_far=engine.skipped_steps,
+                z_loss=z_loss,
                 eta_seconds=self._eta(seconds),
                 loss_scale=float(engine.optimizer.loss_scale) if self._precision.compute is Dtype.FP16 else None,
             )
@@ -249,21 +331,51 @@ class Trainer:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
-    def _validate(self, metrics: Metrics) -> None:
-        if self._validator is None:
-            return
-        found = self._validator(self.engine)
+    def _validate(self, metrics: Metrics) -> Validation | None:
+        """Validate, unless that is done for this step; None then, and without held-out documents."""
+        if self._validator is None or VALIDATION in self._evaluated:
+            return None
+
+        def agree(seconds: float) -> tuple[bool, float]:
+            stop, slowest = self._largest([float(self._stop.requested), seconds])
+            return stop > 0, slowest
+
+        found = self._validator(self.engine, agree, self.log)
+        if found is None:
+            self._interrupt()
         tokens = self._step * self._recipe.batch_tokens
         metrics.validation(self._step, tokens, found.loss, found.bits_per_byte, self._validator.samples)
+        self._evaluated.add(VALIDATION)
+        return found
 
     def _sample(self, metrics: Metrics) -> None:
+        """Sample a continuation of each prompt that has none at this step."""
         evaluation = self._recipe.evaluation
         for number, prompt in enumerate(evaluation.sample_prompts):
+            if sample_of(prompt) in self._evaluated:
+                continue
             seed = hash_seed(self._recipe.schedule.seed, self._step, number)
-            text = sample_text(self.engine, self._tokenizer, prompt, evaluation.sample_tokens, seed)
+            text: str | None = ""
+            try:
+                text = sample_text(
+                    self.engine, self._tokenizer, prompt, evaluation.sample_tokens, seed, lambda: self._stop.requested
+                )
+            except DataError as error:  # logits that are not finite; the run has what it needs, and may recover
+                self.log(f"no sample after step {self._step}: {error}")
+            # Replicas draw for themselves, so a rank may know of the request that others have not seen yet.
+            if self._stop_is_agreed() or text is None:
+                self._interrupt()
             metrics.sample(self._step, prompt, text)
+            self._evaluated.add(sample_of(prompt))
 
     def _save(self) -> None:
+        """Save the current step. All ranks call it.
+
+        Raises:
+            DivergedError: a weight or an optimizer state is not finite, on any rank.
+        """
+        if wrong := find_not_finite(self.engine):
+            raise self._diverged(f"{wrong} is not finite")
         begun = time.perf_counter()
         recipe = self._recipe
         path = save_checkpoint(
@@ -275,7 +387,9 @@ class Trainer:
             self.bounds,
             self._precision.compute.value,
             self._run_id,
+            self._mixture.fingerprint,
         )
+        self._saved_at, self._save_is_due = self._step, False
         self.log(f"checkpoint {os.path.relpath(path)} ({time.perf_counter() - begun:.1f} s)")
 
 

@@ -17,10 +17,26 @@ from megazh.training.weights import load_decoder
 
 
 class TextModel:
-    """A model with its tokenizer."""
+    """A model with its tokenizer.
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        trained_length: tokens per sample that the model was trained on.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, trained_length: int) -> None:
+        self.model, self.tokenizer, self.trained_length = model, tokenizer, trained_length
+
+    def warning(self, prompt: str) -> str | None:
+        """A line about a prompt of more tokens than the model ever saw at once; None for others."""
+        count = len(self.tokenizer.encode(prompt))
+        if count < self.trained_length:
+            return None
+        return (
+            f"warning: the prompt has {count:,} tokens, and the model was trained on {self.trained_length:,} at a "
+            "time: it was never trained to go on behind so many, and may write nonsense; give a shorter prompt"
+        )
 
     def stream(
         self,
@@ -76,4 +92,4 @@ def open_model(run: Path, checkpoint: str | None = None, device: str | None = No
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch can use no GPU here; leave it out, or give --device cpu")
-    return TextModel(load_decoder(path, recipe, torch.device(device)), folder.tokenizer())
+    return TextModel(load_decoder(path, recipe, torch.device(device)), folder.tokenizer(), recipe.batch.seq_len)

@@ -62,7 +62,7 @@ def test_gradients_are_added_where_they_are_summed(postpones: bool) -> None:
 
     hidden = run_layers(fused.embedding, fused.blocks, fused.norm, tokens, attend, False)
     scale = torch.ones(())
-    _, gradient = loss_and_gradient(hidden, fused.head.weight, labels, 0.01, scale, True)
+    _, gradient, _ = loss_and_gradient(hidden, fused.head.weight, labels, 0.01, scale, True)
     hidden.backward(gradient)
     if postpones:
         products = {key for key in sums if key.endswith("proj.weight")} | {"embedding.weight"}

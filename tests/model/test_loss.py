@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megazh.model import counts
 from megazh.model import loss as module
 from megazh.model.counts import chunk_tokens
-from megazh.model.loss import summed_cross_entropy
+from megazh.model.loss import summed_cross_entropy, summed_losses
 
 
 def inputs(
@@ -53,6 +53,17 @@ def test_value_and_gradients(chunks: int, z_loss: float) -> None:
     found = torch.autograd.grad(total * 0.25, (states, weight))
     torch.testing.assert_close(found[0].double(), grad_states / 4, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1].double(), grad_weight / 4, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_z_loss_is_given_apart(chunks: int, fused: bool) -> None:
+    states, weight, labels = inputs()
+    total, z_total = summed_losses(states, weight, labels, 1e-2, fused)
+    both, plain = (reference(states, weight, labels, z_loss)[0].item() for z_loss in (1e-2, 0.0))
+    assert total.item() == pytest.approx(both, rel=1e-6)
+    assert z_total.item() == pytest.approx(both - plain, rel=1e-5)
+    assert not z_total.requires_grad
+    assert summed_losses(states, weight, labels, 0.0, fused)[1].item() == 0.0
 
 
 def test_chunks_are_what_the_limit_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import TrainSchedule
 
@@ -33,6 +34,10 @@ SOURCES = {
     PipelineEngine._train_schedule: "8423c0c94dd2",
     PipelineEngine._aggregate_total_loss: "562a551f9875",
     PipelineEngine._recv_tensor_meta: "ab38845ae896",
+    PipelineEngine.eval_batch: "439640583d69",
+    PipelineEngine._reduce_outputs: "2fc5a5aabb8c",
+    PipelineEngine._bcast_pipe_scalar: "13b548592a59",
+    DeepSpeedEngine._take_model_step: "c4c6e01aa1fc",
     BF16_Optimizer._setup_for_real_optimizer: "d5c428fde575",
     BF16_Optimizer.get_grads_for_norm: "81ed7f0b119f",
     BF16_Optimizer.step: "9b21d4a28f87",

@@ -1,7 +1,11 @@
 """A run folder: usable without the data, and not resumed with other data."""
 
 import json
+import os
+import shlex
 import shutil
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +67,19 @@ def test_the_same_data_may_move(run: RunFolder, own_stories: Path) -> None:
     assert run_recipe(run).data.manifest == str(own_stories)
 
 
-@pytest.mark.parametrize("change", [{"seed": 2}, {"validation": {"fraction": 0.3, "salt": "other"}}])
-def test_another_order_or_split_is_refused(run: RunFolder, own_stories: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 2}, "seed 1 -> 2"),
+        ({"validation": {"fraction": 0.01, "salt": "other"}}, "validation.salt .* -> other"),
+        ({"on_exhausted": "stop"}, r"corpora\.corpus\.on_exhausted wrap -> stop"),
+    ],
+)
+def test_another_order_or_split_is_refused(
+    run: RunFolder, own_stories: Path, change: dict[str, Any], named: str
+) -> None:
     own_stories.write_text(yaml.safe_dump({**yaml.safe_load(own_stories.read_text()), **change}))
-    with pytest.raises(UsageError, match="is not what the run was begun with"):
+    with pytest.raises(UsageError, match=f"is not what the run was begun with: .*{named}.*; give the same again"):
         again(run, recipe_on(own_stories))
 
 
@@ -129,3 +142,45 @@ def test_a_run_that_cannot_be_written_leaves_nothing_of_itself(stories: Path, tm
     with pytest.raises(WriteError, match=rf"^{run.path / failing}: cannot be written: "):
         again(run, recipe_on(stories))
     assert [path.name for path in run.path.iterdir()] == [failing]
+
+
+def test_every_start_is_recorded(run: RunFolder, own_stories: Path) -> None:
+    (first,) = run.info().attempts
+    assert first.versions.keys() >= {"python", "megazh", "torch", "deepspeed"}
+    assert (first.host, first.folder) == (socket.gethostname(), os.getcwd())
+    assert shlex.split(first.command) == sys.orig_argv
+    run.add_devices(["here: 2 x CPU"], {"cuda": "13.0"})
+    again(run, recipe_on(own_stories))
+    first, second = run.info().attempts
+    assert (first.devices, first.versions["cuda"]) == (["here: 2 x CPU"], "13.0")
+    assert second.devices == []
+    assert first.started <= second.started
+
+
+@pytest.mark.parametrize("change", [{"validation": {"fraction": 0.3}}, {"on_exhausted": "stop"}, None])
+def test_a_run_that_recorded_no_fingerprint_goes_on_with_a_note(
+    run: RunFolder, own_stories: Path, change: dict[str, Any] | None
+) -> None:
+    """What such a run recorded is compared; of the rest a line says that it cannot be."""
+    path = run.path / DESCRIPTION
+    values = json.loads(path.read_text())
+    del values["data"], values["attempts"]
+    path.write_text(json.dumps(values))
+    if change is not None:
+        own_stories.write_text(yaml.safe_dump({**yaml.safe_load(own_stories.read_text()), **change}))
+    recipe = recipe_on(own_stories)
+    if change is not None and "validation" in change:
+        with pytest.raises(UsageError, match=r"corpora\.corpus\.training_documents \d+ -> \d+"):
+            again(run, recipe)
+        return
+    (note,) = run.begin(recipe.to_yaml(), recipe.open_mixture())
+    assert note.startswith(f"note: {run.path} was begun by a version that did not record weights")
+    assert run.info().data == recipe.open_mixture().fingerprint
+    assert run.begin(recipe.to_yaml(), recipe.open_mixture()) == []
+
+
+def test_the_checkpoint_counts_as_well(run: RunFolder, stories: Path) -> None:
+    recipe = recipe_on(stories)
+    saved = {**recipe.open_mixture().fingerprint, "corpora.corpus.bin": "0" * 64}
+    with pytest.raises(UsageError, match=r"corpora\.corpus\.bin 0000000000000000… -> "):
+        run.begin(recipe.to_yaml(), recipe.open_mixture(), saved)

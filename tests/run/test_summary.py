@@ -69,3 +69,17 @@ def test_a_plot_that_cannot_be_written_is_a_warning(
     assert "go on:" in lines
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {run.plot}: cannot be written: Is a directory; ")
+
+
+def test_skipped_steps_are_counted(run: RunFolder) -> None:
+    metrics = run.path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"skipped": false', '"skipped": true', 2))
+    assert "skipped     2 of 6 steps, since their gradients were not finite" in closing_lines(run)
+
+
+def test_without_metrics_the_run_is_complete_all_the_same(run: RunFolder) -> None:
+    (run.path / "metrics.jsonl").unlink()
+    assert closing_lines(run)[1:] == [
+        f"{run.path}: complete, 6 steps",
+        f"metrics     no steps are in {run.path / 'metrics.jsonl'}",
+    ]

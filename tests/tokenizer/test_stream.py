@@ -9,7 +9,7 @@ from byte_fallback import PIECES, write_byte_fallback_json
 from textdata import texts, tokenizer_path
 
 from megazh.tokenizer import Tokenizer, load_tokenizer
-from megazh.tokenizer.stream import TextStream
+from megazh.tokenizer.stream import TextStream, decode_whole
 
 BROKEN = "\ufffd"
 
@@ -88,7 +88,7 @@ def test_random_ids_never_break_a_character_and_lose_nothing(byte_level: Tokeniz
     for length in [3] * 100 + [40] * 20 + [300] * 3:
         ids = [draw.randrange(byte_level.vocab_size) for _ in range(length)]
         parts = streamed(byte_level, ids)
-        assert "".join(parts) == byte_level.decode(ids)
+        assert "".join(parts) == decode_whole(byte_level, ids)
         for at in range(0, length, 10):
             returned = "".join(parts[: at + 1])
             assert byte_level.decode([*ids[: at + 1], mark]).startswith(returned), "never changed afterwards"
@@ -102,10 +102,10 @@ def test_random_bytes(name: str, request: pytest.FixtureRequest) -> None:
     fragments = [b"\x80", b"\xbf", b"\xe4", b"\xf0\x9f", b"\xff", b"a", "漢".encode(), "漢".encode()[:2], "🙂".encode()]
     for length in [4] * 100 + [30] * 30 + [200] * 4:
         ids = byte_ids(tokenizer, b"".join(draw.choice(fragments) for _ in range(length)))
-        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+        assert "".join(streamed(tokenizer, ids)) == decode_whole(tokenizer, ids)
     for fragment in fragments:
         ids = byte_ids(tokenizer, fragment * 100)
-        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+        assert "".join(streamed(tokenizer, ids)) == decode_whole(tokenizer, ids)
 
 
 def test_a_replacement_character_that_is_text(byte_level: Tokenizer) -> None:
@@ -113,9 +113,35 @@ def test_a_replacement_character_that_is_text(byte_level: Tokenizer) -> None:
     assert "".join(streamed(byte_level, ids)) == f"a{BROKEN}b{BROKEN}{BROKEN}漢{BROKEN}"
 
 
-def test_held_back_bytes_come_at_the_end(byte_level: Tokenizer) -> None:
-    ids = byte_ids(byte_level, b"ab\xe6\xbc")
-    assert streamed(byte_level, ids) == ["a", "b", "", "", BROKEN]
+@pytest.mark.parametrize("name", ["byte_level", "pieces", "fallback"])
+def test_a_last_character_that_is_cut_is_left_out_and_nothing_else(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    before = byte_ids(tokenizer, f"ab漢{BROKEN}".encode())
+    for character in ("é", "字", "🙂"):
+        data = character.encode()
+        for cut in range(1, len(data)):
+            ids = [*before, *byte_ids(tokenizer, data[:cut])]
+            assert decode_whole(tokenizer, ids) == "".join(streamed(tokenizer, ids)) == f"ab漢{BROKEN}"
+        ids = [*before, *byte_ids(tokenizer, data)]
+        assert decode_whole(tokenizer, ids) == "".join(streamed(tokenizer, ids)) == f"ab漢{BROKEN}{character}"
+    for wrong in (b"\x80", b"\xff", b"\xe0\x80", b"\xf4\x90", b"\xf5\x80"):  # beginnings of no character
+        ids = byte_ids(tokenizer, wrong)
+        assert decode_whole(tokenizer, ids) == "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+    assert decode_whole(tokenizer, []) == ""
+
+
+def test_a_token_of_a_whole_and_a_cut_character(byte_level: Tokenizer) -> None:
+    """Byte-level tokens may hold both: then the token stays, and what is not whole goes."""
+    mixed = []
+    for number in range(byte_level.vocab_size):
+        data = byte_level.token_bytes(number)
+        for cut in (1, 2, 3):
+            whole = data[:-cut].decode(errors="ignore")
+            if whole and whole.encode() == data[:-cut] and 0xE0 <= data[-cut] <= 0xEF and cut < 3:
+                mixed.append((number, whole))
+    assert mixed, "the tokenizer has such tokens"
+    for number, whole in mixed:
+        assert decode_whole(byte_level, [number]) == whole != byte_level.decode([number])
 
 
 def test_garbage_does_not_hold_text_back_for_ever(byte_level: Tokenizer) -> None:
@@ -195,4 +221,4 @@ def test_each_token_costs_the_same(
     assert len(ids) > 600
     assert max(costs) < 1000
     assert sum(costs) < 60 * len(ids)
-    assert "".join(parts) + stream.end() == plain(ids)
+    assert "".join(parts) + stream.end() == decode_whole(tokenizer, ids)

@@ -12,6 +12,7 @@ from training.evaluate_rank import LIMITS, PROMPT, TOKENS, recipe_on
 from megazh.model.decoder import Decoder
 from megazh.model.generate import cached_forward, generate
 from megazh.tokenizer import load_tokenizer
+from megazh.tokenizer.stream import decode_whole
 from megazh.training.evaluate import SAMPLING
 
 SCRIPT = Path(__file__).parent / "evaluate_rank.py"
@@ -48,5 +49,5 @@ def test_it_is_what_one_process_finds(stories: Path, tmp_path: Path, stages: int
     for seed, text in zip((1, 1, 2), found[0]["texts"], strict=True):
         forward = cached_forward(model, len(ids) + TOKENS)
         drawn = list(generate(forward, ids, TOKENS, SAMPLING, tokenizer.vocab_size, tokenizer.eod_id, seed))
-        assert text == tokenizer.decode([*ids, *drawn])[len(PROMPT) :]
+        assert text == decode_whole(tokenizer, [*ids, *drawn])[len(PROMPT) :]
     assert found[0]["texts"][0] != found[0]["texts"][2]

@@ -97,6 +97,18 @@ def test_the_end_of_a_document_ends_the_text_unless_it_is_ignored(run: RunFolder
     assert len(list(model.stream(PROMPT, 7, GREEDY, 0, stop_at_end=False))) == 8
 
 
+def test_a_prompt_of_more_tokens_than_a_sample_gets_a_warning(run: RunFolder) -> None:
+    model = open_model(run.path)
+    seq_len = run_recipe(run).batch.seq_len
+    assert model.trained_length == seq_len
+    long = PROMPT * seq_len
+    assert model.warning(PROMPT) is None
+    found = model.warning(long)
+    assert found is not None
+    assert f"the prompt has {len(model.tokenizer.encode(long)):,} tokens" in found
+    assert f"trained on {seq_len:,} at a time" in found
+
+
 def test_no_run_no_checkpoint_no_such_checkpoint(run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere: not the folder of a run: "):
         open_model(tmp_path / "nowhere")

@@ -16,7 +16,7 @@ from megazh.cluster.hostfile import Host, read_hostfile
 from megazh.cluster.launchers.local import free_port
 from megazh.cluster.launchers.rank_log import Output
 from megazh.console import CONSOLE_LOG, open_console
-from megazh.errors import INTERRUPTED, UsageError, WorkerError
+from megazh.errors import INTERRUPTED, DivergedError, UsageError, WorkerError
 from megazh.training.job import Job
 
 _POLL_SECONDS = 0.1
@@ -64,8 +64,8 @@ def _run(command: list[str]) -> int:
         err.close()
         for each, handler in before.items():
             signal.signal(each, handler)
-    if not code:
-        return 0
+    if not code or code == DivergedError.exit_code:  # the ranks have said why, and the same again would diverge again
+        return code
     again = "run the same command again to resume from the last checkpoint"
     if interrupted:
         print(f"interrupted; {again}", file=sys.stderr, flush=True)

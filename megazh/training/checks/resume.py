@@ -45,9 +45,18 @@ def steps_done(run: RunFolder) -> int | None:
 
 
 def is_complete(run: RunFolder, recipe: Recipe) -> bool:
-    """Whether the run has a checkpoint of the recipe's last step, or of a later one."""
-    done = steps_done(run)
-    return done is not None and done >= recipe.total_steps
+    """Whether the run has a checkpoint of the recipe's last step, or of a later one, and has evaluated it."""
+    checkpoints = list_checkpoints(run.checkpoints)
+    if not checkpoints:
+        return False
+    newest = read_manifest(checkpoints[-1])
+    return newest.step >= recipe.total_steps and newest.complete is not False
+
+
+def saved_data(run: RunFolder) -> dict[str, str] | None:
+    """Fingerprint of the data that the newest checkpoint was trained on; None without one, or where it has none."""
+    checkpoints = list_checkpoints(run.checkpoints)
+    return read_manifest(checkpoints[-1]).data if checkpoints else None
 
 
 def _new_where_asked(job: Job, found: Collector) -> None:

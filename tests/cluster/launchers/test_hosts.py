@@ -13,7 +13,7 @@ from recipes import make_recipe
 from megazh.cluster.hostfile import Host
 from megazh.cluster.launchers import hosts
 from megazh.cluster.launchers.hosts import deepspeed_command
-from megazh.errors import UsageError, WorkerError
+from megazh.errors import DivergedError, UsageError, WorkerError
 from megazh.training.job import Devices, Request, make_job
 from megazh.training.recipe import Device
 
@@ -40,6 +40,8 @@ def test_a_failed_launcher_gives_an_exit_code_and_one_line(
     assert err.startswith("error: DeepSpeed's launcher ended with exit code 7")
     monkeypatch.setattr(hosts, "command", lambda job: [sys.executable, "-c", ""])
     assert hosts.launch(job) == 0
+    monkeypatch.setattr(hosts, "command", lambda job: [sys.executable, "-c", "raise SystemExit(6)"])
+    assert hosts.launch(job) == DivergedError.exit_code, "no scheduler may take it for a failed machine"
 
 
 @pytest.mark.ranks

@@ -1,0 +1,88 @@
+"""One attempt to run, as `run.json` records it: when, where, by which command, and with which code and libraries."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from pydantic import Field
+
+from megazh import __version__
+from megazh.config import Config
+
+_LIBRARIES = ("torch", "deepspeed", "numpy", "triton")
+_GIT_SECONDS = 10.0
+
+
+class Attempt(Config):
+    """A start of the run, the first one or a resume."""
+
+    started: str
+    """Date and time of the start in UTC, such as 2026-11-28T01:02:03Z."""
+    host: str
+    """Name of the machine that the command ran on."""
+    folder: str
+    """Current folder, which relative paths in the command refer to."""
+    command: str
+    """Command line, quoted for a shell."""
+    commit: str | None
+    """Git commit of the code; None where it is no checkout, or git cannot tell."""
+    changed: bool | None
+    """Whether files of that commit had been changed; None where `commit` is."""
+    versions: dict[str, str]
+    """Versions of Python, megazh and the libraries; `cuda` is that of the CUDA libraries that torch was built with."""
+    devices: list[str] = Field(default_factory=list)
+    """Devices of the ranks by host, such as `node1: 6 x NVIDIA GeForce RTX 3090`; empty until the ranks have joined."""
+
+
+def this_attempt() -> Attempt:
+    """Describe the attempt that this process is about to make."""
+    commit, changed = _commit(Path(__file__).resolve().parents[2])
+    return Attempt(
+        started=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        host=socket.gethostname(),
+        folder=_text(os.getcwd()),
+        command=_text(shlex.join(sys.orig_argv)),
+        commit=commit,
+        changed=changed,
+        versions={
+            "python": platform.python_version(),
+            "megazh": __version__,
+            **{name: version for name in _LIBRARIES if (version := _version(name))},
+        },
+    )
+
+
+def _text(words: str) -> str:
+    """Words of the system, of which bytes that are not UTF-8 are written as `\\udcNN`: JSON has no place for them."""
+    return words.encode("utf-8", "backslashreplace").decode()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(root: Path) -> tuple[str | None, bool | None]:
+    """The commit checked out at `root`, and whether its files have changed; (None, None) where git cannot tell."""
+    if not (root / ".git").exists():  # installed, perhaps inside of another project's checkout
+        return None, None
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+        ).stdout.strip()
+        status = subprocess.run(
+            [*git, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, timeout=_GIT_SECONDS, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return commit, bool(status.strip())

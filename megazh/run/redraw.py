@@ -1,0 +1,62 @@
+"""Draws the plot of a run while it trains, in a process of its own: `python -m megazh.run.redraw RUN`.
+
+The run neither waits for it nor minds if it fails: matplotlib takes seconds to start, and a plot is no reason to end.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PLOT = "loss.png"
+
+_APART_SECONDS = 60.0
+"""Least time between two drawings, of which a long run's takes some seconds of one processor core."""
+_NICE = 10
+
+
+class Redrawing:
+    """Draws `loss.png` of a run now and then."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._begun = -_APART_SECONDS
+
+    def draw(self) -> None:
+        """Begin to draw, unless the last drawing goes on or began less than a minute ago."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        if time.monotonic() - self._begun < _APART_SECONDS:
+            return
+        self._begun = time.monotonic()
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "megazh.run.redraw", str(self._folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        except OSError:  # no memory or process left for it
+            self._process = None
+
+    def close(self) -> None:
+        """End a drawing that goes on: whoever ends the run draws the final one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def _main(folder: Path) -> None:
+    from megazh.run.plot import plot_losses  # imports the module of the metrics, which imports this one
+
+    os.nice(_NICE)
+    plot_losses(folder, folder / PLOT)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

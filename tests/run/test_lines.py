@@ -1,0 +1,74 @@
+"""The lines of a run on a terminal of 80 columns."""
+
+import math
+from typing import Any
+
+import pytest
+from run.test_metrics import record
+
+from megazh.run.lines import step_line, validation_line
+from megazh.run.metrics import ValidationRecord
+
+LONG = {"steps": 286_102, "eta_seconds": 3 * 86_400 + 4 * 3600}
+"""1.4B parameters on 30B tokens with six GPUs."""
+
+
+def bars(line: str) -> list[int]:
+    """Where the parts of a line begin."""
+    return [line.index(word) for word in ("loss", "norm", "tok/s", "ETA")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"step": 123_456, **LONG},
+            "step 123456/286102 loss 2.3141 norm 0.83 11.2k tok/s MFU 41% 18.2G ETA 3d04h",
+        ),
+        (
+            {"step": 7, "mfu": None, "memory_bytes": None, "memory_reserved": None},
+            "step   7/600 | loss 2.3141 | lr 4.87e-4 | norm 0.83 | 11.2k tok/s | ETA 3m12s",
+        ),
+        (
+            {"step": 1, **LONG, "loss": math.nan, "grad_norm": math.inf, "skipped": True},
+            "step      1/286102 | loss nan    | norm inf  | ETA 3d04h | skipped: not finite",
+        ),
+    ],
+)
+def test_a_step(changes: dict[str, Any], line: str) -> None:
+    assert step_line(record(**{"loss": 2.3141, **changes})) == line
+
+
+@pytest.mark.parametrize("steps", [6, 600, 38_147, 286_102, 1_286_102])
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("scale", [None, 65_536.0])
+def test_no_step_is_wider_than_the_terminal_and_all_are_aligned(steps: int, gpu: bool, scale: float | None) -> None:
+    card = {} if gpu else {"mfu": None, "memory_bytes": None}
+    lines = [
+        step_line(
+            record(step, steps=steps, loss=loss, grad_norm=norm, loss_scale=scale, tokens_per_second=rate, **card)
+        )
+        for step, loss, norm, rate in (
+            (1, 11.9314, 14.25, 999_600.0),
+            (steps // 2, 2.3141, 0.83, 11_200.0),
+            (steps, 0.0123, 153.2, 1_970_000.0),
+        )
+    ]
+    assert max(map(len, lines)) <= 80
+    assert bars(lines[0]) == bars(lines[1]) == bars(lines[2])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, 123_456.7, 0.0, 1e-12])
+def test_odd_numbers_fit(value: float) -> None:
+    line = step_line(
+        record(123_456, **LONG, loss=value, grad_norm=value, learning_rate=value, tokens_per_second=value, mfu=value)
+    )
+    assert len(line) <= 80
+    assert line.startswith("step 123456/286102 loss ")
+
+
+def test_a_validation() -> None:
+    whole = ValidationRecord(123_456, 30_000_000_000, 2.2915, 1.0834, 292_968)
+    line = validation_line(whole)
+    assert line == "validation after step 123456 | loss 2.2915 | 1.0834 bits/byte | 292,968 samples"
+    assert len(line) <= 80

@@ -1,0 +1,142 @@
+"""One rank of a run to which things happen that must not spoil it; see `test_health.py`.
+
+`python health_rank.py FOLDER MANIFEST STAGES DTYPE`.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import join_ranks, save_results
+from recipes import make_recipe
+
+from megazh.errors import MegazhError
+from megazh.run.folder import RunFolder
+from megazh.run.metrics import Metrics
+from megazh.training.checkpoint_list import list_checkpoints
+from megazh.training.collect import of_rank_0
+from megazh.training.layout import make_layout
+from megazh.training.recipe import Recipe
+
+Z_LOSS = 1e-2
+
+
+def recipe_on(manifest: str, stages: int, dtype: str) -> Recipe:
+    """A small recipe that samples two prompts."""
+    return make_recipe(
+        model={"vocab_size": 512},
+        data={"manifest": manifest},
+        seq_len=64,
+        dtype=dtype,
+        steps=6,
+        validation_samples=40,
+        sample_prompts=["从前", "小狗"],
+        sample_tokens=20,
+        num_gpus=2,
+        pipe_parallel_size=stages,
+        validate_every=1,
+        z_loss=Z_LOSS,
+    )
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """The class and the message of what `call` raises; empty if it raises nothing."""
+    from megazh.training.loop import Interrupted
+
+    try:
+        call()
+    except (MegazhError, Interrupted) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def poisoned(tensor: torch.Tensor, value: float, rank: int, call: Callable[[], object]) -> str:
+    """The error of `call` while one number of `tensor` is `value` on this rank."""
+    with torch.no_grad():
+        flat = tensor.view(-1)
+        kept = flat[5].clone()
+        if dist.get_rank() == rank:
+            flat[5] = value
+        found = error_of(call)
+        flat[5] = kept
+    return found
+
+
+def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
+    """What happens, as errors and names of checkpoints."""
+    from megazh.training.loop import Trainer
+
+    run_folder, stop = RunFolder(folder / "run"), SimpleNamespace(requested=False)
+    if dist.get_rank() == 0:
+        run_folder.begin(recipe.to_yaml(), recipe.open_mixture())
+    dist.barrier()
+
+    def trainer() -> Any:
+        return Trainer(run_folder, recipe, make_layout(recipe, 2, stages), torch.device("cpu"), stop)  # type: ignore[arg-type]
+
+    def saved() -> list[str]:
+        return [path.name for path in list_checkpoints(run_folder.checkpoints)]
+
+    own, results = trainer(), dict[str, Any]()
+    base = own.engine.optimizer.optimizer
+    with Metrics(run_folder.path, 0, quiet=dist.get_rank() != 0) as metrics:
+        for _ in range(2):
+            own.take_step(metrics)
+        weight = next(own.engine.module.parameters())
+        results["weight"] = poisoned(weight.data, math.nan, 1, own._save)
+        results["infinite"] = poisoned(weight.data, math.inf, 0, own._save)
+        flat = base.param_groups[0]["params"][0]
+        results["master"] = poisoned(flat.data, math.nan, 1, own._save)
+        results["state"] = poisoned(base.state[flat]["exp_avg_sq"], math.inf, 0, own._save)
+        dist.barrier()
+        results["saved while poisoned"] = saved()
+        # A loss that is not finite while gradients are.
+        plain = own.engine.train_batch
+        own.engine.train_batch = lambda feed: plain(feed) * math.nan
+        own.take_step(metrics)
+        own.engine.train_batch = plain
+        own._check_health(metrics)
+        results["skipped by a loss"] = own._health.skipped_in_row
+        # Logits that are not finite.
+        norm = own.engine.module._norm
+        kept = None if norm is None else norm.weight.data.clone()
+        if norm is not None:
+            norm.weight.data.fill_(math.nan)
+        own._evaluated = set()
+        results["samples of NaN"] = error_of(lambda: own._sample(metrics))
+        results["validation of NaN"] = error_of(lambda: own._validate(metrics))
+        if norm is not None:
+            norm.weight.data.copy_(kept)
+        # Only one rank knows of the request to stop.
+        own._evaluated = set()
+        stop.requested = dist.get_rank() == 1
+        results["stop in validation"] = error_of(lambda: own._evaluate(metrics))
+        own._evaluated, own._saved_at = {"validation"}, own._step
+        results["stop in a sample"] = error_of(lambda: own._sample(metrics))
+        stop.requested = False
+        results["saved by a stop"] = saved()
+        results["evaluated"] = of_rank_0(sorted(metrics.evaluated_at(3)))
+        # A checkpoint that an earlier version saved with weights that are not finite.
+        own.take_step(metrics)
+        with torch.no_grad():
+            weight.view(-1)[5] = math.nan
+        import megazh.training.loop as loop
+
+        look, loop.find_not_finite = loop.find_not_finite, lambda engine: None
+        own._save()
+        loop.find_not_finite = look
+    results["resume"] = error_of(trainer)
+    return results
+
+
+if __name__ == "__main__":
+    join_ranks()
+    manifest, stages, dtype = sys.argv[2], int(sys.argv[3]), sys.argv[4]
+    save_results(Path(sys.argv[1]), run(Path(sys.argv[1]), recipe_on(manifest, stages, dtype), stages))
+    dist.barrier()
+    dist.destroy_process_group()
