@@ -50,9 +50,7 @@ def sample_texts(
     Raises:
         DataError: a source is damaged, while the texts are read or compressed files are measured.
     """
-    sizes = (
-        [_raw_size(source, options) for source in sources] if size is not None else [source.size for source in sources]
-    )
+    sizes = [source.size for source in sources] if size is None else _raw_sizes(sources, options)
     everything = size is None or size >= sum(sizes)
     sample = Sample(sum(sizes), everything)
 
@@ -68,6 +66,15 @@ def sample_texts(
                 yield texts
 
     return sample, counted()
+
+
+def _raw_sizes(sources: Sequence[Source], options: ReadOptions) -> list[int]:
+    found = []
+    with Progress("measuring", sum(source.size for source in sources)) as progress:
+        for source in sources:
+            found.append(_raw_size(source, options))
+            progress.advance(source.size)
+    return found
 
 
 def _raw_size(source: Source, options: ReadOptions) -> int:
