@@ -15,7 +15,7 @@ import torch
 from megazh.errors import UsageError, WorkerError
 
 TOKENS = 8192
-"""Tokens of a micro-batch; no code depends on it."""
+"""Tokens of a micro-batch; code depends only on whether 16 divides it, which spills no more on sm86 if it does not."""
 REGISTERS = 65536
 """Registers per multiprocessor of each card."""
 
