@@ -52,7 +52,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_arrow(folder / "f.arrow", rows[5000:], stream=True, rows=700)
     (folder / "g.txt").write_text("\n\n".join(documents[:50]), encoding="utf-8")
     (folder / "h.txt.gz").write_bytes(gz("\n\n".join(documents[50:100]).encode(), 2))
-    (folder / "i.txt").write_bytes(b"\xff\xfe")
+    (folder / "i.txt").write_bytes(b"\xfe\xfe")  # no encoding has this
     return folder
 
 
@@ -232,7 +232,7 @@ def test_ctrl_c_is_one_line_and_the_next_run_goes_on(
     assert index_bytes(tmp_path / "x") == large_whole
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("pause", [0.0, 0.15, 0.3])
 def test_ctrl_c_while_workers_start_is_one_line(large: Path, tmp_path: Path, pause: float) -> None:
     process = start_megazh(*arguments(large, tmp_path / "x", "--workers", 2))
     wait_until(lambda: (tmp_path / "x.build" / "tokenizer.json").exists())
