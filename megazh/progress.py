@@ -69,7 +69,8 @@ class Elapsed:
     def __init__(self, what: str) -> None:
         self._what = what
         self._begin = self._printed = time.monotonic()
-        self._terminal = sys.stderr.isatty()
+        self._output = lenient(sys.stderr)  # as in `Progress`
+        self._terminal = self._output.isatty()
 
     def tick(self) -> None:
         """Show the time so far: each second on a terminal, each half minute in a log file."""
@@ -78,16 +79,16 @@ class Elapsed:
             return
         self._printed = now
         line = f"{self._what}: {duration(now - self._begin)} so far"
-        sys.stderr.write(f"\r{line}" if self._terminal else f"{line}\n")
-        sys.stderr.flush()
+        self._output.write(f"\r{line}" if self._terminal else f"{line}\n")
+        self._output.flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._terminal and self._printed > self._begin:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+            self._output.write("\r\033[K")
+            self._output.flush()
 
 
 def _scaled(number: float) -> str:
