@@ -160,7 +160,8 @@ def lines_of(log: Path) -> list[str]:
     return [line for line in log.read_text(encoding="utf-8").splitlines() if not MARK.match(line)]
 
 
-def test_the_log_has_every_line_also_where_nobody_reads(tmp_path: Path) -> None:
+def test_the_log_has_every_line_also_where_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["megazh", "pretrain", "-c", "my recipe.yaml"])
     reader, writer = os.pipe()
     with writing(writer, "ascii") as made:
         made.outlive(log_follows=True)
@@ -175,7 +176,8 @@ def test_the_log_has_every_line_also_where_nobody_reads(tmp_path: Path) -> None:
         "before there is a folder", "步 1", "warning", "no line break"
     ]  # fmt: skip
     first, *_, last = (tmp_path / "logs" / "console.log").read_text().splitlines()
-    assert re.match(rf"--- \d{{4}}-\d\d-\d\d [\d:+-]+ {os.uname().nodename}, process {os.getpid()}: megazh ", first)
+    start = rf"--- \d{{4}}-\d\d-\d\d [\d:+-]+ {re.escape(os.uname().nodename)}, process {os.getpid()}: "
+    assert re.fullmatch(start + re.escape("megazh pretrain -c 'my recipe.yaml'"), first)
     assert last.endswith(f"process {os.getpid()} ended with exit code 130")
 
 
