@@ -275,6 +275,10 @@ def test_a_full_disk_ends_all_ranks(
 
 # srun: the nodes share /tmp with this process
 
+# About one start in a hundred, Slurm's pmi2 plugin cuts a line of MPICH's in two, and MPICH aborts in MPI_Init, before
+# any code of this project runs. Such a start is repeated.
+_PMI_LOST_A_LINE = "mpi/pmi2: value not properly terminated in client request"
+
 
 @pytest.mark.slurm
 @pytest.mark.mpi
@@ -289,7 +293,10 @@ def test_srun_gives_the_bytes_of_one_process(
     tmp_path: Path,
 ) -> None:
     line = command(corpora["jsonl"], tokenizer_json, tmp_path / "index")
-    finished = slurm.run("srun", "--mpi=pmi2", "-N", str(nodes), "-n", "2", *line)
+    for _ in range(3):
+        finished = slurm.run("srun", "--mpi=pmi2", "--kill-on-bad-exit", "-N", str(nodes), "-n", "2", *line)
+        if _PMI_LOST_A_LINE not in finished.stderr:
+            break
     assert finished.returncode == 0, finished.stderr
     assert_same_index(tmp_path / "index", alone["jsonl"])
     assert "built with 2 workers" in (tmp_path / "index.log").read_text()
