@@ -192,20 +192,14 @@ def _estimate(
 def _bytes_moved(work: Work, parameters: int) -> float:
     """Bytes that the busiest GPU sends in a step while it does not compute.
 
-    A ring moves all bytes but the shard of one rank: of the gradient once where each replica gets its shard of the sum,
-    twice where it gets the whole sum (DeepSpeed's own paths: fp32, fp16), and of the gathered weights once. The first
-    and last stage sum the gradient of a tied matrix. The hidden state of each micro-batch goes forward and its gradient
-    back; DeepSpeed's own paths wait for that.
+    A ring moves all bytes but the shard of one rank, once of the gradient and once of the gathered weights. The first
+    and last stage sum the gradient of a tied matrix. Hidden states and their gradients travel while stages compute.
     """
     precision = work.precision
     size, sums = precision.compute.bytes, precision.communication.bytes
-    in_place = precision.sums_in_place
-    moved = ((1 if in_place else 2) * sums + size) * (work.replicas - 1) / work.replicas * parameters
-    if work.stages > 1:
-        hidden = work.tokens * work.model.hidden_size * size
-        moved += 0 if in_place else 2 * work.micro_batches * hidden
-        if work.model.tie_word_embeddings:
-            moved += precision.accumulation.bytes * parameter_counts(work.model).embedding
+    moved = (sums + size) * (work.replicas - 1) / work.replicas * parameters
+    if work.stages > 1 and work.model.tie_word_embeddings:
+        moved += precision.accumulation.bytes * parameter_counts(work.model).embedding
     return moved
 
 

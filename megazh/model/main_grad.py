@@ -28,6 +28,11 @@ def main_grad(weight: torch.Tensor) -> torch.Tensor | None:
     return getattr(weight, "main_grad", None)
 
 
+def set_main_grad(weight: torch.Tensor, sums: torch.Tensor) -> None:
+    """Let the gradient of a parameter be added to `sums`: fp32, in the parameter's shape."""
+    weight.main_grad = sums  # type: ignore[attr-defined]
+
+
 def product_gradient(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
     """Add the gradient `left.T @ right` of a matrix to its `main_grad`, or defer that to `postponed`.
 

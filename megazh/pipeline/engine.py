@@ -5,55 +5,43 @@ import io
 import logging
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megazh.errors import WorkerError
+from megazh.pipeline.deepspeed_config import deepspeed_config
 from megazh.pipeline.module import DecoderPipeline
-from megazh.pipeline.precision import Dtype
+from megazh.pipeline.parameters import NamedParameter, named_parameters
+from megazh.pipeline.sharded_optimizer import ShardedOptimizer
 from megazh.pipeline.stage_engine import StageEngine, initialize
-from megazh.pipeline.tuning import REDUCE_BUCKET_ELEMENTS
+from megazh.pipeline.update_rule import UpdateRule
 from megazh.pipeline.work import Work
 
+RuleOf = Callable[[NamedParameter], tuple[UpdateRule, float]]
+"""Update rule and weight decay of a parameter. Parameters with the same rule object share flat tensors."""
 
-def make_engine(
-    module: DecoderPipeline, optimizer: torch.optim.Optimizer, work: Work, max_grad_norm: float, zero_stage: int = 1
-) -> StageEngine:
+
+def make_engine(module: DecoderPipeline, name: str, rule_of: RuleOf, work: Work, max_grad_norm: float) -> StageEngine:
     """Make the engine of this rank. Every rank calls it with the same numbers.
 
     Args:
         module: this rank's stage.
-        optimizer: an optimizer over the module's parameters.
+        name: the recipe's name of the optimizer.
+        rule_of: update rule and weight decay of each parameter that is trained.
         work: the step's shapes and dtypes.
         max_grad_norm: the norm that gradients are clipped to; 0 turns clipping off.
-        zero_stage: 1 shards the optimizer state over the replicas, 0 does not.
     """
-    precision = work.precision
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": work.micro_batch_size,
-        "gradient_accumulation_steps": work.micro_batches,
-        "train_batch_size": work.micro_batch_size * work.micro_batches * work.replicas,
-        "steps_per_print": 1 << 60,
-        "gradient_clipping": max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": zero_stage,
-            "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
-            "allgather_bucket_size": REDUCE_BUCKET_ELEMENTS,
-        },
-        "data_types": {"grad_accum_dtype": precision.accumulation.value},
-        "communication_data_type": precision.communication.value,
-        "pipeline": {"use_reentrant": False, "activation_checkpoint_interval": 0},
-    }
-    if precision.compute is Dtype.BF16:
-        settings["bf16"] = {"enabled": True}
-    elif precision.compute is Dtype.FP16:
-        settings["fp16"] = {"enabled": True, "initial_scale_power": 16}
+
+    def make_optimizer(module: DecoderPipeline, grid: Any) -> ShardedOptimizer:
+        replicas = grid.get_data_parallel_group() if work.replicas > 1 else None
+        communication = work.precision.communication.torch
+        return ShardedOptimizer(name, named_parameters(module), rule_of, replicas, communication, max_grad_norm)
+
     with quiet():
-        return initialize(module, optimizer, settings)
+        return initialize(module, make_optimizer, deepspeed_config(work, max_grad_norm))
 
 
 def use_no_compiled_operators() -> None:

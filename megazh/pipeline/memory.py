@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megazh.model.config import Mlp, ModelConfig
-from megazh.model.counts import chunk_tokens, parameter_counts
+from megazh.model.counts import block_matrix, chunk_tokens, parameter_counts
 from megazh.pipeline.passes import kept_micro_batches, weight_passes_deferred
 from megazh.pipeline.precision import Dtype
 from megazh.pipeline.tuning import REDUCE_BUCKET_ELEMENTS
@@ -21,7 +21,8 @@ class StageMemory:
     head: float
     """Logits, and head gradients that are not accumulated in place."""
     reduction: float
-    """Gradient copies of the data-parallel reduction; not alive together with activations and head."""
+    """Gradient copies of the data-parallel reduction, or temporaries of the update, whichever is larger; not alive
+    together with activations and head."""
 
     @property
     def total(self) -> float:
@@ -50,57 +51,58 @@ def stage_memory(work: Work, stage: int, begin: int, end: int) -> StageMemory:
     if work.defers_weight_gradients and work.fused:
         in_flight = kept_micro_batches(stage, work.stages, work.micro_batches)
     kept = work.tokens * block_activations(config, size, work.fused)
-    # Received hidden states of the micro-batches in flight. DeepSpeed's own paths keep a gradient buffer for each of
-    # them; where sums are in place, there is only one further tensor that is being received.
-    travelling = (2 * in_flight if not precision.sums_in_place else in_flight + 1) * hidden if stage > 0 else 0
+    # Received hidden states of the micro-batches in flight, and one tensor that is being received.
+    travelling = (in_flight + 1) * hidden if stage > 0 else 0
     activations = in_flight * blocks * (hidden if work.activation_checkpointing else kept) + travelling
     if work.activation_checkpointing and blocks:
         activations += kept
     activations += in_flight * has_embedding * hidden + has_head * 3 * hidden
     # Without kernels, autograd holds a micro-batch's gradients until they are added to the sums.
-    single = precision.compute is precision.accumulation or (precision.sums_in_place and work.fused)
-    gradient_bytes = precision.accumulation.bytes if single else size + precision.accumulation.bytes
+    gradient_bytes = 4 if work.fused else 4 + size
     return StageMemory(
         weights=parameters * size,
         gradients=parameters * gradient_bytes,
-        optimizer=_optimizer_memory(work, parameters),
+        optimizer=_optimizer_bytes(work, begin, end) / work.replicas,
         activations=activations,
         head=_head_memory(work, stage) if has_head else 0,
-        reduction=_reduction_memory(work, parameters),
+        reduction=max(_reduction_memory(work, parameters), _update_memory(work, begin, end)),
     )
 
 
-def checkpoint_bytes(work: Work, parameters: int) -> float:
-    """Bytes of a checkpoint: the weights, and the optimizer state of all replicas.
-
-    Args:
-        work: the step's shapes and dtypes.
-        parameters: parameters of all stages, a tied matrix once for each stage with a copy.
-    """
-    return (work.precision.compute.bytes + _state_bytes(work)) * parameters
+def checkpoint_bytes(work: Work) -> float:
+    """Bytes of a checkpoint: weights, masters where the model does not compute in fp32, and optimizer state."""
+    counts = parameter_counts(work.model)
+    state = _optimizer_bytes(work, 0, work.model.num_hidden_layers + 2)
+    return work.precision.compute.bytes * counts.total + state
 
 
-def _optimizer_memory(work: Work, parameters: int) -> float:
-    """Bytes of optimizer state of one rank: a shard, or all of it where the replicas do not share it."""
-    return _state_bytes(work) * parameters / (work.replicas if work.shards_optimizer else 1)
+def _optimizer_bytes(work: Work, begin: int, end: int) -> float:
+    """Bytes of masters and optimizer state of parts `begin` up to `end`, over all replicas together."""
+    master = 4 if work.precision.compute is not Dtype.FP32 else 0  # fp32 weights are their own masters
+    parameters, matrices = stage_parameters(work.model, begin, end), _matrices(work.model, begin, end)
+    return (master + work.optimizer.other) * (parameters - matrices) + (master + work.optimizer.matrix) * matrices
 
 
-def _state_bytes(work: Work) -> int:
-    """Bytes per parameter of Adam's two averages, and of master weights where they are kept beside the weights."""
-    return 12 if work.shards_optimizer or work.precision.compute is not Dtype.FP32 else 8
+def _update_memory(work: Work, begin: int, end: int) -> float:
+    """Bytes that the update of a shard needs besides the state."""
+    return work.optimizer.update * _matrices(work.model, begin, end) / work.replicas
+
+
+def _matrices(config: ModelConfig, begin: int, end: int) -> int:
+    """Parameters of the 2-D weights of the blocks among parts `begin` up to `end`."""
+    return max(0, min(end, config.num_hidden_layers + 1) - max(begin, 1)) * block_matrix(config)
 
 
 def _head_memory(work: Work, stage: int) -> float:
     """Bytes of logits, their gradient, and the gradient of the head's matrix where it is not accumulated in place."""
     config, size = work.model, work.precision.compute.bytes
-    table = parameter_counts(config).embedding
     chunk = min(work.tokens, chunk_tokens(config.vocab_size, work.fused)) * config.vocab_size
     # With kernels the gradient overwrites the logits; else logits, a temporary and the rounded gradient are alive.
     logits = chunk * (size if work.fused else 8 + size)
     if work.defers_weight_gradients:
         waiting = min(1 + weight_passes_deferred(stage), work.micro_batches) * work.tokens * config.vocab_size * size
         logits = max(logits, waiting if work.fused else waiting + chunk * 8)
-    return logits if work.precision.sums_in_place else logits + table * (4 + size)
+    return logits
 
 
 def _reduction_memory(work: Work, parameters: int) -> float:
@@ -108,8 +110,6 @@ def _reduction_memory(work: Work, parameters: int) -> float:
     if work.replicas == 1:
         return 0
     bucket = min(parameters, REDUCE_BUCKET_ELEMENTS)
-    if not precision.sums_in_place:
-        return bucket * precision.accumulation.bytes
     if precision.communication is precision.accumulation:
         return 0
     return bucket * precision.communication.bytes * (1 + 1 / work.replicas)

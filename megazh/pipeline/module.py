@@ -103,10 +103,6 @@ class DecoderPipeline(PipelineModule):
         self._blocks: list[Block] = [layer for layer in self.forward_funcs if isinstance(layer, Block)]
         self._head: Embedding | Head | None = self.forward_funcs[-1] if last in numbers else None
         self._norm: nn.Module | None = self.forward_funcs[-2] if last in numbers else None
-        # DeepSpeed reduces the gradient norm over the stages once per parameter group of the optimizer. With matrices
-        # in one group and vectors in another, a stage without vectors (the embedding alone) would make the others hang.
-        if all(parameter.dim() > 1 for parameter in self.parameters()):
-            self.placeholder = nn.Parameter(torch.zeros(1))
 
     def _partition_layers(self, method: str = "uniform") -> None:
         """Use the given bounds: DeepSpeed's own methods know neither FLOPs nor seconds."""
@@ -117,8 +113,6 @@ class DecoderPipeline(PipelineModule):
         if self.config.tie_word_embeddings and last in numbers:
             numbers = numbers - {last} | {0}  # the embedding first: it takes longest
         self._layers.begin(sorted(numbers))
-        # torch.optim imports this at its first use, which takes seconds: here it overlaps with the layers' threads.
-        import torch._dynamo  # noqa: F401
 
     @property
     def is_first(self) -> bool:
@@ -161,7 +155,7 @@ class DecoderPipeline(PipelineModule):
     def scaled_loss(
         self, outputs: tuple[torch.Tensor, torch.Tensor], labels: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """Summed cross entropy times a scale that turns DeepSpeed's mean over micro-batches into a mean over tokens.
+        """Summed cross entropy times a scale that makes the sum over all micro-batches a mean over tokens.
 
         Args:
             outputs: (batch, seq, hidden) normed states, and the head's matrix (vocab, hidden).
@@ -175,16 +169,15 @@ class DecoderPipeline(PipelineModule):
         return total * scale
 
     def loss_and_gradient(
-        self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor], share: float
+        self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training loss as in `scaled_loss`, together with the gradients of `share` times that loss.
+        """Training loss as in `scaled_loss`, together with its gradients.
 
         The head's gradient is added to the `main_grad` of its matrix.
 
         Args:
             hidden: (batch, seq, hidden) normed states.
             labels: (batch, seq) int32 labels, and the scale, (1,) fp32.
-            share: the share of the step's gradient that one micro-batch contributes.
 
         Returns:
             The loss, a scalar in fp32, and the gradient of `hidden`.
@@ -193,7 +186,7 @@ class DecoderPipeline(PipelineModule):
         wanted, scale = labels
         scale = scale.squeeze()
         summed, gradient, z_summed = loss_and_gradient(
-            hidden, self._head.weight, wanted, self._z_loss, scale * share, self.fused
+            hidden, self._head.weight, wanted, self._z_loss, scale, self.fused
         )
         self._last_z_loss = z_summed * scale
         return summed * scale, gradient
@@ -201,7 +194,7 @@ class DecoderPipeline(PipelineModule):
     def get_additional_losses(self) -> dict[str, torch.Tensor] | None:
         """The z-loss in the loss of the micro-batch that was trained last; None for a run without one.
 
-        DeepSpeed asks for it, and averages it as it does the loss. All stages name it, and only the last knows it.
+        All stages name it, and only the last knows it.
         """
         return {Z_LOSS: self._last_z_loss} if self._z_loss else None
 

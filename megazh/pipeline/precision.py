@@ -1,4 +1,4 @@
-"""The dtypes of a run, and combinations that DeepSpeed gets wrong: refused by name. Starts without torch."""
+"""The dtypes of a run, and those that cannot work: refused by name. Starts without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from megazh.errors import UsageError
+from megazh.errors import Collector, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -38,16 +38,11 @@ class Precision:
     """The dtypes of a run. Master weights and optimizer state are fp32 whatever these say."""
 
     compute: Dtype
-    """Dtype of weights, activations and their gradients; fp16 comes with a dynamic loss scale."""
+    """Dtype of weights, activations and their gradients."""
     accumulation: Dtype
     """Dtype of gradient accumulation over micro-batches."""
     communication: Dtype
     """Dtype of the data-parallel gradient reduction."""
-
-    @property
-    def sums_in_place(self) -> bool:
-        """Whether `megazh.pipeline.stage_engine` adds gradients to their fp32 sums; else DeepSpeed's own paths run."""
-        return self.compute is Dtype.BF16 and self.accumulation is Dtype.FP32
 
 
 WRITTEN_AGAINST = "0.19.8"
@@ -70,40 +65,44 @@ def check_deepspeed_version(version: str) -> None:
         )
 
 
-def check_engine(stages: int, precision: Precision, zero_stage: int, tied: bool) -> None:
-    """Refuse combinations that DeepSpeed does not support, or gets wrong without a word.
+def check_engine(precision: Precision, zero_stage: int) -> None:
+    """Refuse dtypes and ZeRO stages that the engine does not have.
 
     Args:
-        stages: pipeline stages.
         precision: the dtypes of the run.
-        zero_stage: DeepSpeed's ZeRO stage.
-        tied: whether embedding and head share one matrix.
+        zero_stage: ZeRO stage of the recipe.
 
     Raises:
-        UsageError: names the combination, what is wrong with it, and what to use instead.
+        UsageError: names the setting, the reason, and what to use instead.
     """
     compute, accumulation, communication = precision.compute, precision.accumulation, precision.communication
-    if zero_stage not in (0, 1):
-        raise UsageError(
-            f"zero_stage={zero_stage}: a pipeline works with ZeRO-1 only (2 and 3 shard gradients and weights that "
-            "the pipeline needs whole); set zero_stage=1"
+    found = Collector()
+    if zero_stage != 1:
+        reason = (
+            "optimizer state that every replica holds whole costs memory and changes no result"
+            if zero_stage == 0
+            else "2 and 3 shard gradients and weights, which a pipeline stage needs whole for each micro-batch"
         )
-    if zero_stage == 0 and stages > 1:
-        raise UsageError(
-            f"zero_stage=0 with pipe_parallel_size={stages}: DeepSpeed then clips by the gradient norm of the first "
-            "stage alone; set zero_stage=1"
+        found.add(UsageError(f"zero_stage={zero_stage}: {reason}; set zero_stage=1"))
+    if compute is Dtype.FP16:
+        found.add(
+            UsageError(
+                "precision.dtype=fp16: small gradients vanish in fp16 without a loss scale, which the engine does not "
+                "have, and every card from the RTX 3090 on computes as fast in bf16; set precision.dtype=bf16, or fp32"
+            )
         )
-    if accumulation not in (Dtype.FP32, compute):
-        raise UsageError(
-            f"grad_accum_dtype={accumulation} with precision.dtype={compute}: use fp32, or {compute} like the model"
+    if accumulation is not Dtype.FP32:
+        found.add(
+            UsageError(
+                f"grad_accum_dtype={accumulation}: gradients are always summed in fp32, since a sum of many "
+                f"micro-batches loses small ones in {accumulation}; leave grad_accum_dtype out, or set fp32"
+            )
         )
-    if communication is Dtype.FP16 and compute is not Dtype.FP16:
-        raise UsageError(
-            f"communication_dtype=fp16 with precision.dtype={compute}: only fp16 has a loss scale, without which small "
-            "gradients vanish in fp16; set communication_dtype=bf16, or fp32"
+    if communication is Dtype.FP16:
+        found.add(
+            UsageError(
+                "communication_dtype=fp16: small gradients vanish in fp16 without a loss scale; set "
+                "communication_dtype=bf16, or fp32"
+            )
         )
-    if compute is Dtype.FP16 and accumulation is Dtype.FP32 and tied and stages > 1:
-        raise UsageError(
-            "precision.dtype=fp16 with grad_accum_dtype=fp32 and tie_word_embeddings: DeepSpeed's ZeRO-1 then loses "
-            "the gradient of the tied embedding between stages; set precision.dtype=bf16, or grad_accum_dtype=fp16"
-        )
+    found.raise_all()

@@ -17,10 +17,9 @@ class RecordedMicroBatch:
         module: the only stage of the model.
         inputs: the tensors that the recorded kernels read; later micro-batches are copied into them.
         labels: the same for labels and loss scale.
-        share: the share of the step's gradient that one micro-batch contributes.
     """
 
-    def __init__(self, module: Any, inputs: Tensors, labels: Tensors, share: float) -> None:
+    def __init__(self, module: Any, inputs: Tensors, labels: Tensors) -> None:
         self._inputs, self._labels = inputs, labels
         # The graph has memory of its own and cannot use what earlier micro-batches left in the allocator.
         torch.cuda.empty_cache()
@@ -28,7 +27,7 @@ class RecordedMicroBatch:
         # "thread_local": other threads (the loader, which pins memory, and NCCL's watchdog) may go on meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             hidden = module(inputs)[0]
-            self._loss, gradient = module.loss_and_gradient(hidden, labels, share)
+            self._loss, gradient = module.loss_and_gradient(hidden, labels)
             torch.autograd.backward(hidden, gradient)
 
     def load(self, inputs: Tensors, labels: Tensors) -> None:

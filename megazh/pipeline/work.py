@@ -4,7 +4,19 @@ from dataclasses import dataclass
 
 from megazh.model.backend import Backend
 from megazh.model.config import ModelConfig
-from megazh.pipeline.precision import Dtype, Precision
+from megazh.pipeline.precision import Precision
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of an optimizer's state per parameter, without master weights; by default AdamW's two averages in fp32."""
+
+    matrix: float = 8
+    """Of a 2-D weight inside of a block."""
+    other: float = 8
+    """Of embedding, head, norms and biases."""
+    update: float = 0
+    """Bytes per parameter of a 2-D weight inside of a block that are needed only while a shard is updated."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +39,8 @@ class Work:
     """Whether blocks are recomputed in the backward pass instead of keeping their activations."""
     backend: Backend
     """What computes blocks and loss."""
-    zero_stage: int = 1
-    """ZeRO stage: 1 shards the optimizer state over the replicas."""
-
-    @property
-    def shards_optimizer(self) -> bool:
-        """Whether replicas share the optimizer state. DeepSpeed's bf16 optimizer always does."""
-        return self.zero_stage > 0 or self.precision.compute is Dtype.BF16
+    optimizer: StateBytes = StateBytes()
+    """Bytes of the optimizer's state."""
 
     @property
     def tokens(self) -> int:
@@ -51,7 +58,7 @@ class Work:
 
         With one stage only kernels, whose shapes never change, lie between a micro-batch and its gradients.
         """
-        return self.fused and self.stages == 1 and self.precision.sums_in_place
+        return self.fused and self.stages == 1
 
     @property
     def defers_weight_gradients(self) -> bool:
@@ -59,4 +66,4 @@ class Work:
 
         See `megazh.model.main_grad`. Not with recomputation: recomputed activations would have to be kept after all.
         """
-        return self.precision.sums_in_place and self.stages > 1 and not self.activation_checkpointing
+        return self.stages > 1 and not self.activation_checkpointing

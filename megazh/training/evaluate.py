@@ -102,7 +102,7 @@ class Validator:
                 min(2 * piece, _LARGEST_PIECE) if faster else max(piece // 2, 1) if seconds > _PIECE_SECONDS else piece
             )
         # As `eval_batch` does for all micro-batches at once, so that pieces change no bit of the loss.
-        reduced = engine._reduce_outputs(losses, micro_batches=total) if engine.is_last_stage() else None
+        reduced = engine._reduce_outputs(losses) if engine.is_last_stage() else None
         loss = float(engine._bcast_pipe_scalar(reduced))
         return Validation(loss, loss * self._feed.valid / math.log(2) / max(self._bytes, 1))
 

@@ -28,9 +28,8 @@ def training_feed(
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batches of one replica from step `first_step` (from 0) to the mixture's last whole step.
 
-    Step n takes the samples from n * global_batch_size on, whatever the layout. DeepSpeed averages the loss over
-    micro-batches and replicas. Each micro-batch's summed loss is therefore scaled by micro_batches * replicas / valid
-    labels of the whole step, which makes that average the mean over tokens.
+    Step n takes the samples from n * global_batch_size on, whatever the layout. Each micro-batch's summed loss is
+    scaled by 1 / valid labels of the whole step, so that the sum over micro-batches and replicas is a mean over tokens.
 
     Args:
         mixture: the data.
@@ -58,7 +57,7 @@ def _training_feed(
 
     with ThreadPoolExecutor(1, thread_name_prefix="labels") as pool:  # counts labels of the next step meanwhile
         for valid in _one_ahead(pool.submit(count, step) for step in steps):
-            scale = torch.tensor([layout.micro_batches * layout.replicas / max(valid.result(), 1)])
+            scale = torch.tensor([1 / max(valid.result(), 1)])
             for _ in range(layout.micro_batches):
                 yield as_micro_batch(next(batches), scale)
 
@@ -110,7 +109,7 @@ class ValidationFeed:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         size, replicas = self._layout.micro_batch_size, self._layout.replicas
-        scale = torch.tensor([self.micro_batches * replicas / max(self.valid, 1)])
+        scale = torch.tensor([1 / max(self.valid, 1)])
         for number in range(self.micro_batches):
             begin = (number * replicas + self._replica) * size
             rows = self.numbers[begin : begin + size]

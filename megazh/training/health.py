@@ -2,8 +2,7 @@
 
 import math
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from megazh.errors import DivergedError
+from megazh.pipeline.state import Piece
 from megazh.training.collect import gather
 from megazh.training.recipe import OptimizerConfig
 
 SKIPPED_LIMIT = 20
-"""Number of skipped steps in a row after which a run has diverged. A loss scale of fp16 is found within 18."""
+"""Number of skipped steps in a row after which a run has diverged."""
 
 
 class Health:
@@ -66,10 +66,10 @@ def diverged(what: str, optimizer: OptimizerConfig, saved: Path | None) -> Diver
 def find_not_finite(engine: Any) -> str | None:
     """Name a weight or an optimizer state that is not finite on any rank; None if all are. All ranks call it.
 
-    Each tensor is read once. The name is that of the lowest rank that has one, such as `layer 3: attention.out.weight
-    (rank 1)` or `optimizer state exp_avg of embedding.weight (rank 0)`.
+    Each tensor is read once. The name is that of the lowest rank that has one, such as
+    `weight of blocks.3.attention.o_proj.weight (rank 1)` or `exp_avg of embedding.weight (rank 0)`.
     """
-    own = _find(engine)
+    own = _find(engine.optimizer.pieces_to_load())
     device = next(engine.module.parameters()).device
     found = torch.tensor([own is not None], dtype=torch.int32, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
@@ -78,47 +78,15 @@ def find_not_finite(engine: Any) -> str | None:
     return next(f"{name} (rank {rank})" for rank, name in enumerate(gather(own)) if name is not None)
 
 
-def _find(engine: Any) -> str | None:
-    """Name this rank's first tensor that is not finite."""
-    tensors = list(_weights(engine)) + list(_optimizer_tensors(engine))
-    # The largest magnitude is NaN if any number is. A sum could overflow where all numbers are finite.
-    largest = [torch.linalg.vector_norm(tensor.detach(), math.inf).float() for _, tensor, _ in tensors]
-    if not largest:
+def _find(pieces: Sequence[Piece]) -> str | None:
+    """Name this rank's first piece that is not finite."""
+    pieces = [piece for piece in pieces if piece.values.is_floating_point() and piece.values.numel()]
+    if not pieces:
         return None
+    # The largest magnitude is NaN if any number is. A sum could overflow where all numbers are finite.
+    largest = [torch.linalg.vector_norm(piece.values, math.inf).float() for piece in pieces]
     wrong = (~torch.stack(largest).isfinite()).nonzero()
     if not len(wrong):
         return None
-    what, tensor, slices = tensors[int(wrong[0])]
-    if slices is None:
-        return what
-    place = int((~tensor.detach().isfinite()).flatten().nonzero()[0])
-    names = (name for name, at in slices.items() if at.start <= place < at.start + at.numel)
-    return f"{what} of {_shown(next(names, 'padding'))}"
-
-
-def _weights(engine: Any) -> Iterator[tuple[str, torch.Tensor, Any]]:
-    for name, parameter in engine.module.named_parameters():
-        if parameter.numel():
-            yield _shown(name), parameter, None
-
-
-def _optimizer_tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor, Any]]:
-    """Master weights and optimizer state: flat tensors over many parameters, with the place of each parameter."""
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    slices = getattr(engine.optimizer, "_param_slice_mappings", None)
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            flat = None if parameter in names else (slices[number] if slices else {})
-            of = f" of {_shown(names[parameter])}" if parameter in names else ""
-            if flat is not None and parameter.numel():
-                yield "fp32 copy", parameter, flat
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
-                    yield f"optimizer state {key}{of}", value, flat if value.dim() else None
-
-
-def _shown(name: str) -> str:
-    """`layer 3: attention.out.weight` for DeepSpeed's `3.attention.out.weight`."""
-    name = re.sub(r"^tied_modules\.", "", name)
-    return re.sub(r"^(\d+)\.", r"layer \1: ", name)
+    piece = pieces[int(wrong[0])]
+    return f"{piece.kind} of {piece.parameter}"

@@ -17,7 +17,6 @@ from megazh.model.backend import choose_backend
 from megazh.model.counts import flops_per_token
 from megazh.pipeline.engine import check_tied, make_engine, quiet
 from megazh.pipeline.module import Z_LOSS, DecoderPipeline
-from megazh.pipeline.precision import Dtype
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import VALIDATION, Metrics, StepRecord, sample_of
 from megazh.run.peaks import mfu, peak_flops
@@ -31,7 +30,7 @@ from megazh.training.feed import MicroBatch, training_feed
 from megazh.training.health import Health, diverged, find_not_finite
 from megazh.training.layout import Layout, make_layout
 from megazh.training.learning_rate import learning_rate, warmup_steps
-from megazh.training.optimizer import make_optimizer
+from megazh.training.optimizers.choose import rules
 from megazh.training.recipe import Device, Kernels, Recipe, run_recipe
 from megazh.training.resume import agree_on_checkpoint
 from megazh.training.stages import describe_parts, work_of
@@ -153,8 +152,8 @@ class Trainer:
                 self.work, self.bounds, recipe.schedule.seed, recipe.optimizer.z_loss, recipe.parallel.cuda_graph
             )
         self._startup.done("model")
-        optimizer = make_optimizer(module.parameters(), recipe.optimizer)
-        return make_engine(module, optimizer, self.work, recipe.optimizer.max_grad_norm, recipe.parallel.zero_stage)
+        optimizer = recipe.optimizer
+        return make_engine(module, optimizer.name.value, rules(optimizer), self.work, optimizer.max_grad_norm)
 
     def _make_feed(self, module: DecoderPipeline) -> Iterator[MicroBatch] | None:
         if not (module.is_first or module.is_last):
@@ -265,8 +264,7 @@ class Trainer:
         rate = learning_rate(
             self._step, self._steps, recipe.optimizer.learning_rate, self._warmup, recipe.schedule.min_lr_ratio
         )
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+        engine.optimizer.learning_rate = rate
         # Dropout depends on seed, step and rank only, so that a resumed run draws what the whole run would have drawn.
         torch.manual_seed(hash_seed(recipe.schedule.seed, self._step, dist.get_rank()))
         self._data_seconds = 0.0
@@ -285,7 +283,6 @@ class Trainer:
         )
         self._health.count(skipped > 0, not odd)
         rate_all = recipe.batch_tokens / seconds
-        norm = engine.get_global_grad_norm()
         metrics.step(
             StepRecord(
                 step=self._step,
@@ -293,7 +290,7 @@ class Trainer:
                 tokens=self._step * recipe.batch_tokens,
                 loss=loss - (z_loss or 0.0),
                 learning_rate=rate,
-                grad_norm=float("nan") if norm is None else float(norm),
+                grad_norm=engine.get_global_grad_norm(),
                 step_seconds=seconds,
                 tokens_per_second=rate_all,
                 tokens_per_second_per_gpu=rate_all / self._layout.ranks,
@@ -305,7 +302,6 @@ class Trainer:
                 skipped_so_far=engine.skipped_steps,
                 z_loss=z_loss,
                 eta_seconds=self._eta(seconds),
-                loss_scale=float(engine.optimizer.loss_scale) if self._precision.compute is Dtype.FP16 else None,
             )
         )
         return stop > 0

@@ -19,6 +19,7 @@ from megazh.index.choices import Packing
 from megazh.index.manifest import Amount
 from megazh.model.config import Count, ModelConfig, Positive, Share
 from megazh.pipeline.precision import Dtype, Precision
+from megazh.pipeline.role import Role
 from megazh.run.folder import RunFolder
 from megazh.settings import Settings, override, read_layers
 from megazh.training.recipe_files import recipes_folder
@@ -101,17 +102,53 @@ class BatchConfig(Config):
     """Micro-batches per optimizer step and replica. Default: global_batch_size / (micro_batch_size x replicas)."""
 
 
-class OptimizerConfig(Config):
-    """AdamW (arXiv 1711.05101) and the objective that it minimizes."""
+class OptimizerName(StrEnum):
+    """Optimizers. A change on resume starts the state anew."""
 
+    ADAMW = "adamw"
+    """AdamW (arXiv 1711.05101) with torch's fused kernel."""
+    MUON = "muon"
+    """Muon for the matrices of blocks, AdamW for the rest."""
+    ADAMW8BIT = "adamw8bit"
+    """AdamW with 8-bit state (arXiv 2110.02861); needs a GPU and bitsandbytes."""
+    FUSED_ADAM = "fused_adam"
+    """AdamW with the kernel of NVIDIA's apex; needs a GPU and apex."""
+
+
+class MuonConfig(Config):
+    """Muon (kellerjordan.github.io/posts/muon) for the matrices of blocks."""
+
+    momentum: Annotated[Share, MAY_CHANGE] = 0.95
+    """Decay rate of the running average of gradients."""
+    nesterov: Annotated[bool, MAY_CHANGE] = True
+    """Whether the update looks one step ahead (Nesterov momentum)."""
+    iterations: Annotated[int, Field(ge=1, le=20), MAY_CHANGE] = 5
+    """Newton-Schulz iterations per update."""
+    match_adamw: Annotated[bool, MAY_CHANGE] = True
+    """Whether updates are scaled to the usual size of AdamW's, 0.2 sqrt(max(rows, columns)) (arXiv 2502.16982), so that
+    both take the same learning rate. If false, they are scaled by sqrt(max(1, rows / columns))."""
+    learning_rate_ratio: Annotated[Positive, MAY_CHANGE] = 1.0
+    """Learning rate of the matrices relative to learning_rate."""
+
+
+class OptimizerConfig(Config):
+    """The optimizer and the objective that it minimizes."""
+
+    name: Annotated[OptimizerName, choice(OptimizerName), MAY_CHANGE] = OptimizerName.ADAMW
+    """Optimizer. A change on resume starts its state anew."""
     learning_rate: Annotated[Positive, MAY_CHANGE]
     """Peak learning rate, reached when warm-up ends."""
+    muon: Annotated[MuonConfig, MAY_CHANGE] = MuonConfig()
+    """Settings of Muon, where name is muon."""
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of the running averages of gradients and squared gradients."""
     eps: Positive = 1e-8
     """Constant added to the denominator of the update."""
     weight_decay: Annotated[NotNegative, MAY_CHANGE] = 0.1
-    """Weight decay of 2-D weights (embedding included); none on norms and biases."""
+    """Decoupled weight decay of the roles in `decayed`."""
+    decayed: Annotated[list[Role], MAY_CHANGE] = Field(default_factory=lambda: [Role.EMBEDDING, Role.HEAD, Role.MATRIX])
+    """Roles of the parameters that weight decay acts on: embedding, head, matrix (2-D weights of blocks), norm, bias. A
+    tied matrix is an embedding."""
     max_grad_norm: Annotated[NotNegative, MAY_CHANGE] = 1.0
     """Global norm that gradients are clipped to; 0 turns clipping off."""
     z_loss: NotNegative = 0.0
@@ -156,7 +193,7 @@ class ParallelConfig(Config):
     cuda_graph: Annotated[bool, MAY_CHANGE] = True
     """Whether all kernels of a micro-batch are launched as one CUDA graph; needs Triton kernels and one stage."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """ZeRO stage: 1 shards the optimizer state over the replicas."""
+    """ZeRO stage: 1, which shards the optimizer state over the replicas."""
     check_tied_every: Annotated[Every, MAY_CHANGE] = 100
     """Steps between comparisons of the two copies of a tied embedding; 0: only at the end."""
 
@@ -167,14 +204,14 @@ class PrecisionConfig(Config):
     dtype: Annotated[Dtype | Literal["auto"], choice(Dtype, "auto")] = Dtype.BF16
     """Dtype of weights and activations; auto is bf16 on CUDA and fp32 on the CPU."""
     grad_accum_dtype: Annotated[Dtype | None, choice(Dtype)] = None
-    """Dtype of gradient accumulation over micro-batches. Default: fp32; fp16 if dtype is fp16."""
+    """Dtype of gradient accumulation over micro-batches: fp32."""
     communication_dtype: Annotated[Dtype | None, choice(Dtype)] = None
     """Dtype of the data-parallel gradient reduction. Default: grad_accum_dtype."""
 
     def on(self, device: Device) -> Precision:
         """The dtypes of a run on this device type."""
         compute = (Dtype.BF16 if device is Device.CUDA else Dtype.FP32) if self.dtype == "auto" else Dtype(self.dtype)
-        accumulation = self.grad_accum_dtype or (Dtype.FP16 if compute is Dtype.FP16 else Dtype.FP32)
+        accumulation = self.grad_accum_dtype or Dtype.FP32
         return Precision(compute, accumulation, self.communication_dtype or accumulation)
 
 
@@ -227,7 +264,7 @@ class Recipe(Config):
     batch: BatchConfig
     """Size of an optimizer step."""
     optimizer: OptimizerConfig
-    """AdamW and the objective that it minimizes."""
+    """The optimizer and the objective that it minimizes."""
     schedule: ScheduleConfig
     """Length of the run, learning rate over its steps, and seed."""
     parallel: ParallelConfig = ParallelConfig()

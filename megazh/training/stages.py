@@ -17,6 +17,7 @@ from megazh.pipeline.precision import Dtype, Precision
 from megazh.pipeline.split import best_bounds
 from megazh.pipeline.work import Work
 from megazh.training.layout import Layout
+from megazh.training.optimizers.choose import state_bytes
 from megazh.training.recipe import Kernels, Recipe
 
 OUTSIDE_TORCH = 1.5
@@ -82,7 +83,7 @@ def work_of(recipe: Recipe, layout: Layout, precision: Precision, backend: Backe
         precision=precision,
         activation_checkpointing=recipe.parallel.activation_checkpointing,
         backend=backend or usual_backend(recipe, precision),
-        zero_stage=recipe.parallel.zero_stage,
+        optimizer=state_bytes(recipe.optimizer.name),
     )
 
 

@@ -21,9 +21,11 @@ from megazh.model.decoder import Decoder
 from megazh.model.document_map import encode_document_map
 from megazh.model.layers import layer_count
 from megazh.pipeline.precision import Dtype, Precision
+from megazh.training.optimizers.choose import rules
+from megazh.training.recipe import MuonConfig, OptimizerConfig, OptimizerName
 
-STEPS, MICRO_BATCHES, ROWS, SEQ = 10, 4, 2, 16
-LEARNING_RATE, DECAY, CLIP = 1e-3, 0.1, 0.3
+STEPS, MICRO_BATCHES, ROWS, SEQ = 10, 6, 2, 16
+DECAY, CLIP = 0.1, 0.3
 SEED = 3
 PARTS = 4
 """Parts of the model (embedding, two blocks, head), and so the largest number of stages."""
@@ -37,9 +39,10 @@ class Case:
     checkpointing: bool = False
     z_loss: float = 0.0
     compute: Dtype = Dtype.FP32
-    accumulation: Dtype = Dtype.FP32
-    communication: Dtype | None = None
-    """Dtype of the reduction over replicas; None: the dtype of the accumulation."""
+    communication: Dtype = Dtype.FP32
+    """Dtype of the reduction over replicas."""
+    optimizer: OptimizerName = OptimizerName.ADAMW
+    learning_rate: float = 1e-3
 
     @property
     def config(self) -> ModelConfig:
@@ -55,13 +58,16 @@ NEOX = {
 }  # fmt: skip
 CASES = {
     "tied": Case(),
+    # Muon orthogonalizes in bf16, torch's own does as well. A gradient that was summed in another order rounds otherwise
+    # there, which moves a weight by some thousandths of the learning rate.
+    "muon": Case(optimizer=OptimizerName.MUON, learning_rate=1e-4),
+    "muon untied": Case(UNTIED, optimizer=OptimizerName.MUON, learning_rate=1e-4),
     "untied": Case(UNTIED, checkpointing=True),
     "z_loss": Case(z_loss=0.01, checkpointing=True),
     "neox": Case(NEOX),
     "tied bf16": Case(compute=Dtype.BF16),
     "bf16 between replicas": Case(compute=Dtype.BF16, communication=Dtype.BF16),
     "untied bf16": Case(UNTIED, compute=Dtype.BF16),
-    "tied bf16 sums": Case(compute=Dtype.BF16, accumulation=Dtype.BF16),
 }
 
 
@@ -80,20 +86,31 @@ def valid_labels(step: int) -> int:
     return sum(int((micro_batch(number)[1] >= 0).sum()) for number in range(first, first + MICRO_BATCHES))
 
 
-def optimizer_for(parameters: Iterator[torch.nn.Parameter], fused: bool) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    found = list(parameters)
+def settings(case: Case) -> OptimizerConfig:
+    """The optimizer's settings in a recipe."""
+    return OptimizerConfig(
+        name=case.optimizer, learning_rate=case.learning_rate, weight_decay=DECAY, muon=MuonConfig(match_adamw=False)
+    )
+
+
+def optimizers_for(model: Decoder, case: Case) -> list[torch.optim.Optimizer]:
+    """torch's own optimizers: weight decay on matrices only; with Muon, AdamW for what is no matrix of a block."""
+    whole = [p for p in model.blocks.parameters() if p.dim() > 1] if case.optimizer is OptimizerName.MUON else []
+    rest = [p for p in model.parameters() if not any(p is other for other in whole)]
     groups = [
-        {"params": [p for p in found if p.dim() > 1], "weight_decay": DECAY},
-        {"params": [p for p in found if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": DECAY},
+        {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], LEARNING_RATE, (0.9, 0.95), fused=fused)
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], case.learning_rate, (0.9, 0.95))
+    ]
+    return [*found, torch.optim.Muon(whole, case.learning_rate, DECAY)] if whole else found
 
 
 def train_plainly(case: Case) -> dict[str, Any]:
     """Train in fp32 in this process with torch alone; returns losses and gradient norms by step, and the weights."""
     model = Decoder(case.config, SEED)
-    optimizer = optimizer_for(model.parameters(), fused=False)
+    optimizers = optimizers_for(model, case)
     losses, norms = [], []
     for step in range(STEPS):
         loss = torch.zeros(())
@@ -104,8 +121,9 @@ def train_plainly(case: Case) -> dict[str, Any]:
         loss.backward()
         losses.append(loss.item())
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
     return {"losses": losses, "norms": norms, "weights": layer_weights(model)}
 
 
@@ -126,7 +144,7 @@ def make_pipeline(case: Case, stages: int) -> tuple[Any, Any]:
     from megazh.pipeline.work import Work
 
     replicas = dist.get_world_size() // stages
-    precision = Precision(case.compute, case.accumulation, case.communication or case.accumulation)
+    precision = Precision(case.compute, Dtype.FP32, case.communication)
     work = Work(
         case.config, stages, replicas, SEQ, ROWS, MICRO_BATCHES // replicas, precision, case.checkpointing,
         Backend.MASKED,
@@ -135,14 +153,15 @@ def make_pipeline(case: Case, stages: int) -> tuple[Any, Any]:
     bounds = best_bounds(costs.parts(case.config.num_hidden_layers), stages)
     with quiet():
         module = DecoderPipeline(work, bounds, SEED, case.z_loss)
-    engine = make_engine(module, optimizer_for(module.parameters(), fused=True), work, CLIP)
+    engine = make_engine(module, case.optimizer.value, rules(settings(case)), work, CLIP)
+    engine.optimizer.learning_rate = case.learning_rate
     return module, engine
 
 
 def feed(step: int, replica: int, replicas: int) -> Iterator[Any]:
     """The micro-batches of a replica, scaled as `training_feed` scales them."""
     count = MICRO_BATCHES // replicas
-    scale = torch.tensor([count * replicas / valid_labels(step)])
+    scale = torch.tensor([1 / valid_labels(step)])
     for number in range(count):
         tokens, labels, positions, boundaries = micro_batch(step * MICRO_BATCHES + number * replicas + replica)
         yield (tokens, encode_document_map(positions, boundaries)), (labels, scale)

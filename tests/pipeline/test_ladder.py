@@ -22,9 +22,12 @@ BF16 = [name for name, case in CASES.items() if case.compute is Dtype.BF16]
 # Cases by number of ranks and stages; the cases of one number of ranks run in one launch.
 LAYOUTS = {
     1: {1: [*FP32, *BF16]},
-    2: {2: [*FP32, *BF16], 1: ["tied", "z_loss", "tied bf16", "bf16 between replicas"]},
-    3: {3: ["tied", "neox"]},
-    4: {2: ["tied", "untied", "tied bf16", "bf16 between replicas"], PARTS: ["tied", "untied", "untied bf16"]},
+    2: {2: [*FP32, *BF16], 1: ["tied", "muon", "z_loss", "tied bf16", "bf16 between replicas"]},
+    3: {3: ["tied", "muon", "neox"], 1: ["tied", "muon"]},
+    4: {
+        2: ["tied", "untied", "muon untied", "tied bf16", "bf16 between replicas"],
+        PARTS: ["tied", "untied", "untied bf16"],
+    },
 }
 RUNS = [(n, stages, name) for n, layouts in LAYOUTS.items() for stages, names in layouts.items() for name in names]
 

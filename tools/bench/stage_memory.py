@@ -119,7 +119,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Recipe, Layout, Work]:
     recipe = load_recipe(path, settings)
     layout = make_layout(recipe, arguments.num_gpus)
     precision = recipe.precision.on(Device.CUDA)
-    check_engine(stages, precision, recipe.parallel.zero_stage, recipe.model.tie_word_embeddings)
+    check_engine(precision, recipe.parallel.zero_stage)
     work = work_of(recipe, layout, precision)
     bounds = recipe.parallel.stage_bounds or bounds_for(work, costs_by_flops(work), arguments.memory * 2**30)
     return load_recipe(path, [*settings, f"stage_bounds={bounds}"]), layout, work

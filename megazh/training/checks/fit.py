@@ -9,6 +9,7 @@ from megazh.pipeline.precision import Dtype, check_deepspeed_version, check_engi
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
 from megazh.training.job import Case
 from megazh.training.learning_rate import warmup_steps
+from megazh.training.optimizers.choose import check_optimizer
 from megazh.training.recipe import Device
 from megazh.training.stages import (
     ASSUMED_CARD_GIB,
@@ -33,14 +34,15 @@ def layout(case: Case) -> Iterator[str]:
 
 
 def dtypes(case: Case) -> Iterator[str]:
-    """DeepSpeed computes these dtypes rightly, and the device has them."""
+    """The engine has these dtypes, and the device has them and the optimizer."""
     precision, recipe, device = case.recipe.precision.on(case.devices.device), case.recipe, case.devices.device
     found = Collector()
     with found.collecting():
         check_deepspeed_version(version("deepspeed"))
     with found.collecting():
-        stages = case.request.stages or recipe.parallel.pipe_parallel_size
-        check_engine(stages, precision, recipe.parallel.zero_stage, recipe.model.tie_word_embeddings)
+        check_engine(precision, recipe.parallel.zero_stage)
+    with found.collecting():
+        check_optimizer(recipe.optimizer, device)
     if recipe.model.attention_dropout and device is Device.CUDA and precision.compute is not Dtype.FP32:
         found.add(
             UsageError(
@@ -49,18 +51,8 @@ def dtypes(case: Case) -> Iterator[str]:
                 "precision.dtype=fp32"
             )
         )
-    if precision.compute is Dtype.FP16 and device is Device.CPU and not _cpu_has_fp16():
-        found.add(
-            UsageError("precision.dtype=fp16: DeepSpeed has no fp16 on this CPU; set precision.dtype=fp32 or bf16")
-        )
     found.raise_all()
     yield from ()
-
-
-def _cpu_has_fp16() -> bool:
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-    return CPU_Accelerator().is_fp16_supported()
 
 
 def memory(case: Case) -> Iterator[str]:

@@ -3,20 +3,18 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import find_sources
 from megazh.errors import DataError, UsageError
-from megazh.pipeline.costs import costs_by_flops
-from megazh.pipeline.memory import checkpoint_bytes, stage_parameters
+from megazh.pipeline.memory import checkpoint_bytes
 from megazh.run.folder import DESCRIPTION, RunFolder
 from megazh.training.checkpoint_list import unfinished_bytes
 from megazh.training.checks.resume import is_complete, steps_done
 from megazh.training.job import Case, Request
 from megazh.training.recipe import Recipe
-from megazh.training.stages import bounds_for, work_of
+from megazh.training.stages import work_of
 from megazh.writing import check_writable, free_bytes
 
 _MADE_FIRST = {".lock", DESCRIPTION, "logs"}
@@ -84,9 +82,7 @@ def disk(case: Case) -> Iterator[str]:
     if not to_come:
         return
     work = work_of(job.recipe, job.layout, job.precision)
-    bounds = job.recipe.parallel.stage_bounds or bounds_for(work, costs_by_flops(work), None)
-    parameters = sum(stage_parameters(job.recipe.model, begin, end) for begin, end in pairwise(bounds))
-    size = checkpoint_bytes(work, parameters)
+    size = checkpoint_bytes(work)
     path = job.run.path.absolute()
     free = free_bytes(path)
     if free is None:
