@@ -1,6 +1,7 @@
 """From a request on the command line to an exit code: devices, checks, data, ranks, closing summary."""
 
 import contextlib
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from megazh.cluster.launchers import local
 from megazh.errors import Collector, UsageError, WorkerError
 from megazh.files import locked
 from megazh.model.counts import flops_per_token
+from megazh.pipeline.deepspeed_config import deepspeed_config
 from megazh.run.plot import plot_losses
 from megazh.run.summary import describe_end
 from megazh.training.checkpoint_list import remove_unfinished
@@ -23,6 +25,7 @@ from megazh.training.describe import describe_job
 from megazh.training.job import Case, Devices, Job, Request
 from megazh.training.preflight import CHECKS, DATA, WITHOUT_DEVICES, preflight, requested_case, warnings_of
 from megazh.training.recipe import Device
+from megazh.training.stages import work_of
 from megazh.training.startup import preparing
 from megazh.writing import check_writable
 
@@ -137,10 +140,13 @@ def _dry_run(job: Job, command: list[str]) -> None:
     for line in describe_job(job, detailed=True):
         print(line)
     print(f"{'precision':<12}{job.precision.compute}")
+    print(f"{'optimizer':<12}{job.recipe.optimizer.name}")
     if job.devices.ids:
         print(f"{'GPUs':<12}{','.join(job.devices.ids)}")
     for line in describe_data(job.recipe):
         print(line)
+    config = deepspeed_config(work_of(job.recipe, job.layout, job.precision), job.recipe.optimizer.max_grad_norm)
+    print(f"{'DeepSpeed':<12}{json.dumps(config)}")
     print(f"{'command':<12}{' '.join([command[0], shlex.join(command[1:])])}")
     print("dry run: nothing was started")
 

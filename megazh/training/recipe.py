@@ -146,7 +146,9 @@ class OptimizerConfig(Config):
     """Constant added to the denominator of the update."""
     weight_decay: Annotated[NotNegative, MAY_CHANGE] = 0.1
     """Decoupled weight decay of the roles in `decayed`."""
-    decayed: Annotated[list[Role], MAY_CHANGE] = Field(default_factory=lambda: [Role.EMBEDDING, Role.HEAD, Role.MATRIX])
+    decayed: Annotated[list[Annotated[Role, choice(Role)]], MAY_CHANGE] = Field(
+        default_factory=lambda: [Role.EMBEDDING, Role.HEAD, Role.MATRIX]
+    )
     """Roles of the parameters that weight decay acts on: embedding, head, matrix (2-D weights of blocks), norm, bias. A
     tied matrix is an embedding."""
     max_grad_norm: Annotated[NotNegative, MAY_CHANGE] = 1.0

@@ -84,5 +84,7 @@ def _as_yaml(value: Any) -> str:
     """A value in YAML on one line."""
     if isinstance(value, StrEnum):
         value = value.value
+    if isinstance(value, list):
+        value = [each.value if isinstance(each, StrEnum) else each for each in value]
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")

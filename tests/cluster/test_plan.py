@@ -185,10 +185,9 @@ def test_a_memory_limit_counts_as_in_a_run() -> None:
     assert table(lines_of(settings=[limit, cut]))[2][-1] == "large", "a cut by hand is not moved"
 
 
-def test_what_deepspeed_gets_wrong_is_no_layout() -> None:
-    lines = lines_of(settings=["zero_stage=0"])
-    assert list(table(lines)) == [1]
-    assert any(line.startswith("pp=2 x dp=3: zero_stage=0 with pipe_parallel_size=2") for line in lines)
+def test_dtypes_that_the_engine_does_not_have_are_refused() -> None:
+    with pytest.raises(UsageError, match="zero_stage=0: "):
+        lines_of(settings=["zero_stage=0"])
 
 
 def test_a_plan_says_what_a_start_will_say_of_the_data(stories: Path) -> None:

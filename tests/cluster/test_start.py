@@ -23,7 +23,6 @@ from megazh.errors import BusyError, MegazhError, SeveralErrors, UsageError
 from megazh.files import locked
 from megazh.index.prepare import prepare
 from megazh.run.folder import RunFolder
-from megazh.training.checks import fit
 from megazh.training.job import Request
 from megazh.training.recipe import run_recipe
 
@@ -114,11 +113,11 @@ def refused(request: Request, launches: Launches, error: type[MegazhError] = Usa
             ["2 x gradient_accumulation_steps 3 x 1 replicas = 6, and global_batch_size is 8", "=6, or ", "=4"],
         ),
         ({"settings": ["data.manifest=other/mine.yaml"]}, ["other/mine.yaml: no such file", "--output other/mine'"]),
-        ({"settings": ["zero_stage=0"]}, ["zero_stage=0 with pipe_parallel_size=2", "set zero_stage=1"]),
+        ({"settings": ["zero_stage=0"]}, ["zero_stage=0", "set zero_stage=1"]),
         ({"settings": ["zero_stage=2"]}, ["zero_stage=2", "set zero_stage=1"]),
         (
             {"settings": ["dtype=fp16"], "device": "cpu"},
-            ["precision.dtype=fp16", "on this CPU", "set precision.dtype=fp32 or bf16"],
+            ["precision.dtype=fp16", "loss scale", "set precision.dtype=bf16, or fp32"],
         ),
         ({"settings": ["warmup=7"]}, ["schedule.warmup=7: longer than the run of 6"]),
         ({"settings": ["seq_len=1000000"]}, ["tokens for training, less than one sample of 1000000"]),
@@ -132,11 +131,9 @@ def refused(request: Request, launches: Launches, error: type[MegazhError] = Usa
 def test_what_cannot_work_is_refused(
     launches: Launches,
     recipe: str,
-    monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
     parts: list[str],
 ) -> None:
-    monkeypatch.setattr(fit, "_cpu_has_fp16", lambda: False)
     line = refused(Request(**{"recipe": recipe, **changes}), launches)
     for part in parts:
         assert part in line

@@ -58,8 +58,8 @@ NEOX = {
 }  # fmt: skip
 CASES = {
     "tied": Case(),
-    # Muon orthogonalizes in bf16, torch's own does as well. A gradient that was summed in another order rounds otherwise
-    # there, which moves a weight by some thousandths of the learning rate.
+    # Muon orthogonalizes in bf16, as torch's own does. A gradient that was summed in another order rounds otherwise
+    # there, which moves a weight by some hundredths of the learning rate.
     "muon": Case(optimizer=OptimizerName.MUON, learning_rate=1e-4),
     "muon untied": Case(UNTIED, optimizer=OptimizerName.MUON, learning_rate=1e-4),
     "untied": Case(UNTIED, checkpointing=True),
@@ -135,11 +135,12 @@ def layer_weights(model: Decoder) -> dict[str, torch.Tensor]:
     return {f"{n}.{name}": w.detach().clone() for n, layer in layers.items() for name, w in layer.named_parameters()}
 
 
-def make_pipeline(case: Case, stages: int) -> tuple[Any, Any]:
-    """The module of this rank's stage, and its engine."""
+def make_pipeline(case: Case, stages: int, frozen: tuple[str, ...] = ()) -> tuple[Any, Any]:
+    """The module of this rank's stage, and its engine; parameters of the names in `frozen` are not trained."""
     from megazh.pipeline.costs import costs_by_flops
     from megazh.pipeline.engine import make_engine, quiet
     from megazh.pipeline.module import DecoderPipeline
+    from megazh.pipeline.parameters import named_parameters
     from megazh.pipeline.split import best_bounds
     from megazh.pipeline.work import Work
 
@@ -153,6 +154,8 @@ def make_pipeline(case: Case, stages: int) -> tuple[Any, Any]:
     bounds = best_bounds(costs.parts(case.config.num_hidden_layers), stages)
     with quiet():
         module = DecoderPipeline(work, bounds, SEED, case.z_loss)
+    for each in named_parameters(module):
+        each.parameter.requires_grad_(each.name not in frozen)
     engine = make_engine(module, case.optimizer.value, rules(settings(case)), work, CLIP)
     engine.optimizer.learning_rate = case.learning_rate
     return module, engine

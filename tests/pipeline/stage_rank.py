@@ -49,6 +49,33 @@ def no_labels(name: str, stages: int) -> dict[str, Any]:
     return {"loss": loss, "skipped": engine.skipped_steps, "before": before, "weights": stage_weights(module)}
 
 
+def vetoed(name: str, stages: int) -> dict[str, Any]:
+    """Train a step, then one that rank 1 alone refuses."""
+    module, engine = make_pipeline(CASES[name], stages)
+    engine.train_batch(feed(0, 0, 1))
+    before, seen = stage_weights(module), []
+
+    def accept(loss: float, norm: float) -> bool:
+        seen.append((loss, norm))
+        return dist.get_rank() != 1
+
+    engine.optimizer.accept = accept
+    engine.train_batch(feed(1, 0, 1))
+    return {
+        "before": before, "weights": stage_weights(module), "seen": seen, "skipped": engine.skipped_steps,
+        "updates": engine.optimizer.updates,
+    }  # fmt: skip
+
+
+def frozen(name: str, stages: int) -> dict[str, Any]:
+    """Train two steps with the embedding and one matrix frozen."""
+    module, engine = make_pipeline(CASES[name], stages, frozen=("embedding.weight", "blocks.0.mlp.up_proj.weight"))
+    before = stage_weights(module)
+    for step in range(2):
+        engine.train_batch(feed(step, 0, 1))
+    return {"before": before, "weights": stage_weights(module)}
+
+
 def tampered(name: str, stages: int) -> dict[str, Any]:
     """The error of `check_tied` after one weight of the last stage's copy has grown by one unit in the last place."""
     from megazh.errors import WorkerError
@@ -116,6 +143,8 @@ def forward(name: str, stages: int) -> dict[str, Any]:
 JOBS = {
     "not_finite": not_finite,
     "no_labels": no_labels,
+    "vetoed": vetoed,
+    "frozen": frozen,
     "tampered": tampered,
     "documents": documents,
     "forward": forward,

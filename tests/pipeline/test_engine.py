@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.ladder_rank import DECAY, LEARNING_RATE
+from pipeline.ladder_rank import CASES, DECAY
 from processes import run_command
 from ranks import run_ranks
 
@@ -24,7 +24,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Results of the two ranks of a pipeline."""
     jobs = [f"{job}/{name}" for job in ("not_finite", "no_labels") for name in PRECISIONS]
     folder = tmp_path_factory.mktemp("engine")
-    return run_ranks(SCRIPT, 2, [2, *jobs, "tampered/tied", "tampered/tied bf16"], folder, timeout=180)
+    return run_ranks(
+        SCRIPT,
+        2,
+        [2, *jobs, "tampered/tied", "tampered/tied bf16", "vetoed/tied", "frozen/untied"],
+        folder,
+        timeout=180,
+    )
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
@@ -46,9 +52,29 @@ def test_a_step_without_labels_only_decays(found: Found, name: str) -> None:
         results = rank[f"no_labels/{name}"]
         assert (results["loss"], results["skipped"]) == (0.0, 0)
         for key, before in results["before"].items():
-            factor = 1 - LEARNING_RATE * DECAY if before.dim() > 1 else 1.0
+            factor = 1 - CASES[name].learning_rate * DECAY if before.dim() > 1 else 1.0
             wanted = (before.float() * factor).to(before.dtype)
             torch.testing.assert_close(results["weights"][key], wanted, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_a_step_that_one_rank_refuses_changes_no_weight_on_any(found: Found) -> None:
+    for rank in found:
+        results = rank["vetoed/tied"]
+        assert results["skipped"] == 1
+        assert results["updates"] == 1
+        for key, before in results["before"].items():
+            assert torch.equal(before, results["weights"][key]), key
+    seen = [rank["vetoed/tied"]["seen"] for rank in found]
+    assert seen[0] == seen[1], "loss and norm are the same on all ranks"
+
+
+def test_frozen_parameters_stay_and_the_others_move(found: Found) -> None:
+    moved = {}
+    for rank in found:
+        results = rank["frozen/untied"]
+        moved.update({key: not torch.equal(old, results["weights"][key]) for key, old in results["before"].items()})
+    assert {key for key in moved if not moved[key]} == {"0.weight", "1.mlp.up_proj.weight"}
+    assert sum(moved.values()) > 10
 
 
 @pytest.mark.parametrize("name", ["tied", "tied bf16"])

@@ -27,9 +27,7 @@ def test_only_one_backend_has_kernels(backend: Backend) -> None:
         ({}, True),
         ({"stages": 1}, False),
         ({"activation_checkpointing": True}, False),
-        ({"precision": Precision(Dtype.BF16, Dtype.BF16, Dtype.BF16)}, False),
-        ({"precision": Precision(Dtype.FP32, Dtype.FP32, Dtype.FP32)}, False),
     ],
 )
-def test_weight_gradients_wait_only_in_a_pipeline_that_sums_in_place(changes: dict, deferred: bool) -> None:
+def test_weight_gradients_wait_in_a_pipeline_only(changes: dict, deferred: bool) -> None:
     assert dataclasses.replace(WORK, **changes).defers_weight_gradients == deferred

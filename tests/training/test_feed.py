@@ -62,14 +62,13 @@ def test_a_step_is_the_same_samples_in_every_layout(mixture: Mixture, layout: La
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.replicas}x{layout.micro_batch_size}")
-def test_mean_of_scaled_sums_is_the_mean_over_tokens(mixture: Mixture, layout: Layout) -> None:
-    """DeepSpeed's mean over micro-batches and replicas is the mean over the step's labels, whatever the losses are."""
+def test_the_sum_of_scaled_sums_is_the_mean_over_tokens(mixture: Mixture, layout: Layout) -> None:
     scales = set()
     for batches in steps(mixture, layout, 0, 3):
         losses = [torch.where(labels >= 0, labels.double().square() + 1, 0) for _, (labels, _) in batches]
         scaled = [loss.sum() * scale.double() for loss, (_, (_, scale)) in zip(losses, batches, strict=True)]
         valid = sum(int((labels >= 0).sum()) for _, (labels, _) in batches)
-        assert torch.stack(scaled).mean().item() == pytest.approx(sum(loss.sum().item() for loss in losses) / valid)
+        assert torch.stack(scaled).sum().item() == pytest.approx(sum(loss.sum().item() for loss in losses) / valid)
         assert {(tuple(scale.shape), scale.dtype) for _, (_, scale) in batches} == {((1,), torch.float32)}
         scales.update(float(scale) for _, (_, scale) in batches)
     assert len(scales) == 3, "steps have different numbers of labels; all micro-batches of a step have one scale"
@@ -120,7 +119,7 @@ def test_validation_counts_each_label_once(mixture: Mixture, replicas: int, size
     valid = int((expected.labels >= 0).sum())
     assert {feed.valid for feed in feeds} == {valid}
     scaled = [(labels >= 0).sum() * scale for each in batches for _, (labels, scale) in each]
-    assert torch.stack(scaled).mean().item() == pytest.approx(1.0), "the mean of ones is one"
+    assert torch.stack(scaled).sum().item() == pytest.approx(1.0), "the mean of ones is one"
 
 
 def test_validation_may_be_gone_through_again(mixture: Mixture) -> None:

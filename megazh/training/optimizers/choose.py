@@ -37,7 +37,8 @@ def check_optimizer(config: OptimizerConfig, device: Device) -> None:
         raise UsageError("optimizer.name=fused_adam: apex computes on CUDA only; set optimizer.name=adamw")
     if config.name is OptimizerName.ADAMW8BIT and device is Device.CPU:
         raise UsageError("optimizer.name=adamw8bit: bitsandbytes computes it on CUDA only; set optimizer.name=adamw")
-    _elementwise(config)
+    if config.name in (OptimizerName.ADAMW8BIT, OptimizerName.FUSED_ADAM):
+        _elementwise(config)
 
 
 def rules(config: OptimizerConfig) -> Callable[[NamedParameter], tuple[UpdateRule, float]]:

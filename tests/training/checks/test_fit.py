@@ -55,7 +55,7 @@ def test_a_card_that_is_not_known_is_compared_with_a_3090(tmp_path: Path) -> Non
 
 
 def test_all_errors_come_at_once_each_with_its_place(tmp_path: Path) -> None:
-    settings = ["warmup=50", "global_batch_size=7", "zero_stage=2", "communication_dtype=fp16"]
+    settings = ["warmup=50", "global_batch_size=7", "zero_stage=2"]
     case = make_case(tmp_path, None, settings, request=Request(stages=1))
     with pytest.raises(MegazhError) as refusal:
         warnings_of(case, FIT)
