@@ -166,15 +166,7 @@ def check_disk(engine: Any, folder: Path) -> None:
 
 def state_bytes(engine: Any) -> int:
     """Bytes of the tensors that this rank puts into a checkpoint; its files are larger by some kilobytes."""
-    weights = list(engine.module.parameters())
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    own = {weight.data_ptr() for weight in weights}
-    state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
-    masters = [each for group in optimizer.param_groups for each in group["params"] if each.data_ptr() not in own]
-    first = engine.grid.get_data_parallel_rank() == 0
-    sharded = engine.save_zero_checkpoint
-    counted = [*(weights if first else []), *([*state, *masters] if first or sharded else [])]
-    return sum(tensor.nbytes for tensor in counted)
+    return sum(piece.values.nbytes for piece in engine.optimizer.pieces_to_save())
 
 
 def mark_complete(checkpoint: Path) -> None:
