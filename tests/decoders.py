@@ -142,7 +142,7 @@ def reference_logits(
             states = states + added + _mlp(config, own, _norm(config, own, "mlp_norm", mlp_input))
         states = _norm(config, weights, "norm", states)
         head = weights["embedding.weight" if config.tie_word_embeddings else "head.weight"]
-        found.append(states @ head.T)
+        found.append(states @ head[: config.vocab_size].T)
     return np.stack(found)
 
 

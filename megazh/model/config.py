@@ -39,6 +39,9 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
+_VOCAB_MULTIPLE = 64
+"""Divisor of the rows of embedding and head as they are stored: matrix products with other numbers of rows are slow."""
+
 
 class RopeScaling(Config):
     """Keys under `rope_scaling:`, named as in Hugging Face configs."""
@@ -67,8 +70,8 @@ class ModelConfig(Config):
     """Shape of a decoder-only transformer with a norm before attention and before the MLP."""
 
     vocab_size: Count
-    """Rows of the embedding matrix, at least the number of ids in the tokenizer. Rows beyond that are padding and are
-    never sampled."""
+    """Rows of the embedding matrix, at least the number of ids in the tokenizer. Rows that no id uses are never
+    sampled. Any number trains at full speed, see `padded_vocab_size`."""
     hidden_size: Count
     """Width of the hidden state, which runs through all blocks."""
     num_hidden_layers: Count
@@ -131,6 +134,15 @@ class ModelConfig(Config):
                 f"{self.rotary_dim} dimensions; expected an even number of at least 2"
             )
         return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows with which embedding and head are stored in memory: `vocab_size` rounded up to a multiple of 64.
+
+        Rows beyond `vocab_size` are zero and stay so. They count nowhere but in memory: not among the parameters, in
+        the softmax, in logits that are returned, in FLOPs or in files.
+        """
+        return -(-self.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
     @property
     def head_size(self) -> int:

@@ -7,7 +7,7 @@ from megazh.model.config import Mlp, ModelConfig, Norm
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters by layer: embedding, block, last norm, head."""
+    """Numbers of parameters by layer: embedding, block, last norm, head. Rows that pad a matrix do not count."""
 
     embedding: int
     """Parameters of the embedding."""
@@ -93,7 +93,7 @@ def chunk_tokens(vocab_size: int, fused: bool = False) -> int:
     """Tokens whose logits `megazh.model.loss` holds at a time.
 
     Args:
-        vocab_size: rows of the head's matrix.
+        vocab_size: rows of the head's matrix, padding included.
         fused: whether Triton kernels compute the loss.
     """
     if fused:

@@ -51,7 +51,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute fp32 logits (..., vocab) from hidden states (..., hidden) after the last norm."""
-        return nn.functional.linear(hidden, self.head.weight).float()
+        return nn.functional.linear(hidden, self.head.weight)[..., : self.config.vocab_size].float()
 
     def loss(
         self,
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
         """
         attend = self.attention(position_ids, cu_seqlens)
         return summed_cross_entropy(
-            self(tokens, attend), self.head.weight, labels, z_loss, fused=isinstance(attend, Packed)
+            self(tokens, attend), self.head.weight, labels, z_loss, isinstance(attend, Packed), self.config.vocab_size
         )
 
 

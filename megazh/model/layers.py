@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,19 @@ from megazh.model.config import Mlp, ModelConfig, Norm
 from megazh.model.rope import rotate
 
 
+def _vocabulary_matrix(config: ModelConfig) -> nn.Parameter:
+    """Matrix of embedding or head, (padded_vocab_size, hidden); its attribute `rows` is the number that counts."""
+    weight: Any = nn.Parameter(torch.empty(config.padded_vocab_size, config.hidden_size))
+    weight.rows = config.vocab_size
+    return weight
+
+
 class Embedding(nn.Module):
     """Embedding of token ids; with tied weights, its matrix is also that of the head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.weight = _vocabulary_matrix(config)
         self.scale, self._dropout = config.embedding_scale, config.residual_dropout
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -33,7 +42,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.weight = _vocabulary_matrix(config)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -145,7 +154,10 @@ def layer_count(config: ModelConfig) -> int:
 
 @torch.no_grad()
 def initialize(layer: nn.Module, config: ModelConfig, number: int, seed: int) -> None:
-    """Set matrices to normal random weights (`initializer_range`), biases to zero and weights of norms to one."""
+    """Set matrices to normal random weights (`initializer_range`), biases to zero and weights of norms to one.
+
+    Rows that pad embedding and head become zero.
+    """
     digest = hashlib.sha256(f"megazh layer {number} of seed {seed}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     small = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
@@ -153,8 +165,35 @@ def initialize(layer: nn.Module, config: ModelConfig, number: int, seed: int) ->
         if parameter.dim() == 2:
             feeds_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = small if feeds_residual and config.scale_residual_init else config.initializer_range
-            parameter.normal_(0.0, std, generator=generator)
+            rows = getattr(parameter, "rows", len(parameter))
+            parameter[:rows].normal_(0.0, std, generator=generator)
+            parameter[rows:].zero_()
         elif name.endswith("bias"):
             parameter.zero_()
         else:
             parameter.fill_(1.0)
+
+
+def load_unpadded(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Make tensors read from a file the weights of a layer, which may be on the meta device.
+
+    Files hold embedding and head without padding: (vocab_size, hidden). Their rows are padded with zeros here. Dtype
+    and device are those of the tensors.
+
+    Args:
+        layer: a layer made by `make_layer`.
+        tensors: its weights by name, such as `mlp.up_proj.weight`.
+
+    Raises:
+        RuntimeError: names or shapes are not those of the layer.
+    """
+    padded = dict(tensors)
+    rows = {name: each.rows for name, each in layer.named_parameters() if hasattr(each, "rows")}
+    for name in rows.keys() & tensors.keys():
+        tensor, stored = tensors[name], layer.get_parameter(name).shape
+        if tensor.shape != (rows[name], stored[1]):
+            raise RuntimeError(f"{name} is {tuple(tensor.shape)}, expected {(rows[name], stored[1])}")
+        padded[name] = F.pad(tensor, (0, 0, 0, stored[0] - rows[name]))
+    layer.load_state_dict(padded, assign=True)
+    for name, count in rows.items():  # `assign` puts new parameters in place of those with the attribute
+        setattr(layer.get_parameter(name), "rows", count)  # noqa: B010

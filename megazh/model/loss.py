@@ -20,31 +20,44 @@ AddProduct = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 def summed_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, z_loss: float = 0.0, fused: bool = False
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    z_loss: float = 0.0,
+    fused: bool = False,
+    vocab: int | None = None,
 ) -> torch.Tensor:
     """Cross entropy of the logits `hidden @ weight.T`, summed over all labels that are not negative.
 
     Args:
         hidden: (..., hidden) in fp32, bf16 or fp16.
-        weight: (vocab, hidden) in the same dtype.
+        weight: (rows, hidden) in the same dtype.
         labels: (...) integers; tokens with a negative label (-100) are ignored.
         z_loss: weight of the z-loss: this times the squared log-sum-exp of the logits is added per token that is not
             ignored (PaLM, arXiv 2204.02311).
         fused: whether to use Triton kernels.
+        vocab: number of rows of the weight that count; rows behind them are padding, in no softmax, and get no
+            gradient. Default: all.
 
     Returns:
         A scalar in fp32.
     """
-    return summed_losses(hidden, weight, labels, z_loss, fused)[0]
+    return summed_losses(hidden, weight, labels, z_loss, fused, vocab)[0]
 
 
 def summed_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, z_loss: float, fused: bool
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    z_loss: float,
+    fused: bool,
+    vocab: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum as in `summed_cross_entropy`, and the z-loss in it, a scalar in fp32 without gradient."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _SummedCrossEntropy.apply(flat, weight, labels.reshape(-1), z_loss, needs_gradient, fused)
+    vocab = len(weight) if vocab is None else vocab
+    return _SummedCrossEntropy.apply(flat, weight, labels.reshape(-1), z_loss, needs_gradient, fused, vocab)
 
 
 @torch.no_grad()
@@ -55,11 +68,12 @@ def loss_and_gradient(
     z_loss: float,
     scale: torch.Tensor,
     fused: bool,
+    vocab: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross entropy as in `summed_cross_entropy`, and the gradients of `scale` times that sum, in one pass.
 
     Args:
-        hidden, labels, z_loss, fused: see `summed_cross_entropy`.
+        hidden, labels, z_loss, fused, vocab: see `summed_cross_entropy`.
         weight: a parameter with a `main_grad`; its gradient is added there, or deferred to `postponed`
             (see `megazh.model.main_grad`).
         scale: a scalar in fp32 on the device of `hidden`.
@@ -75,7 +89,8 @@ def loss_and_gradient(
     def add(left: torch.Tensor, right: torch.Tensor) -> None:
         product_gradient(weight, left, right)
 
-    total, z_total = _sum_chunks(flat, weight.detach(), labels.reshape(-1), z_loss, scale, fused, gradient, add)
+    vocab = len(weight) if vocab is None else vocab
+    total, z_total = _sum_chunks(flat, weight.detach(), labels.reshape(-1), z_loss, scale, fused, vocab, gradient, add)
     return total, gradient.view_as(hidden), z_total
 
 
@@ -89,12 +104,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         z_loss: float,
         needs_gradient: bool,
         fused: bool,
+        vocab: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
         one = torch.ones((), device=hidden.device)
         add = functools.partial(add_product_, grad_weight) if grad_weight is not None else None
-        total, z_total = _sum_chunks(hidden, weight, labels, z_loss, one, fused, grad_hidden, add)
+        total, z_total = _sum_chunks(hidden, weight, labels, z_loss, one, fused, vocab, grad_hidden, add)
         if needs_gradient:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.dtype = weight.dtype
@@ -107,7 +123,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         scale = gradients[0]
         # Scaled in fp32: in fp16 the scale (loss scale / number of tokens) would make small gradients underflow.
         scaled = grad_hidden.float().mul_(scale).to(grad_hidden.dtype)
-        return scaled, grad_weight.mul_(scale).to(ctx.dtype), None, None, None, None
+        return scaled, grad_weight.mul_(scale).to(ctx.dtype), None, None, None, None, None
 
 
 def _sum_chunks(
@@ -117,6 +133,7 @@ def _sum_chunks(
     z_loss: float,
     scale: torch.Tensor,
     fused: bool,
+    vocab: int,
     grad_hidden: torch.Tensor | None,
     add: AddProduct | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,9 +154,11 @@ def _sum_chunks(
     for begin in range(0, len(hidden), size):
         rows, targets = hidden[begin : begin + size], labels[begin : begin + size]
         if fused:
-            summed, z_summed, gradient = _fused_chunk(rows, weight, targets, z_loss, chunk_scale)
+            summed, z_summed, gradient = _fused_chunk(rows, weight, targets, z_loss, chunk_scale, vocab)
         else:
-            summed, z_summed, gradient = _chunk(_logits(rows, wide), targets, z_loss, chunk_scale)
+            logits = _logits(rows, wide)
+            logits[:, vocab:] = -torch.inf
+            summed, z_summed, gradient = _chunk(logits, targets, z_loss, chunk_scale)
         total += summed
         if z_summed is not None:
             z_total += z_summed
@@ -152,17 +171,22 @@ def _sum_chunks(
 
 
 def _fused_chunk(
-    rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, z_loss: float, scale: torch.Tensor | None
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    z_loss: float,
+    scale: torch.Tensor | None,
+    vocab: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Like `_chunk`, but from hidden states and with a Triton kernel."""
     from megazh.kernels.cross_entropy import cross_entropy_
 
     logits = rows @ weight.T
     if not z_loss:
-        return cross_entropy_(logits, labels, z_loss, scale).sum(), None, logits
+        return cross_entropy_(logits, labels, z_loss, scale, vocab).sum(), None, logits
     # The kernel gives loss = z - logit + z_loss z^2 with the log-sum-exp z, and overwrites the logits: solved for z.
     at_label = logits.gather(1, labels.long().clamp_min(0)[:, None])[:, 0].float()
-    losses = cross_entropy_(logits, labels, z_loss, scale)
+    losses = cross_entropy_(logits, labels, z_loss, scale, vocab)
     known = losses + at_label
     z = 2 * known / (1 + (1 + 4 * z_loss * known).clamp_min(0).sqrt())
     return losses.sum(), torch.where(labels >= 0, z_loss * z.square(), 0.0).sum(), logits
@@ -173,7 +197,7 @@ def _chunk(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Sum of losses, and the z-loss in it if there is one; the third tensor is that of `logits`.
 
-    With a scale, the gradient of scale times the sum is written over the logits.
+    With a scale, the gradient of scale times the sum is written over the logits. Logits of padding are -inf.
     """
     targets = labels.long()[:, None]
     counted = targets >= 0

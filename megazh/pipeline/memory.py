@@ -1,6 +1,6 @@
 """GPU memory that a stage needs, by component, from shapes and dtypes alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megazh.model.config import Mlp, ModelConfig
 from megazh.model.counts import block_matrix, chunk_tokens, parameter_counts
@@ -40,6 +40,7 @@ def stage_memory(work: Work, stage: int, begin: int, end: int) -> StageMemory:
         begin: its first part (embedding 0, blocks 1 to L, head L + 1).
         end: the part behind its last.
     """
+    work = _as_stored(work)
     config, precision = work.model, work.precision
     last = config.num_hidden_layers + 1
     blocks = max(0, min(end, last) - max(begin, 1))
@@ -113,6 +114,11 @@ def _reduction_memory(work: Work, parameters: int) -> float:
     if precision.communication is precision.accumulation:
         return 0
     return bucket * precision.communication.bytes * (1 + 1 / work.replicas)
+
+
+def _as_stored(work: Work) -> Work:
+    """The same work with all rows of embedding and head that are stored, those that pad them included."""
+    return replace(work, model=work.model.model_copy(update={"vocab_size": work.model.padded_vocab_size}))
 
 
 def stage_parameters(config: ModelConfig, begin: int, end: int) -> int:

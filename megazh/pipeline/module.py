@@ -125,7 +125,7 @@ class DecoderPipeline(PipelineModule):
         return self._head is not None
 
     def tied_weight(self) -> torch.Tensor | None:
-        """This stage's copy of the tied matrix, (vocab, hidden); None where it has none."""
+        """This stage's copy of the tied matrix, (padded_vocab_size, hidden); None where it has none."""
         return self.tied_modules[_TIED].weight if _TIED in self.tied_modules else None
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> Any:
@@ -158,12 +158,12 @@ class DecoderPipeline(PipelineModule):
         """Summed cross entropy times a scale that makes the sum over all micro-batches a mean over tokens.
 
         Args:
-            outputs: (batch, seq, hidden) normed states, and the head's matrix (vocab, hidden).
+            outputs: (batch, seq, hidden) normed states, and the head's matrix (padded_vocab_size, hidden).
             labels: (batch, seq) int32 labels, and the scale, (1,) fp32.
         """
         (hidden, weight), (wanted, scale) = outputs, labels
         z_loss, scale = self._z_loss if self.training else 0.0, scale.squeeze()
-        total, z_total = summed_losses(hidden, weight, wanted, z_loss, self.fused)
+        total, z_total = summed_losses(hidden, weight, wanted, z_loss, self.fused, self.config.vocab_size)
         if self.training:
             self._last_z_loss = z_total * scale
         return total * scale
@@ -186,7 +186,7 @@ class DecoderPipeline(PipelineModule):
         wanted, scale = labels
         scale = scale.squeeze()
         summed, gradient, z_summed = loss_and_gradient(
-            hidden, self._head.weight, wanted, self._z_loss, scale, self.fused
+            hidden, self._head.weight, wanted, self._z_loss, scale, self.fused, self.config.vocab_size
         )
         self._last_z_loss = z_summed * scale
         return summed * scale, gradient
@@ -199,6 +199,6 @@ class DecoderPipeline(PipelineModule):
         return {Z_LOSS: self._last_z_loss} if self._z_loss else None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Turn (..., hidden) normed states into (..., vocab) fp32 logits, on the last stage."""
+        """Turn (..., hidden) normed states into (..., vocab_size) fp32 logits, on the last stage."""
         assert self._head is not None
-        return nn.functional.linear(hidden, self._head.weight).float()
+        return nn.functional.linear(hidden, self._head.weight)[..., : self.config.vocab_size].float()

@@ -19,7 +19,7 @@ from megazh.pipeline.work import Work
 if TYPE_CHECKING:
     import torch
 
-_VERSION = 3
+_VERSION = 4
 _WARM_UP, _ROUNDS = 3, 7
 
 
@@ -108,9 +108,9 @@ def _measure(work: Work, device: "torch.device") -> LayerCosts:
     def to_loss() -> None:
         normed = run_layers(None, [], norm, hidden, attend, checkpointing)
         if work.fused:
-            normed.backward(loss_and_gradient(normed, weight, tokens, 0.0, one, fused=True)[1])
+            normed.backward(loss_and_gradient(normed, weight, tokens, 0.0, one, True, config.vocab_size)[1])
         else:
-            summed_cross_entropy(normed, weight, tokens).backward()
+            summed_cross_entropy(normed, weight, tokens, vocab=config.vocab_size).backward()
 
     return LayerCosts(
         unit="seconds",

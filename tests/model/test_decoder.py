@@ -56,6 +56,35 @@ def test_loss_is_cross_entropy_of_the_logits_summed(name: str, z_loss: float) ->
         torch.testing.assert_close(found[key], parameter.grad, rtol=1e-4, atol=1e-4, msg=key)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_that_is_padded_trains_as_one_that_is_not(tied: bool) -> None:
+    """Losses and gradients are those of plain torch on matrices of 1,003 rows."""
+    model = decoder(small(vocab_size=1003, tie_word_embeddings=tied))
+    tokens, labels, positions, cu_seqlens = packed(ROWS, 16, vocab=1003)
+    loss = model.loss(tokens, labels, positions, cu_seqlens, 0.01)
+    loss.backward()
+    found = {name: each.grad for name, each in model.named_parameters()}
+    matrix = model.embedding.weight.detach()[:1003].clone().requires_grad_()
+    head = matrix if tied else model.head.weight.detach()[:1003].clone().requires_grad_()
+    attend, states = model.attention(positions, cu_seqlens), F.embedding(tokens, matrix)
+    model.zero_grad()
+    for block in model.blocks:
+        states = block(states, attend)
+    every, wanted = (model.norm(states) @ head.T).flatten(0, 1), labels.flatten().long()
+    expected = F.cross_entropy(every, wanted, reduction="sum")
+    expected = expected + 0.01 * every.logsumexp(1)[wanted >= 0].square().sum()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, weight in (("embedding.weight", matrix), ("head.weight", head)):
+        if name in found:
+            torch.testing.assert_close(found[name][:1003], weight.grad, rtol=1e-5, atol=2e-6)
+            assert (found[name][1003:] == 0).all()
+    for name, parameter in model.blocks.named_parameters():
+        torch.testing.assert_close(found[f"blocks.{name}"], parameter.grad, rtol=1e-5, atol=2e-5)
+    with torch.no_grad():
+        assert logits(model, tokens, positions, cu_seqlens).shape == (3, 16, 1003)
+
+
 @pytest.mark.parametrize("changes", [{}, {"residual_dropout": 0.2, "attention_dropout": 0.1}], ids=["plain", "dropout"])
 def test_activation_checkpointing_changes_nothing_but_the_work(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch

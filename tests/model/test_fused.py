@@ -30,7 +30,8 @@ def loss_of(model: Decoder, backend: Backend, checkpointing: bool = False) -> tu
     attend = Documents(model.config, backend)(positions, cu_seqlens, training=True)
     hidden = run_layers(model.embedding, model.blocks, model.norm, tokens, attend, checkpointing)
     fused = backend is Backend.FUSED
-    summed_cross_entropy(hidden, model.head.weight, labels, z_loss=0.01, fused=fused).backward()
+    vocab = model.config.vocab_size
+    summed_cross_entropy(hidden, model.head.weight, labels, z_loss=0.01, fused=fused, vocab=vocab).backward()
     return hidden.detach(), labels
 
 
@@ -62,7 +63,7 @@ def test_gradients_are_added_where_they_are_summed(postpones: bool) -> None:
 
     hidden = run_layers(fused.embedding, fused.blocks, fused.norm, tokens, attend, False)
     scale = torch.ones(())
-    _, gradient, _ = loss_and_gradient(hidden, fused.head.weight, labels, 0.01, scale, True)
+    _, gradient, _ = loss_and_gradient(hidden, fused.head.weight, labels, 0.01, scale, True, fused.config.vocab_size)
     hidden.backward(gradient)
     if postpones:
         products = {key for key in sums if key.endswith("proj.weight")} | {"embedding.weight"}

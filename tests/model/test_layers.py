@@ -1,5 +1,6 @@
 """Initial weights: determined by seed and layer number alone, with the configured standard deviation."""
 
+import hashlib
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ from decoders import small
 from torch import nn
 
 from megazh.model.decoder import Decoder
-from megazh.model.layers import layer_count, make_layer
+from megazh.model.layers import layer_count, load_unpadded, make_layer
 
 OPTIONS: list[dict[str, Any]] = [
     {"tie_word_embeddings": False},
@@ -18,7 +19,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def weights(layer: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    return {name: parameter.data for name, parameter in layer.named_parameters()}
 
 
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -47,7 +48,7 @@ def test_another_seed_or_number_gives_other_weights(changes: dict[str, Any]) -> 
         matrices = [name for name in first if first[name].dim() == 2]
         assert len(matrices) == 4
         assert not any((first[name] == other[name]).any() for name in matrices)
-    embedding, head = (weights(make_layer(config, number, 7))["weight"] for number in (0, layer_count(config) - 1))
+    embedding, head = (weights(make_layer(config, number, 7))["weight"][:97] for number in (0, layer_count(config) - 1))
     assert embedding.shape == head.shape
     assert not (embedding == head).any()
 
@@ -79,6 +80,7 @@ def test_spread_of_initial_weights(mlp: str, scaled: bool) -> None:
         for name, weight in weights(make_layer(config, number, 1)).items():
             if weight.dim() != 2:
                 continue
+            weight = weight[: getattr(weight, "rows", len(weight))]
             adds = name in ("attention.o_proj.weight", "mlp.down_proj.weight")
             expected = 0.03 / math.sqrt(2 * 8) if adds and scaled else 0.03
             assert weight.std().item() == pytest.approx(expected, rel=0.03), name
@@ -100,3 +102,37 @@ def test_layers_are_fp32_on_the_cpu_and_without_a_seed_take_no_memory() -> None:
         for weight in weights(make_layer(small(), number, 1)).values():
             assert (weight.dtype, weight.device.type) == (torch.float32, "cpu")
         assert all(weight.is_meta for weight in weights(make_layer(small(), number, None)).values())
+
+
+def test_rows_that_pad_are_zero_and_change_no_other() -> None:
+    config, full = small(vocab_size=1003, tie_word_embeddings=False), small(vocab_size=1024, tie_word_embeddings=False)
+    assert (config.padded_vocab_size, full.padded_vocab_size) == (1024, 1024)
+    for number in (0, layer_count(config) - 1):
+        weight: Any = make_layer(config, number, 7).get_parameter("weight")
+        assert (weight.rows, weight.shape) == (1003, (1024, 32))
+        assert (weight[1003:] == 0).all()
+        digest = hashlib.sha256(f"megazh layer {number} of seed 7".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        assert torch.equal(weight[:1003], torch.empty(1003, 32).normal_(0.0, 0.2, generator=generator))
+    assert not hasattr(make_layer(config, 1, 7).get_parameter("mlp.up_proj.weight"), "rows")
+
+
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_weights_read_without_padding(number: int) -> None:
+    config = small(tie_word_embeddings=False)
+    saved = make_layer(config, number, 7)
+    files = {name: each.detach()[: getattr(each, "rows", None)].bfloat16() for name, each in saved.named_parameters()}
+    layer = make_layer(config, number, None)
+    load_unpadded(layer, files)
+    for name, expected in saved.named_parameters():
+        found = layer.get_parameter(name)
+        assert torch.equal(found, expected.bfloat16())
+        assert getattr(found, "rows", None) == getattr(expected, "rows", None)
+
+
+def test_weights_of_another_shape_or_name_are_refused() -> None:
+    layer = make_layer(small(), 0, None)
+    with pytest.raises(RuntimeError, match=r"weight is \(128, 32\), expected \(97, 32\)"):
+        load_unpadded(layer, {"weight": torch.zeros(128, 32)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_unpadded(layer, {"weights": torch.zeros(97, 32)})

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megazh.model import counts
 from megazh.model import loss as module
 from megazh.model.counts import chunk_tokens
-from megazh.model.loss import summed_cross_entropy, summed_losses
+from megazh.model.loss import loss_and_gradient, summed_cross_entropy, summed_losses
 
 
 def inputs(
@@ -64,6 +64,26 @@ def test_the_z_loss_is_given_apart(chunks: int, fused: bool) -> None:
     assert z_total.item() == pytest.approx(both - plain, rel=1e-5)
     assert not z_total.requires_grad
     assert summed_losses(states, weight, labels, 0.0, fused)[1].item() == 0.0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_rows_that_pad_the_weight_count_nowhere(chunks: int, z_loss: float, fused: bool) -> None:
+    states, weight, labels = inputs()
+    padded = F.pad(weight.detach(), (0, 0, 0, 53), value=9.0).requires_grad_()
+    total, z_total = summed_losses(states, padded, labels, z_loss, fused, vocab=203)
+    expected, grad_states, grad_weight = reference(states, weight, labels, z_loss)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert z_total.item() == pytest.approx((expected - reference(states, weight, labels)[0]).item(), rel=1e-5)
+    found = torch.autograd.grad(total, (states, padded))
+    torch.testing.assert_close(found[0].double(), grad_states, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(found[1][:203].double(), grad_weight, rtol=1e-4, atol=2e-5)
+    assert (found[1][203:] == 0).all()
+    padded.main_grad = torch.zeros_like(padded)
+    again = loss_and_gradient(states, padded, labels, z_loss, torch.ones(()), fused, vocab=203)
+    assert again[0].item() == total.item()
+    assert torch.equal(again[1], found[0])
+    assert torch.equal(padded.main_grad, found[1])
 
 
 def test_chunks_are_what_the_limit_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,3 +101,8 @@ def test_the_size_of_checkpoints() -> None:
     layout = make_layout(recipe, 6, 2)
     work = work_of(recipe, layout, recipe.precision.on(Device.CUDA))
     assert checkpoint_bytes(work) / 1e9 == pytest.approx(6.50, abs=0.01)
+
+
+def test_rows_that_pad_the_vocabulary_take_memory() -> None:
+    odd, even = (memory("llama_16x1024", 1, 1, 0, 0, 18, f"vocab_size={vocab}") for vocab in (64_793, 64_832))
+    assert odd == even

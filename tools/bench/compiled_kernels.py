@@ -123,7 +123,7 @@ def _ids(vocab: int, width: int) -> None:
 
     logits, labels = _tensor(TOKENS, vocab), _tensor(TOKENS, dtype=torch.int32)
     for scale in (None, _tensor(1, dtype=torch.float32)):
-        cross_entropy_(logits, labels, 0.0, scale)
+        cross_entropy_(logits, labels, 0.0, scale, vocab)
     add_embedding_gradient_(_tensor(vocab, width, dtype=torch.float32), labels, _tensor(TOKENS, width))
 
 
