@@ -44,15 +44,22 @@ def run_fused(
     residual, delta = states.flatten(0, 1), None
     for block in blocks:
         assert isinstance(block, Block)
-        residual, delta = _Block.apply(residual, delta, block, packed, recompute, *_for_autograd(*_weights(block)))
+        weights = _weights(block)
+        residual = _reached_by_backward(residual, weights)
+        residual, delta = _Block.apply(residual, delta, block, packed, recompute, *_for_autograd(weights))
     if norm is not None:
-        out = _Norm.apply(residual, delta, norm, *_for_autograd(_weight_and_eps(norm)[0]))
+        weights = (_weight_and_eps(norm)[0],)
+        residual = _reached_by_backward(residual, weights)
+        out = _Norm.apply(residual, delta, norm, *_for_autograd(weights))
     else:
         out = residual if delta is None else residual + delta
     return out.view(batch, seq, -1)
 
 
-def _weights(block: Block) -> tuple[torch.Tensor | None, ...]:
+_Weights = tuple[torch.Tensor | None, ...]
+
+
+def _weights(block: Block) -> _Weights:
     attention, mlp = block.attention, block.mlp
     return (
         block.attention_norm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias, attention.o_proj.weight,
@@ -60,13 +67,28 @@ def _weights(block: Block) -> tuple[torch.Tensor | None, ...]:
     )  # type: ignore[return-value]  # fmt: skip
 
 
-def _for_autograd(*weights: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _in_place(weights: _Weights) -> bool:
+    """Whether gradients of a layer are added to `main_grad`. Frozen weights have none, whatever the others have."""
+    return any(weight is not None and main_grad(weight) is not None for weight in weights)
+
+
+def _for_autograd(weights: _Weights) -> _Weights:
     """The weights to pass to autograd: none of them where gradients are added to `main_grad`.
 
     Autograd waits for the stream on which it first saw a weight, and a CUDA graph cannot be recorded with that wait in
     it.
     """
-    return () if any(weight is not None and main_grad(weight) is not None for weight in weights) else weights
+    return () if _in_place(weights) else weights
+
+
+def _reached_by_backward(states: torch.Tensor, weights: _Weights) -> torch.Tensor:
+    """The states, made to require a gradient if weights that autograd does not know are trained on them.
+
+    States do not require one where all layers before are frozen, and then no backward pass would run.
+    """
+    if states.requires_grad or not torch.is_grad_enabled() or not _in_place(weights):
+        return states
+    return states.detach().requires_grad_()
 
 
 def _weight_and_eps(norm: nn.Module) -> tuple[torch.Tensor, float]:
@@ -177,7 +199,7 @@ class _Block(torch.autograd.Function):
         bias = attention.qkv_proj.bias
         grad_qkv, summed = document_attention_backward(
             grad_attended, kept.qkv, packed.starts, packed.ends, kept.attended, kept.lse, attention.heads,
-            attention.kv_heads, packed.cos, packed.sin, bias is not None,
+            attention.kv_heads, packed.cos, packed.sin, bias is not None and bias.requires_grad,
         )  # fmt: skip
         grad_bias = None if bias is None or summed is None else vector_gradient(bias, summed)
         grad_normed = grad_qkv @ attention.qkv_proj.weight

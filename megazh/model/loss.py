@@ -75,14 +75,14 @@ def loss_and_gradient(
     Args:
         hidden, labels, z_loss, fused, vocab: see `summed_cross_entropy`.
         weight: a parameter with a `main_grad`; its gradient is added there, or deferred to `postponed`
-            (see `megazh.model.main_grad`).
+            (see `megazh.model.main_grad`). For a frozen parameter no gradient is computed.
         scale: a scalar in fp32 on the device of `hidden`.
 
     Returns:
         The sum, not scaled, a scalar in fp32; the gradient of `hidden`, in the shape and dtype of `hidden`; and the
         z-loss in the sum, not scaled either, a scalar in fp32.
     """
-    assert main_grad(weight) is not None
+    assert main_grad(weight) is not None or not weight.requires_grad
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
     gradient = torch.empty_like(flat)
 
@@ -90,7 +90,10 @@ def loss_and_gradient(
         product_gradient(weight, left, right)
 
     vocab = len(weight) if vocab is None else vocab
-    total, z_total = _sum_chunks(flat, weight.detach(), labels.reshape(-1), z_loss, scale, fused, vocab, gradient, add)
+    wanted = add if weight.requires_grad else None
+    total, z_total = _sum_chunks(
+        flat, weight.detach(), labels.reshape(-1), z_loss, scale, fused, vocab, gradient, wanted
+    )
     return total, gradient.view_as(hidden), z_total
 
 
@@ -106,8 +109,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         fused: bool,
         vocab: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        grad_hidden = torch.empty_like(hidden) if needs_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        for_hidden, for_weight = (needs_gradient and wanted for wanted in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if for_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         one = torch.ones((), device=hidden.device)
         add = functools.partial(add_product_, grad_weight) if grad_weight is not None else None
         total, z_total = _sum_chunks(hidden, weight, labels, z_loss, one, fused, vocab, grad_hidden, add)
@@ -121,9 +125,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = gradients[0]
-        # Scaled in fp32: in fp16 the scale (loss scale / number of tokens) would make small gradients underflow.
-        scaled = grad_hidden.float().mul_(scale).to(grad_hidden.dtype)
-        return scaled, grad_weight.mul_(scale).to(ctx.dtype), None, None, None, None, None
+        if grad_hidden is not None:
+            # Scaled in fp32: in fp16 the scale (loss scale / number of tokens) would make small gradients underflow.
+            grad_hidden = grad_hidden.float().mul_(scale).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(scale).to(ctx.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _sum_chunks(
@@ -139,10 +146,13 @@ def _sum_chunks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum the losses of all tokens; write `grad_hidden` and call `add` with the gradients of `scale` times that sum.
 
+    Either may be None: that gradient is not computed.
+
     Returns the sum, and the z-loss in it.
     """
+    differentiated = grad_hidden is not None or add is not None
     # Without a gradient, large chunks save little time, and a CUDA graph would hold the memory for them.
-    largest_chunk = chunk_tokens(len(weight), fused and grad_hidden is not None)
+    largest_chunk = chunk_tokens(len(weight), fused and differentiated)
     # Chunks of equal size, in whole tiles of 64 tokens, rather than a small chunk at the end.
     size = -(-len(hidden) // -(-len(hidden) // largest_chunk))
     size = min(largest_chunk, -(-size // 64) * 64)
@@ -150,7 +160,7 @@ def _sum_chunks(
     wide = weight if weight.is_cuda else weight.float()
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     z_total = torch.zeros_like(total)
-    chunk_scale = scale if grad_hidden is not None else None
+    chunk_scale = scale if differentiated else None
     for begin in range(0, len(hidden), size):
         rows, targets = hidden[begin : begin + size], labels[begin : begin + size]
         if fused:
@@ -162,11 +172,13 @@ def _sum_chunks(
         total += summed
         if z_summed is not None:
             z_total += z_summed
-        if grad_hidden is None or add is None:
+        if not differentiated:
             continue
         gradient = gradient.to(weight.dtype if fused else wide.dtype)
-        grad_hidden[begin : begin + size] = gradient @ (weight if fused else wide)
-        add(gradient, rows.to(gradient.dtype))
+        if grad_hidden is not None:
+            grad_hidden[begin : begin + size] = gradient @ (weight if fused else wide)
+        if add is not None:
+            add(gradient, rows.to(gradient.dtype))
     return total, z_total
 
 

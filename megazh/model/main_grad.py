@@ -7,6 +7,8 @@ pipeline engine sets this attribute. Without it, the gradient is returned to aut
 If a parameter also has an attribute `postponed`, a list, the product is not computed at once: its operands are appended
 to the list, and `add_postponed` computes it later. Input gradients, for which another pipeline stage waits, come first
 that way.
+
+A frozen parameter (`requires_grad` is False) has no `main_grad`, and its gradient is not computed.
 """
 
 from dataclasses import dataclass
@@ -41,8 +43,10 @@ def product_gradient(weight: torch.Tensor, left: torch.Tensor, right: torch.Tens
         left, right: (tokens, rows) and (tokens, columns); the caller must not overwrite them afterwards.
 
     Returns:
-        The gradient in the weight's dtype if the weight has no `main_grad`, else None.
+        The gradient in the weight's dtype if the weight is trained and has no `main_grad`, else None.
     """
+    if not weight.requires_grad:
+        return None
     sums = main_grad(weight)
     if sums is None:
         return left.T @ right
@@ -72,7 +76,12 @@ def add_product_(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 
 def vector_gradient(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
-    """Add an fp32 gradient to the weight's `main_grad`; without one, return the gradient in the weight's dtype."""
+    """Add an fp32 gradient to the weight's `main_grad`; without one, return the gradient in the weight's dtype.
+
+    Does nothing for a frozen weight.
+    """
+    if not weight.requires_grad:
+        return None
     sums = main_grad(weight)
     if sums is None:
         return gradient.to(weight.dtype)

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from decoders import decoder, packed, small
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megazh.model.attention import Documents
 from megazh.model.backend import Backend
 from megazh.model.decoder import Decoder, run_layers
-from megazh.model.loss import summed_cross_entropy
-from megazh.model.main_grad import add_postponed
+from megazh.model.loss import loss_and_gradient, summed_cross_entropy
+from megazh.model.main_grad import Product, add_postponed
 
 ROWS = [[6, 5, 5], [3, 1, 9]]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -59,8 +60,6 @@ def test_gradients_are_added_where_they_are_summed(postpones: bool) -> None:
             parameter.postponed = later
     tokens, labels, positions, cu_seqlens = packed(ROWS, 16)
     attend = Documents(fused.config, Backend.FUSED)(positions, cu_seqlens, training=True)
-    from megazh.model.loss import loss_and_gradient
-
     hidden = run_layers(fused.embedding, fused.blocks, fused.norm, tokens, attend, False)
     scale = torch.ones(())
     _, gradient, _ = loss_and_gradient(hidden, fused.head.weight, labels, 0.01, scale, True, fused.config.vocab_size)
@@ -77,6 +76,84 @@ def test_gradients_are_added_where_they_are_summed(postpones: bool) -> None:
         torch.testing.assert_close(
             sums[key] - 0.5, parameter.grad, rtol=1e-4, atol=3e-4, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+FROZEN: dict[str, tuple[str, ...]] = {
+    "embedding": ("embedding",),
+    "embedding and first block": ("embedding", "blocks.0"),
+    "head": ("head",),
+    "all but norms and biases": ("embedding", "head", "proj.weight"),
+    "some matrices": ("blocks.0.attention.qkv_proj.weight", "blocks.1.mlp", "blocks.0.attention_norm"),
+    "all": ("",),
+}
+"""Parts of the names of frozen parameters, by case."""
+
+
+class Added(TorchDispatchMode):
+    """Counts matrix products that are added to a sum: weight gradients."""
+
+    products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func is torch.ops.aten.addmm_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("postpones", [False, True])
+@pytest.mark.parametrize("case", FROZEN)
+def test_frozen_weights_get_no_gradient_and_cost_no_product(case: str, postpones: bool, tied: bool) -> None:
+    config = small(qkv_bias=True, tie_word_embeddings=tied)
+    plain, fused = decoder(config), decoder(config)
+    later: list[Product] = []
+    trained: dict[str, Any] = {}
+    for model in (plain, fused):
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in key for part in FROZEN[case]))
+    for key, parameter in fused.named_parameters():
+        if parameter.requires_grad:
+            trained[key] = parameter
+            parameter.main_grad = torch.zeros_like(parameter)
+            if postpones:
+                parameter.postponed = later
+    if case != "all":
+        loss_of(plain, Backend.MASKED)
+    tokens, labels, positions, cu_seqlens = packed(ROWS, 16)
+    attend = Documents(config, Backend.FUSED)(positions, cu_seqlens, training=True)
+    hidden = run_layers(fused.embedding, fused.blocks, fused.norm, tokens, attend, False)
+    with Added() as added:
+        one = torch.ones(())
+        _, gradient, _ = loss_and_gradient(hidden, fused.head.weight, labels, 0.01, one, True, config.vocab_size)
+        if case == "all":
+            assert not hidden.requires_grad
+        else:
+            hidden.backward(gradient)
+        assert postpones == bool(later) or not any(parameter.dim() == 2 for parameter in trained.values())
+        add_postponed(later)
+    matrices = [key for key in trained if key.endswith("proj.weight")]
+    head = "embedding.weight" if tied else "head.weight"
+    assert added.products == len(matrices) + (head in trained)
+    for key, parameter in plain.named_parameters():
+        if key in trained:
+            torch.testing.assert_close(trained[key].main_grad, parameter.grad, rtol=1e-4, atol=3e-4, msg=key)
+        else:
+            assert parameter.grad is None
+    assert all(parameter.grad is None for parameter in fused.parameters())
+
+
+@pytest.mark.parametrize("case", [case for case in FROZEN if case != "all"])
+def test_frozen_weights_without_sums(case: str) -> None:
+    config = small(qkv_bias=True, tie_word_embeddings=False)
+    plain, fused = decoder(config), decoder(config)
+    for model in (plain, fused):
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in key for part in FROZEN[case]))
+    loss_of(plain, Backend.MASKED)
+    loss_of(fused, Backend.FUSED)
+    for (key, parameter), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        assert (other.grad is None) == (parameter.grad is None) == (not parameter.requires_grad), key
+        if parameter.grad is not None:
+            torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-4, atol=3e-4, msg=key)
 
 
 def test_another_document_changes_no_bit() -> None:

@@ -229,6 +229,21 @@ def test_only_one_side_wants_a_gradient() -> None:
     torch.testing.assert_close(found.double(), grad_weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_frozen_head_costs_no_product(fused: bool) -> None:
+    states, weight, labels = inputs()
+    grad_states = reference(states, weight, labels)[1]
+    weight.requires_grad_(False)
+    with Largest() as largest:
+        (found,) = torch.autograd.grad(summed_cross_entropy(states, weight, labels, fused=fused), states)
+    assert largest.products == 2, "logits, and the gradient of the states"
+    torch.testing.assert_close(found.double(), grad_states, rtol=1e-4, atol=2e-5)
+    with Largest() as largest:
+        again = loss_and_gradient(states, weight, labels, 0.0, torch.ones(()), fused)[1]
+    assert largest.products == 2
+    assert torch.equal(again, found)
+
+
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch is older than 2.13")
 def test_torchs_own_is_a_peer() -> None:
     states, weight, labels = inputs()
