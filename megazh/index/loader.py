@@ -34,8 +34,8 @@ def training_batches(
         prefetch: number of batches that each thread keeps ready.
 
     Yields:
-        tokens, labels, position_ids (micro_batch, seq) int32 and cu_seqlens (micro_batch, max_docs + 1) int32; in
-        pinned memory if there is a GPU.
+        tokens, labels, position_ids (micro_batch, seq) int32, cu_seqlens (micro_batch, max_docs + 1) int32 and
+        sample_numbers (micro_batch,) int64; in pinned memory if there is a GPU.
     """
     return _batches(
         mixture, _training_numbers(mixture.end, start, micro_batch_size, replica, replicas), workers, prefetch
@@ -53,6 +53,7 @@ def _batches(mixture: Mixture, numbers: Iterable[range], workers: int, prefetch:
 
     def fetch(batch: range) -> Batch:
         tensors = {name: torch.from_numpy(array) for name, array in mixture.batch(batch)._asdict().items()}
+        tensors["sample_numbers"] = torch.arange(batch.start, batch.stop)
         return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pinned else tensors
 
     if workers == 0:

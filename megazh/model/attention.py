@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from megazh.model.backend import Backend
 from megazh.model.config import ModelConfig
+from megazh.model.dropout import Dropout, Site
 from megazh.model.rope import Rotary
 
 
@@ -24,6 +25,8 @@ class Attend(Protocol):
     """Cosines of the rotation angles: (batch, seq, 1, rotary_dim / 2) fp32."""
     sin: torch.Tensor
     """Sines of the same angles, in the same shape and dtype."""
+    dropout: Dropout | None
+    """Dropout of the micro-batch; None outside of training, and for a model without dropout."""
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Compute the attention of block `layer`.
@@ -57,15 +60,22 @@ class Packed:
 class VarlenAttention:
     """Flash attention over the segments of all rows, concatenated."""
 
-    def __init__(self, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, seq_len: int) -> None:
+    def __init__(
+        self,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        seq_len: int,
+        dropout: Dropout | None = None,
+    ) -> None:
         """Prepare the attention of one micro-batch.
 
         Args:
-            cos, sin: see `Attend`.
+            cos, sin, dropout: see `Attend`; attention weights are not dropped here.
             cu_seqlens: (batch, max_docs + 1) int32, boundaries of the segments of each row, padded with `seq_len`.
             seq_len: tokens per row.
         """
-        self.cos, self.sin = cos, sin
+        self.cos, self.sin, self.dropout = cos, sin, dropout
         row_starts = torch.arange(len(cu_seqlens), device=cu_seqlens.device, dtype=torch.int32)[:, None] * seq_len
         total = torch.full((1,), len(cu_seqlens) * seq_len, device=cu_seqlens.device, dtype=torch.int32)
         # Drop the empty segments of the padding: the kernel's time grows with their number, up to four times on an
@@ -104,17 +114,21 @@ class MaskedAttention:
     """SDPA with a boolean mask, true where a token may attend: its own document up to and including itself."""
 
     def __init__(
-        self, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, seq_len: int, dropout: float = 0.0
+        self,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        seq_len: int,
+        dropout: Dropout | None = None,
     ) -> None:
         """Prepare the attention of one micro-batch.
 
         Args:
-            cos, sin: see `Attend`.
+            cos, sin, dropout: see `Attend`.
             cu_seqlens: see `VarlenAttention`.
             seq_len: tokens per row.
-            dropout: probability on attention weights; pass 0 outside of training.
         """
-        self.cos, self.sin, self._dropout = cos, sin, dropout
+        self.cos, self.sin, self.dropout = cos, sin, dropout
         index = torch.arange(seq_len, device=cu_seqlens.device, dtype=torch.int32)
         segment_ends = cu_seqlens[:, 1:].contiguous()
         documents = torch.searchsorted(segment_ends, index.expand(len(segment_ends), -1).contiguous(), right=True)
@@ -123,19 +137,23 @@ class MaskedAttention:
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """See `Attend`."""
-        return attend_with_mask(query, key, value, self._mask, self._dropout)
+        if self.dropout is None or not self.dropout.on_weights:
+            return attend_with_mask(query, key, value, self._mask)
+        # SDPA draws its masks from the global generator: here the softmax is written out.
+        groups = query.shape[2] // key.shape[2]
+        key, value = (states.repeat_interleave(groups, 2) for states in (key, value))
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[3] ** -0.5
+        weights = scores.masked_fill(~self._mask, -torch.inf).softmax(-1)
+        return torch.einsum("bhqk,bkhd->bqhd", self.dropout(weights, Site.WEIGHTS, layer), value)
 
 
-def attend_with_mask(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, dropout: float = 0.0
-) -> torch.Tensor:
+def attend_with_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """SDPA over (batch, seq, heads, head_dim); key and value may have fewer heads, and the boolean mask broadcasts."""
     attended = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         attn_mask=mask,
-        dropout_p=dropout,
         enable_gqa=key.shape[2] != query.shape[2],
     )
     return attended.transpose(1, 2)
@@ -145,17 +163,19 @@ class Documents:
     """Factory of attention objects: one per model or pipeline stage, called once per micro-batch."""
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
-        self._config, self._backend = config, backend
+        self._backend = backend
         self._rotary = Rotary(config)
 
     @torch.no_grad()
-    def __call__(self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, training: bool) -> Attend | Packed:
+    def __call__(
+        self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, dropout: Dropout | None = None
+    ) -> Attend | Packed:
         """Prepare the attention of one micro-batch.
 
         Args:
             position_ids: (batch, seq) integers.
             cu_seqlens: (batch, max_docs + 1) int32, boundaries of the segments of each row, padded with seq.
-            training: whether dropout applies.
+            dropout: dropout of the micro-batch; None outside of training. A fused backend has none.
 
         Returns:
             A `Packed` if the backend is fused, else an `Attend`.
@@ -165,8 +185,7 @@ class Documents:
         if self._backend is Backend.FUSED:
             return _pack(cos, sin, cu_seqlens)
         if self._backend is Backend.VARLEN:
-            return VarlenAttention(cos, sin, cu_seqlens, seq_len)
-        dropout = self._config.attention_dropout if training else 0.0
+            return VarlenAttention(cos, sin, cu_seqlens, seq_len, dropout)
         return MaskedAttention(cos, sin, cu_seqlens, seq_len, dropout)
 
 

@@ -34,7 +34,7 @@ def unfit_for_kernels(config: ModelConfig) -> str | None:
         "layernorm has no kernel": config.norm is not Norm.RMSNORM,
         "only swiglu has a kernel": config.mlp is not Mlp.SWIGLU,
         "parallel_residual has no kernel": config.parallel_residual,
-        "dropout has no kernel": bool(config.residual_dropout or config.attention_dropout),
+        "dropout has no kernel": config.has_dropout,
         f"heads of more than {_LARGEST_HEAD_DIM} dimensions have no kernel": config.head_size > _LARGEST_HEAD_DIM,
     }
     return next((reason for reason, applies in unfit.items() if applies), None)

@@ -145,6 +145,11 @@ class ModelConfig(Config):
         return -(-self.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether training drops anything."""
+        return bool(self.residual_dropout or self.attention_dropout)
+
+    @property
     def head_size(self) -> int:
         """Dimensions of each attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads

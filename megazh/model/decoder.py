@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from megazh.model.attention import Attend, Documents, Packed
 from megazh.model.backend import Backend, choose_backend
 from megazh.model.config import ModelConfig
+from megazh.model.dropout import Dropout
 from megazh.model.fused import run_fused
 from megazh.model.layers import Embedding, Head, layer_count, make_layer
 from megazh.model.loss import summed_cross_entropy
@@ -22,12 +23,13 @@ class Decoder(nn.Module):
 
         Args:
             config: shape of the model.
-            seed: seed of the initial weights; None leaves the weights on the meta device, to be loaded later.
+            seed: seed of the initial weights and of dropout; None leaves the weights on the meta device, to be loaded
+                later, and such a model does not train with dropout.
             activation_checkpointing: in training, keep only the input of each block and recompute its activations in
                 the backward pass.
         """
         super().__init__()
-        self.config = config
+        self.config, self._seed = config, seed
         self._checkpointing = activation_checkpointing
         last = layer_count(config) - 1
         self.embedding: Embedding = make_layer(config, 0, seed)  # type: ignore[assignment]
@@ -37,12 +39,30 @@ class Decoder(nn.Module):
         self.head: Embedding | Head = head  # type: ignore[assignment]
         self._documents: tuple[Backend, Documents] | None = None
 
-    def attention(self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> Attend | Packed:
-        """Prepare the attention of a packed micro-batch; arguments and result as in `Documents`."""
+    def attention(
+        self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, sample_numbers: torch.Tensor | None = None
+    ) -> Attend | Packed:
+        """Prepare the attention of a packed micro-batch, and in training its dropout.
+
+        Args:
+            position_ids, cu_seqlens: see `Documents`.
+            sample_numbers: see `Dropout`; needed to train a model with dropout.
+
+        Returns:
+            What `Documents` returns.
+
+        Raises:
+            ValueError: a model with dropout is trained without sample numbers or seed.
+        """
+        dropout = None
+        if self.training and self.config.has_dropout:
+            if sample_numbers is None or self._seed is None:
+                raise ValueError("a model with dropout trains with a seed and numbered samples: pass sample_numbers")
+            dropout = Dropout(self.config, self._seed, sample_numbers)
         backend = choose_backend(self.config, position_ids.device, self.embedding.weight.dtype)
         if self._documents is None or self._documents[0] is not backend:
             self._documents = (backend, Documents(self.config, backend))
-        return self._documents[1](position_ids, cu_seqlens, self.training)
+        return self._documents[1](position_ids, cu_seqlens, dropout)
 
     def forward(self, tokens: torch.Tensor, attend: Attend | Packed) -> torch.Tensor:
         """Compute the hidden states after the last norm, (batch, seq, hidden), of token ids (batch, seq)."""
@@ -60,6 +80,7 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
         z_loss: float = 0.0,
+        sample_numbers: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross entropy summed over all labels that are not negative.
 
@@ -67,11 +88,12 @@ class Decoder(nn.Module):
             tokens, labels, position_ids: (batch, seq) integers.
             cu_seqlens: (batch, max_docs + 1) int32, boundaries of the segments of each row, padded with seq.
             z_loss: see `summed_cross_entropy`.
+            sample_numbers: see `attention`.
 
         Returns:
             A scalar in fp32.
         """
-        attend = self.attention(position_ids, cu_seqlens)
+        attend = self.attention(position_ids, cu_seqlens, sample_numbers)
         return summed_cross_entropy(
             self(tokens, attend), self.head.weight, labels, z_loss, isinstance(attend, Packed), self.config.vocab_size
         )
@@ -100,10 +122,11 @@ def run_layers(
     """
     if isinstance(attend, Packed):
         return run_fused(embedding, blocks, norm, states, attend, checkpointing)
-    hidden = states if embedding is None else embedding(states)
+    hidden = states if embedding is None else embedding(states, attend.dropout)
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
-            hidden = checkpoint(block, hidden, attend, use_reentrant=False)
+            # No block draws from the global generators, whose states need not be kept.
+            hidden = checkpoint(block, hidden, attend, use_reentrant=False, preserve_rng_state=False)
         else:
             hidden = block(hidden, attend)
     return hidden if norm is None else norm(hidden)

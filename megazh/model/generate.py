@@ -9,6 +9,7 @@ from megazh.errors import DataError, UsageError
 from megazh.model.attention import attend_with_mask
 from megazh.model.config import ModelConfig
 from megazh.model.decoder import Decoder
+from megazh.model.dropout import Dropout
 from megazh.model.rope import Rotary
 
 
@@ -68,6 +69,8 @@ class KeyValueCache:
 
 class CachedAttention:
     """Causal attention of new tokens to the cached tokens and to each other; an `attention.Attend`."""
+
+    dropout: Dropout | None = None
 
     def __init__(self, cache: KeyValueCache, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> None:
         self.cos, self.sin = cos, sin

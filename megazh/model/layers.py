@@ -11,6 +11,7 @@ from torch import nn
 
 from megazh.model.attention import Attend
 from megazh.model.config import Mlp, ModelConfig, Norm
+from megazh.model.dropout import Dropout, Site
 from megazh.model.rope import rotate
 
 
@@ -27,14 +28,14 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = _vocabulary_matrix(config)
-        self.scale, self._dropout = config.embedding_scale, config.residual_dropout
+        self.scale = config.embedding_scale
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
         """Embed integer token ids (batch, seq): (batch, seq, hidden)."""
         hidden = F.embedding(tokens, self.weight)
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        return F.dropout(hidden, self._dropout, self.training)
+        return hidden if dropout is None else dropout(hidden, Site.EMBEDDING)
 
 
 class Head(nn.Module):
@@ -105,7 +106,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         """Build block number `layer`, counted from 0."""
         super().__init__()
-        self._dropout, self._parallel = config.residual_dropout, config.parallel_residual
+        self._layer, self._parallel = layer, config.parallel_residual
         self.attention_norm = make_norm(config)
         self.attention = SelfAttention(config, layer)
         self.mlp_norm = make_norm(config)
@@ -113,12 +114,12 @@ class Block(nn.Module):
 
     def forward(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Run the block: (batch, seq, hidden) to (batch, seq, hidden)."""
-        attended = hidden + self._drop(self.attention(self.attention_norm(hidden), attend))
+        dropout = attend.dropout
+        added = self.attention(self.attention_norm(hidden), attend)
+        attended = hidden + (added if dropout is None else dropout(added, Site.ATTENTION, self._layer))
         mlp_input = hidden if self._parallel else attended
-        return attended + self._drop(self.mlp(self.mlp_norm(mlp_input)))
-
-    def _drop(self, states: torch.Tensor) -> torch.Tensor:
-        return F.dropout(states, self._dropout, self.training)
+        added = self.mlp(self.mlp_norm(mlp_input))
+        return attended + (added if dropout is None else dropout(added, Site.MLP, self._layer))
 
 
 def make_layer(config: ModelConfig, number: int, seed: int | None) -> nn.Module:

@@ -15,7 +15,8 @@ from torch import nn
 from megazh.model.attention import Attend, Documents, Packed
 from megazh.model.config import ModelConfig
 from megazh.model.decoder import run_layers
-from megazh.model.document_map import decode_document_map
+from megazh.model.document_map import decode_document_map, decode_sample_numbers
+from megazh.model.dropout import Dropout
 from megazh.model.layers import Block, Embedding, Head, layer_count, make_layer
 from megazh.model.loss import loss_and_gradient, summed_losses
 from megazh.pipeline.work import Work
@@ -75,7 +76,7 @@ class DecoderPipeline(PipelineModule):
     Args:
         work: the model's shape, and what computes its blocks.
         bounds: (stages + 1,) bounds over the parts embedding, blocks, head; see `split.best_bounds`.
-        seed: seed of the initial weights.
+        seed: seed of the initial weights and of dropout.
         z_loss: weight of the z-loss in training; see `summed_cross_entropy`.
         cuda_graph: whether the kernels of a micro-batch may be recorded as one CUDA graph; takes effect with fused
             blocks and one stage.
@@ -85,7 +86,7 @@ class DecoderPipeline(PipelineModule):
         self, work: Work, bounds: Sequence[int], seed: int, z_loss: float = 0.0, cuda_graph: bool = True
     ) -> None:
         config = work.model
-        self.config = config
+        self.config, self._seed = config, seed
         last = layer_count(config) - 1
         # Layers are one more than parts, since the head comes with the last norm: only the final bound differs.
         self._layer_bounds = [last + 1 if bound == last else bound for bound in bounds]
@@ -133,14 +134,17 @@ class DecoderPipeline(PipelineModule):
 
         Args:
             inputs: (batch, seq) int32 token ids, or (batch, seq, hidden) from the stage before; and the document map,
-                (batch, seq + max_docs + 1) int32.
+                (batch, seq + max_docs + 3) int32.
 
         Returns:
             The pair for the next stage; from the last stage (batch, seq, hidden) normed states and the head's weight.
         """
         states, document_map = inputs
         position_ids, cu_seqlens = decode_document_map(document_map, states.shape[1])
-        hidden = self.run_layers(states, self._documents(position_ids, cu_seqlens, self.training))
+        dropout = None
+        if self.training and self.config.has_dropout:
+            dropout = Dropout(self.config, self._seed, decode_sample_numbers(document_map))
+        hidden = self.run_layers(states, self._documents(position_ids, cu_seqlens, dropout))
         if self._head is None:
             return hidden, document_map
         # The head's weight is an output of forward because DeepSpeed clears all gradients when the first one reaches

@@ -78,6 +78,7 @@ def _measure(work: Work, device: "torch.device") -> LayerCosts:
 
     from megazh.model.attention import Documents
     from megazh.model.decoder import run_layers
+    from megazh.model.dropout import Dropout
     from megazh.model.layers import layer_count, make_layer
     from megazh.model.loss import loss_and_gradient, summed_cross_entropy
 
@@ -91,7 +92,8 @@ def _measure(work: Work, device: "torch.device") -> LayerCosts:
     tokens = torch.randint(config.vocab_size, (rows, seq_len), generator=generator).to(device)
     position_ids = torch.arange(seq_len, device=device).expand(rows, -1)
     cu_seqlens = torch.tensor([[0, seq_len]], dtype=torch.int32, device=device).expand(rows, -1)
-    attend = Documents(config, work.backend)(position_ids, cu_seqlens, training=True)
+    dropout = Dropout(config, 0, torch.arange(rows, device=device)) if config.has_dropout else None
+    attend = Documents(config, work.backend)(position_ids, cu_seqlens, dropout)
     hidden = torch.randn(rows, seq_len, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn_like(hidden)
     if work.fused:  # as in a run, where fused products add to fp32 sums

@@ -15,7 +15,7 @@ from megazh.training.layout import Layout
 MicroBatch = tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """((tokens, document map), (labels, scale)).
 
-Shapes: (batch, seq), (batch, seq + max_docs + 1) and (batch, seq) int32, and (1,) fp32.
+Shapes: (batch, seq), (batch, seq + max_docs + 3) and (batch, seq) int32, and (1,) fp32.
 """
 
 
@@ -82,7 +82,7 @@ def _one_ahead(items: Iterator[Future[int]]) -> Iterator[Future[int]]:
 
 def as_micro_batch(batch: Batch, scale: torch.Tensor) -> MicroBatch:
     """Put a batch of samples into the engine's form; pinned in memory if the batch is, so that copies do not block."""
-    document_map = encode_document_map(batch["position_ids"], batch["cu_seqlens"])
+    document_map = encode_document_map(batch["position_ids"], batch["cu_seqlens"], batch.get("sample_numbers"))
     if batch["tokens"].is_pinned():
         document_map, scale = document_map.pin_memory(), scale.pin_memory()
     return (batch["tokens"], document_map), (batch["labels"], scale)

@@ -265,8 +265,6 @@ class Trainer:
             self._step, self._steps, recipe.optimizer.learning_rate, self._warmup, recipe.schedule.min_lr_ratio
         )
         engine.optimizer.learning_rate = rate
-        # Dropout depends on seed, step and rank only, so that a resumed run draws what the whole run would have drawn.
-        torch.manual_seed(hash_seed(recipe.schedule.seed, self._step, dist.get_rank()))
         self._data_seconds = 0.0
         skipped_before = engine.skipped_steps
         begun = time.perf_counter()

@@ -29,6 +29,7 @@ def test_batches_are_the_samples_in_order(mixture: Mixture, workers: int) -> Non
         for name, array in expected._asdict().items():
             assert batch[name].dtype == torch.int32
             assert torch.equal(batch[name], torch.from_numpy(array)), (name, at)
+        assert batch["sample_numbers"].tolist() == list(range(at, at + 4))
 
 
 def test_ranks_share_the_samples_out(mixture: Mixture) -> None:

@@ -7,6 +7,7 @@ from decoders import SHAPES, alone, decoder, logits, packed, small
 
 from megazh.model.attention import Documents, MaskedAttention, VarlenAttention
 from megazh.model.backend import Backend
+from megazh.model.dropout import Dropout
 
 ROWS = [[6, 5, 5], [3, 1, 9], [16]]
 
@@ -58,7 +59,7 @@ def test_packed_is_as_alone(name: str) -> None:
 def test_gradient_reaches_only_what_is_seen() -> None:
     config = small()
     _, _, positions, cu_seqlens = packed([[6, 5]], 16)
-    attend = Documents(config, Backend.MASKED)(positions, cu_seqlens, False)
+    attend = Documents(config, Backend.MASKED)(positions, cu_seqlens)
     query, key, value = (torch.randn(1, 16, 4, 8, requires_grad=True) for _ in range(3))
     attend(0, query, key, value)[0, 8].sum().backward()
     for states, seen in ((query, {8}), (key, {6, 7, 8}), (value, {6, 7, 8})):
@@ -87,14 +88,28 @@ def test_a_row_full_of_documents_and_one_without_any_padding() -> None:
 
 def test_attention_dropout_drops_shares_of_attention() -> None:
     cos = sin = torch.zeros(1)
-    attention = MaskedAttention(cos, sin, torch.tensor([[0, 64]], dtype=torch.int32), 64, dropout=0.5)
-    torch.manual_seed(1)
+    dropout = Dropout(small(attention_dropout=0.5), 1, torch.tensor([0]))
+    attention = MaskedAttention(cos, sin, torch.tensor([[0, 64]], dtype=torch.int32), 64, dropout)
     value = torch.eye(64)[None, :, None]
     weights = attention(0, torch.zeros(1, 64, 1, 64), torch.zeros(1, 64, 1, 64), value)[0, :, 0]
     seen = torch.ones(64, 64).tril().bool()
     assert (weights[~seen] == 0).all()
     assert (weights[seen] == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
     torch.testing.assert_close(weights.sum(1).mean().item(), 1.0, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped", "head_dim 44", "one kv head"])
+def test_attention_with_next_to_no_dropout_is_attention(name: str) -> None:
+    config = small(**SHAPES[name], attention_dropout=1e-12)
+    _, _, positions, cu_seqlens = packed(ROWS, 16)
+    generator = torch.Generator().manual_seed(2)
+    states = [
+        torch.randn(3, 16, heads, config.head_size, generator=generator)
+        for heads in (config.num_attention_heads, config.kv_heads, config.kv_heads)
+    ]
+    documents = Documents(config, Backend.MASKED)
+    dropped = documents(positions, cu_seqlens, Dropout(config, 1, torch.tensor([0, 1, 2])))
+    torch.testing.assert_close(dropped(0, *states), documents(positions, cu_seqlens)(0, *states), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("grouped_by_kernel", [False, True], ids=["torch 2.11", "enable_gqa"])
@@ -142,8 +157,8 @@ def test_segments_given_to_the_kernel_are_the_documents_of_the_mask(
         torch.randn(4, 16, heads, config.head_size, generator=generator)
         for heads in (config.num_attention_heads, config.kv_heads, config.kv_heads)
     ]
-    segments = Documents(config, Backend.VARLEN)(positions, cu_seqlens, True)
-    masked = Documents(config, Backend.MASKED)(positions, cu_seqlens, True)
+    segments = Documents(config, Backend.VARLEN)(positions, cu_seqlens)
+    masked = Documents(config, Backend.MASKED)(positions, cu_seqlens)
     assert isinstance(segments, VarlenAttention)
     torch.testing.assert_close(segments(0, *states), masked(0, *states), rtol=1e-5, atol=1e-5)
     assert torch.equal(segments.cos, masked.cos)

@@ -70,6 +70,7 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
         return torch.einsum("bhqk,bkhd->bqhd", scores, value.repeat_interleave(groups, 2))
 
     attend.cos, attend.sin = torch.ones(1, seq_len, 1, 2), torch.zeros(1, seq_len, 1, 2)  # type: ignore[attr-defined]
+    attend.dropout = None  # type: ignore[attr-defined]
     hidden = model.embedding(tokens).detach().requires_grad_()
     with FlopCounterMode(display=False) as counter:
         states = hidden

@@ -102,8 +102,7 @@ def test_activation_checkpointing_changes_nothing_but_the_work(
     for checkpointing in (False, True):
         model = decoder(small(**changes), activation_checkpointing=checkpointing)
         forwards.clear()
-        torch.manual_seed(5)
-        loss = model.loss(*batch)
+        loss = model.loss(*batch, sample_numbers=torch.arange(3))
         loss.backward()
         results.append((loss.detach(), [parameter.grad for parameter in model.parameters()], len(forwards)))
     assert torch.equal(results[0][0], results[1][0])
@@ -116,9 +115,9 @@ def test_dropout_is_for_training_alone() -> None:
     for changes in ({"residual_dropout": 0.3}, {"attention_dropout": 0.3}):
         model = decoder(small(**changes))
         plain = decoder(small())
-        assert not torch.equal(
-            logits(model, tokens, positions, cu_seqlens), logits(plain, tokens, positions, cu_seqlens)
-        )
+        with torch.no_grad():
+            dropped = model.logits(model(tokens, model.attention(positions, cu_seqlens, torch.arange(3))))
+        assert not torch.equal(dropped, logits(plain, tokens, positions, cu_seqlens))
         model.eval()
         assert torch.equal(logits(model, tokens, positions, cu_seqlens), logits(plain, tokens, positions, cu_seqlens))
 
@@ -126,7 +125,8 @@ def test_dropout_is_for_training_alone() -> None:
 def test_residual_dropout_is_on_the_embedding_and_on_what_blocks_add() -> None:
     model = decoder(small(residual_dropout=0.5))
     tokens, _, positions, cu_seqlens = packed([[1000]], 1000)
-    dropped = model.embedding(tokens)
+    attend = model.attention(positions, cu_seqlens, torch.tensor([4]))
+    dropped = model.embedding(tokens, attend.dropout)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], 2 * F.embedding(tokens, model.embedding.weight)[kept])
@@ -135,7 +135,7 @@ def test_residual_dropout_is_on_the_embedding_and_on_what_blocks_add() -> None:
     with torch.no_grad():
         block.mlp.down_proj.weight.zero_()
         block.attention.qkv_proj.weight.fill_(0.1)
-        added = block(hidden + 1, model.attention(positions, cu_seqlens)) - 1
+        added = block(hidden + 1, attend) - 1
     assert (added == 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
 
 

@@ -28,7 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def loss_of(model: Decoder, backend: Backend, checkpointing: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss and all gradients; returns hidden states and labels."""
     tokens, labels, positions, cu_seqlens = packed(ROWS, 16)
-    attend = Documents(model.config, backend)(positions, cu_seqlens, training=True)
+    attend = Documents(model.config, backend)(positions, cu_seqlens)
     hidden = run_layers(model.embedding, model.blocks, model.norm, tokens, attend, checkpointing)
     fused = backend is Backend.FUSED
     vocab = model.config.vocab_size
@@ -59,7 +59,7 @@ def test_gradients_are_added_where_they_are_summed(postpones: bool) -> None:
         if postpones:
             parameter.postponed = later
     tokens, labels, positions, cu_seqlens = packed(ROWS, 16)
-    attend = Documents(fused.config, Backend.FUSED)(positions, cu_seqlens, training=True)
+    attend = Documents(fused.config, Backend.FUSED)(positions, cu_seqlens)
     hidden = run_layers(fused.embedding, fused.blocks, fused.norm, tokens, attend, False)
     scale = torch.ones(())
     _, gradient, _ = loss_and_gradient(hidden, fused.head.weight, labels, 0.01, scale, True, fused.config.vocab_size)
@@ -119,7 +119,7 @@ def test_frozen_weights_get_no_gradient_and_cost_no_product(case: str, postpones
     if case != "all":
         loss_of(plain, Backend.MASKED)
     tokens, labels, positions, cu_seqlens = packed(ROWS, 16)
-    attend = Documents(config, Backend.FUSED)(positions, cu_seqlens, training=True)
+    attend = Documents(config, Backend.FUSED)(positions, cu_seqlens)
     hidden = run_layers(fused.embedding, fused.blocks, fused.norm, tokens, attend, False)
     with Added() as added:
         one = torch.ones(())
@@ -159,7 +159,7 @@ def test_frozen_weights_without_sums(case: str) -> None:
 def test_another_document_changes_no_bit() -> None:
     model = decoder(small(qkv_bias=True))
     tokens, _, positions, cu_seqlens = packed(ROWS, 16)
-    attend = Documents(model.config, Backend.FUSED)(positions, cu_seqlens, training=False)
+    attend = Documents(model.config, Backend.FUSED)(positions, cu_seqlens)
     other = tokens.clone()
     other[0, 6:11] = (other[0, 6:11] + 41) % 97
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_another_document_changes_no_bit() -> None:
 def test_a_backward_pass_that_would_use_what_it_wrote_over_is_refused() -> None:
     model = decoder(small())
     tokens, _, positions, cu_seqlens = packed(ROWS, 16)
-    attend = Documents(model.config, Backend.FUSED)(positions, cu_seqlens, training=True)
+    attend = Documents(model.config, Backend.FUSED)(positions, cu_seqlens)
     hidden = run_layers(model.embedding, model.blocks, model.norm, tokens, attend, False)
     hidden.backward(torch.ones_like(hidden), retain_graph=True)
     with pytest.raises(RuntimeError, match="cannot run twice"):

@@ -65,6 +65,7 @@ CASES = {
     "untied": Case(UNTIED, checkpointing=True),
     "z_loss": Case(z_loss=0.01, checkpointing=True),
     "neox": Case(NEOX),
+    "dropout": Case({"residual_dropout": 0.2, "attention_dropout": 0.1}, checkpointing=True),
     "tied bf16": Case(compute=Dtype.BF16),
     "bf16 between replicas": Case(compute=Dtype.BF16, communication=Dtype.BF16),
     "untied bf16": Case(UNTIED, compute=Dtype.BF16),
@@ -78,6 +79,11 @@ def micro_batch(number: int) -> tuple[torch.Tensor, ...]:
     if number % 3 == 1:
         labels[:, : SEQ // 2] = -100
     return tokens, labels, positions, boundaries
+
+
+def sample_numbers(number: int) -> torch.Tensor:
+    """Numbers of the samples of micro-batch `number`."""
+    return torch.arange(number * ROWS, (number + 1) * ROWS)
 
 
 def valid_labels(step: int) -> int:
@@ -116,7 +122,7 @@ def train_plainly(case: Case) -> dict[str, Any]:
         loss = torch.zeros(())
         for number in range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES):
             tokens, labels, positions, boundaries = micro_batch(number)
-            loss = loss + model.loss(tokens, labels, positions, boundaries, case.z_loss)
+            loss = loss + model.loss(tokens, labels, positions, boundaries, case.z_loss, sample_numbers(number))
         loss = loss / valid_labels(step)
         loss.backward()
         losses.append(loss.item())
@@ -166,8 +172,9 @@ def feed(step: int, replica: int, replicas: int) -> Iterator[Any]:
     count = MICRO_BATCHES // replicas
     scale = torch.tensor([1 / valid_labels(step)])
     for number in range(count):
-        tokens, labels, positions, boundaries = micro_batch(step * MICRO_BATCHES + number * replicas + replica)
-        yield (tokens, encode_document_map(positions, boundaries)), (labels, scale)
+        place = step * MICRO_BATCHES + number * replicas + replica
+        tokens, labels, positions, boundaries = micro_batch(place)
+        yield (tokens, encode_document_map(positions, boundaries, sample_numbers(place))), (labels, scale)
 
 
 def stage_weights(module: Any) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import torch
 from indexes import random_documents, write_index
 
 from megazh.index.mixture import Mixture
+from megazh.model.document_map import decode_sample_numbers
 from megazh.training.feed import MicroBatch, ValidationFeed, training_feed
 from megazh.training.layout import Layout
 
@@ -57,7 +58,8 @@ def test_a_step_is_the_same_samples_in_every_layout(mixture: Mixture, layout: La
         assert torch.equal(tokens, torch.from_numpy(expected.tokens))
         assert torch.equal(labels, torch.from_numpy(expected.labels))
         assert torch.equal(document_maps[:, :SEQ], torch.from_numpy(expected.position_ids))
-        assert torch.equal(document_maps[:, SEQ:], torch.from_numpy(expected.cu_seqlens))
+        assert torch.equal(document_maps[:, SEQ:-2], torch.from_numpy(expected.cu_seqlens))
+        assert decode_sample_numbers(document_maps).tolist() == list(range(step * BATCH, (step + 1) * BATCH))
         assert {tensor.dtype for tensor in (tokens, document_maps, labels)} == {torch.int32}
 
 
@@ -114,7 +116,7 @@ def test_validation_counts_each_label_once(mixture: Mixture, replicas: int, size
     expected = samples.batch(feeds[0].numbers)
     assert torch.equal(tokens[:count], torch.from_numpy(expected.tokens))
     assert torch.equal(labels[:count], torch.from_numpy(expected.labels))
-    assert torch.equal(document_maps[:count, SEQ:], torch.from_numpy(expected.cu_seqlens))
+    assert torch.equal(document_maps[:count, SEQ:-2], torch.from_numpy(expected.cu_seqlens))
     assert (labels[count:] == -100).all(), "filler rows have no labels"
     valid = int((expected.labels >= 0).sum())
     assert {feed.valid for feed in feeds} == {valid}

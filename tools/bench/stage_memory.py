@@ -215,7 +215,7 @@ def _tell_shapes(engine: Any, recipe: Recipe, max_docs: int) -> None:
     rows, seq_len = recipe.batch.micro_batch_size, recipe.batch.seq_len
     dtype = next(engine.module.parameters()).dtype
     hidden = engine._allocate_or_extend_buffers(0, [rows, seq_len, recipe.model.hidden_size], dtype)
-    document_map = engine._allocate_or_extend_buffers(1, [rows, seq_len + max_docs + 1], torch.int32)
+    document_map = engine._allocate_or_extend_buffers(1, [rows, seq_len + max_docs + 3], torch.int32)
     engine.pipe_recv_buf = (hidden, document_map)
     engine._grad_layer_buf.clear()  # as the engine does
 
