@@ -65,6 +65,7 @@ CASES = {
     "untied": Case(UNTIED, checkpointing=True),
     "z_loss": Case(z_loss=0.01, checkpointing=True),
     "neox": Case(NEOX),
+    "z_loss untied": Case(UNTIED, z_loss=0.01),
     "dropout": Case({"residual_dropout": 0.2, "attention_dropout": 0.1}, checkpointing=True),
     "tied bf16": Case(compute=Dtype.BF16),
     "bf16 between replicas": Case(compute=Dtype.BF16, communication=Dtype.BF16),
@@ -135,13 +136,20 @@ def train_plainly(case: Case) -> dict[str, Any]:
 
 def layer_weights(model: Decoder) -> dict[str, torch.Tensor]:
     """Copies of the weights, named `NUMBER.name` with the layer numbers of `make_layer`."""
+    return {name: weight.detach().clone() for name, weight in layer_parameters(model).items()}
+
+
+def layer_parameters(model: Decoder) -> dict[str, torch.nn.Parameter]:
+    """The parameters, named `NUMBER.name` with the layer numbers of `make_layer`; a tied matrix has two names."""
     last = layer_count(model.config) - 1
     layers = {0: model.embedding, last - 1: model.norm, last: model.head}
     layers.update({number + 1: block for number, block in enumerate(model.blocks)})
-    return {f"{n}.{name}": w.detach().clone() for n, layer in layers.items() for name, w in layer.named_parameters()}
+    return {f"{n}.{name}": parameter for n, layer in layers.items() for name, parameter in layer.named_parameters()}
 
 
-def make_pipeline(case: Case, stages: int, frozen: tuple[str, ...] = ()) -> tuple[Any, Any]:
+def make_pipeline(
+    case: Case, stages: int, frozen: tuple[str, ...] = (), backend: Backend = Backend.MASKED
+) -> tuple[Any, Any]:
     """The module of this rank's stage, and its engine; parameters of the names in `frozen` are not trained."""
     from megazh.pipeline.costs import costs_by_flops
     from megazh.pipeline.engine import make_engine, quiet
@@ -154,7 +162,7 @@ def make_pipeline(case: Case, stages: int, frozen: tuple[str, ...] = ()) -> tupl
     precision = Precision(case.compute, Dtype.FP32, case.communication)
     work = Work(
         case.config, stages, replicas, SEQ, ROWS, MICRO_BATCHES // replicas, precision, case.checkpointing,
-        Backend.MASKED,
+        backend,
     )  # fmt: skip
     costs = costs_by_flops(dataclasses.replace(work, activation_checkpointing=False))
     bounds = best_bounds(costs.parts(case.config.num_hidden_layers), stages)
