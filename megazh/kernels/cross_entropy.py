@@ -24,7 +24,9 @@ def _cross_entropy(logits, labels, losses, scale, z_loss, vocab, stored, GRADIEN
         total = 0.0
         for begin in range(0, vocab, BLOCK):
             at = begin + offset
-            x = tl.load(base + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+            # Masked by `stored`, a multiple of 16: with a mask by an odd `vocab`, numbers would be read one by one.
+            x = tl.load(base + at, mask=at < stored, other=0.0).to(tl.float32)
+            x = tl.where(at < vocab, x, -float("inf"))
             new = tl.maximum(largest, tl.max(x, 0))
             total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
             largest = new
@@ -35,7 +37,8 @@ def _cross_entropy(logits, labels, losses, scale, z_loss, vocab, stored, GRADIEN
             factor = tl.load(scale)
             for begin in range(0, stored, BLOCK):
                 at = begin + offset
-                x = tl.load(base + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+                x = tl.load(base + at, mask=at < stored, other=0.0).to(tl.float32)
+                x = tl.where(at < vocab, x, -float("inf"))
                 gradient = tl.exp(x - lse) * (1.0 + 2.0 * z_loss * lse)
                 gradient = tl.where(at == label, gradient - 1.0, gradient) * factor
                 tl.store(base + at, gradient.to(logits.dtype.element_ty), mask=at < stored)
