@@ -176,20 +176,21 @@ def initialize(layer: nn.Module, config: ModelConfig, number: int, seed: int) ->
 
 
 def load_unpadded(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Make tensors read from a file the weights of a layer, which may be on the meta device.
+    """Make tensors read from a file the weights of a layer, or of a whole `Decoder`, which may be on the meta device.
 
     Files hold embedding and head without padding: (vocab_size, hidden). Their rows are padded with zeros here. Dtype
     and device are those of the tensors.
 
     Args:
-        layer: a layer made by `make_layer`.
-        tensors: its weights by name, such as `mlp.up_proj.weight`.
+        layer: a layer made by `make_layer`, or a `Decoder`.
+        tensors: its weights by name, such as `mlp.up_proj.weight`; a tied matrix under both of its names.
 
     Raises:
         RuntimeError: names or shapes are not those of the layer.
     """
     padded = dict(tensors)
-    rows = {name: each.rows for name, each in layer.named_parameters() if hasattr(each, "rows")}
+    found = layer.named_parameters(remove_duplicate=False)
+    rows = {name: each.rows for name, each in found if hasattr(each, "rows")}
     for name in rows.keys() & tensors.keys():
         tensor, stored = tensors[name], layer.get_parameter(name).shape
         if tensor.shape != (rows[name], stored[1]):

@@ -130,6 +130,16 @@ def test_weights_read_without_padding(number: int) -> None:
         assert getattr(found, "rows", None) == getattr(expected, "rows", None)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_whole_model_read_without_padding(tied: bool) -> None:
+    config = small(tie_word_embeddings=tied)
+    saved, model = Decoder(config, 7), Decoder(config, None)
+    load_unpadded(model, {name: each[:97] if len(each) == 128 else each for name, each in saved.state_dict().items()})
+    assert equal(weights(model), weights(saved))
+    assert (model.head.weight is model.embedding.weight) == tied
+    assert model.head.weight.rows == model.embedding.weight.rows == 97
+
+
 def test_weights_of_another_shape_or_name_are_refused() -> None:
     layer = make_layer(small(), 0, None)
     with pytest.raises(RuntimeError, match=r"weight is \(128, 32\), expected \(97, 32\)"):
