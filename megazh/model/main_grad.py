@@ -11,6 +11,7 @@ that way.
 A frozen parameter (`requires_grad` is False) has no `main_grad`, and its gradient is not computed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,17 @@ def product_gradient(weight: torch.Tensor, left: torch.Tensor, right: torch.Tens
     else:
         postponed.append(Product(sums, left, right))
     return None
+
+
+@torch.no_grad()
+def add_gradients(parameters: Iterable[torch.Tensor]) -> None:
+    """Add the gradients that autograd has left at parameters to their `main_grad`, and remove them."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            sums = main_grad(parameter)
+            assert sums is not None
+            sums.add_(parameter.grad)
+            parameter.grad = None
 
 
 @torch.no_grad()

@@ -78,8 +78,7 @@ class DecoderPipeline(PipelineModule):
         bounds: (stages + 1,) bounds over the parts embedding, blocks, head; see `split.best_bounds`.
         seed: seed of the initial weights and of dropout.
         z_loss: weight of the z-loss in training; see `summed_cross_entropy`.
-        cuda_graph: whether the kernels of a micro-batch may be recorded as one CUDA graph; takes effect with fused
-            blocks and one stage.
+        cuda_graph: whether the kernels of a pass may be recorded as a CUDA graph; takes effect with fused blocks.
     """
 
     def __init__(

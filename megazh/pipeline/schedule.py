@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from deepspeed.runtime.pipe import schedule
 
-from megazh.pipeline.passes import PassType, passes
+from megazh.pipeline.passes import PassType, kept_micro_batches, passes
 
 
-class ExpectActivation(schedule.PipeInstruction):
+class ExpectActivation(schedule.BufferOpInstruction):
     """Start receiving the hidden states of the next micro-batch while this one's weight gradients are computed."""
 
 
@@ -15,8 +15,8 @@ class ReceiveGradient(schedule.BufferOpInstruction):
     """Wait for the gradient of a micro-batch's hidden states."""
 
 
-class WeightPass(schedule.PipeInstruction):
-    """Compute weight gradients of the oldest micro-batch that still lacks them."""
+class WeightPass(schedule.BufferOpInstruction):
+    """Compute the weight gradients of a micro-batch."""
 
 
 class SplitSchedule(schedule.PipeSchedule):
@@ -38,13 +38,14 @@ class SplitSchedule(schedule.PipeSchedule):
                 found += [schedule.BackwardPass(buffer)]
                 found += [] if first else [schedule.SendGrad(buffer)]
                 # The stage before has sent the next hidden states, or is about to.
-                follows = each.micro_batch + self.stages - self.stage_id < self.micro_batches
-                found += [ExpectActivation()] if follows and not first else []
+                following = each.micro_batch + self.stages - self.stage_id
+                if following < self.micro_batches and not first:
+                    found += [ExpectActivation(following % self.num_pipe_buffers())]
             else:
-                found += [WeightPass()]
+                found += [WeightPass(buffer)]
             yield found
         yield [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
 
     def num_pipe_buffers(self) -> int:
-        """Number of buffers: as many as micro-batches can be between forward and backward pass at one time."""
-        return min(self.stages - self.stage_id, self.micro_batches)
+        """Number of buffers: as many as micro-batches can be between forward and weight pass at one time."""
+        return kept_micro_batches(self.stage_id, self.stages, self.micro_batches)

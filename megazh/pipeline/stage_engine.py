@@ -14,10 +14,9 @@ differs.
 | makes each stage wait for what it sends and receives | sends and receives while it computes (`transfer`) |
 | makes the stage before wait for weight gradients | computes input gradients first (`schedule`) |
 | copies batches to the GPU and waits | copies from pinned memory without waiting |
-| launches each kernel of a micro-batch by itself | one CUDA graph, with one stage and fused blocks (`recorded`) |
+| launches each kernel of a micro-batch by itself | one CUDA graph per pass, with fused blocks (`recorded`) |
 """
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -28,8 +27,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megazh.model.main_grad import Product, add_postponed
-from megazh.pipeline.recorded import RecordedMicroBatch
+from megazh.model.main_grad import Product, add_gradients, add_postponed
+from megazh.pipeline.recorded import RecordedPasses
 from megazh.pipeline.schedule import ExpectActivation, ReceiveGradient, SplitSchedule, WeightPass
 from megazh.pipeline.sharded_optimizer import ShardedOptimizer, Totals
 from megazh.pipeline.transfer import Tensors, Transfers
@@ -53,12 +52,14 @@ class StageEngine(PipelineEngine):
         self.total_additional_losses: dict[str, torch.Tensor] | None
         self.pipe_recv_buf: Tensors | None
         self.first_output_send: bool
-        # Deferred weight-gradient products of the running backward pass; `_weights` queues those of earlier ones.
+        # Deferred weight-gradient products of the running backward pass; `_weights` has those of each buffer.
         self._postponed: list[Product] = []
-        self._weights: deque[list[Product]] = deque()
+        self._weights: dict[int, list[Product]] = {}
         self._records = self.module.recordable and self.device.type == "cuda"
-        self._recorded: RecordedMicroBatch | None = None
-        self._ran = False  # whether this process has trained a step, so that nothing is set up for the first time
+        self._recorded: list[RecordedPasses] = []
+        """Recorded passes by buffer, from this process's second step on."""
+        self._example: tuple[Tensors, Tensors | None] | None = None
+        """Inputs and labels of a micro-batch that has run, so that nothing is set up for the first time."""
         self._totals = Totals(0.0, (), 0.0)  # of the last step
         if self.num_stages > 1:
             self._transfers = Transfers(self.module.topology(), self.device)
@@ -76,8 +77,11 @@ class StageEngine(PipelineEngine):
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         inputs, labels = self._next_batch()
-        if self._recorded is not None and self.module.training:
-            self._recorded.load(inputs, labels)
+        if recorded := self._recording(buffer_id):
+            if self.is_first_stage():
+                _copy(inputs, recorded.inputs)
+            if recorded.labels is not None:
+                _copy(labels, recorded.labels)
             return
         if self.is_first_stage():
             self.pipe_buffers["inputs"][buffer_id] = self._to_device(inputs)
@@ -88,45 +92,44 @@ class StageEngine(PipelineEngine):
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
-        inputs = self.pipe_buffers["inputs"][buffer_id]
-        if self.module.training and self._records and self._recorded is None and self._ran:
-            self._recorded = RecordedMicroBatch(self.module, inputs, self.pipe_buffers["labels"][buffer_id])
-        if self.module.training and self._recorded is not None:
-            self._add_loss(self._recorded.replay())
+        if recorded := self._recording(buffer_id):
+            recorded.forward()
+            self.pipe_buffers["outputs"][buffer_id] = recorded.outputs
+            if self.is_last_stage():
+                self._add_loss(recorded.loss.clone(), recorded.additional_losses)
             return
+        inputs, labels = self.pipe_buffers["inputs"][buffer_id], self.pipe_buffers["labels"][buffer_id]
         outputs = self.module(inputs)
         self.pipe_buffers["outputs"][buffer_id] = outputs
+        if self.module.training and self._records and self._example is None:
+            self._example = inputs, labels
         if not self.is_last_stage():
             return
-        labels = self.pipe_buffers["labels"][buffer_id]
         if self.module.training:
             loss, gradient = self.module.loss_and_gradient(outputs[0], labels)
             self.pipe_buffers["output_tensors"][buffer_id] = gradient
+            self._add_loss(loss.detach(), self.module.get_additional_losses())
         else:
-            loss = self.module.loss_fn(outputs, labels)
-        self._add_loss(loss.detach())
+            self._add_loss(self.module.loss_fn(outputs, labels).detach(), None)
 
-    def _add_loss(self, loss: torch.Tensor) -> None:
+    def _add_loss(self, loss: torch.Tensor, parts: dict[str, torch.Tensor] | None) -> None:
         self.loss = loss
         self.fwd_outputs.append(loss)
         self.total_loss = loss if self.total_loss is None else self.total_loss + loss
-        if self.module.training and (parts := self.module.get_additional_losses()):
+        if parts:
             totals = self.total_additional_losses or {}
             self.total_additional_losses = {name: totals.get(name, 0.0) + part for name, part in parts.items()}
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
-        if self._recorded is not None:
-            return  # the graph ran forward and backward
+        if recorded := self._recording(buffer_id):
+            recorded.backward()
+            return
         hidden = self.pipe_buffers["outputs"][buffer_id][0]
         gradient = self.pipe_buffers["output_tensors"][buffer_id] if self.is_last_stage() else self.grad_layer[0]
         torch.autograd.backward(hidden, gradient)
-        for parameter in self.module.parameters():  # those that no kernel has added to their sum
-            if parameter.grad is not None:
-                parameter.main_grad.add_(parameter.grad)
-                parameter.grad = None
-        if self.num_stages > 1:
-            self._weights.append(self._postponed.copy())
-            self._postponed.clear()
+        add_gradients(self.module.parameters())
+        self._weights[buffer_id] = self._postponed.copy()
+        self._postponed.clear()
         self.pipe_buffers["output_tensors"][buffer_id] = None
         self.pipe_buffers["outputs"][buffer_id] = None
         self.pipe_buffers["labels"][buffer_id] = None
@@ -136,15 +139,23 @@ class StageEngine(PipelineEngine):
         if self.pipe_recv_buf is None:  # the first message holds the shapes
             self.pipe_recv_buf = self._recv_tensor_meta(self.prev_stage)
             self._grad_layer_buf.clear()  # filled by _recv_tensor_meta, not used here
-        received = self._transfers.from_previous.receive(self.pipe_recv_buf)
-        for tensor in received:
-            tensor.requires_grad = tensor.is_floating_point()
+        received = self._transfers.from_previous.receive(self._place_of_activations(buffer_id))
+        if not self._recording(buffer_id):
+            for tensor in received:
+                tensor.requires_grad = tensor.is_floating_point()
         self.pipe_buffers["inputs"][buffer_id] = received
 
-    def _exec_expect_activations(self) -> None:
+    def _exec_expect_activations(self, buffer_id: int) -> None:
         assert self._transfers.from_previous is not None
-        assert self.pipe_recv_buf is not None
-        self._transfers.from_previous.expect(self.pipe_recv_buf)
+        self._transfers.from_previous.expect(self._place_of_activations(buffer_id))
+
+    def _place_of_activations(self, buffer_id: int) -> Callable[[], Tensors]:
+        """Makes the tensors that take what the stage before sends."""
+        if recorded := self._recording(buffer_id):
+            return lambda: recorded.inputs
+        like = self.pipe_recv_buf
+        assert like is not None
+        return lambda: tuple(torch.empty_like(tensor) for tensor in like)
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         assert self._transfers.to_next is not None
@@ -156,26 +167,41 @@ class StageEngine(PipelineEngine):
 
     def _exec_receive_gradient(self, buffer_id: int) -> None:
         assert self._transfers.from_next is not None
+        if recorded := self._recording(buffer_id):
+            self._transfers.from_next.receive(lambda: (recorded.gradient,))
+            return
         hidden = self.pipe_buffers["outputs"][buffer_id][0]
-        self.grad_layer = self._transfers.from_next.receive((hidden.detach(),))
+        self.grad_layer = self._transfers.from_next.receive(lambda: (torch.empty_like(hidden),))
 
     def _exec_send_grads(self, buffer_id: int) -> None:
         assert self._transfers.to_previous is not None
-        self._transfers.to_previous.send((self.pipe_buffers["inputs"][buffer_id][0].grad,))
+        recorded = self._recording(buffer_id)
+        gradient = recorded.input_gradient if recorded else self.pipe_buffers["inputs"][buffer_id][0].grad
+        self._transfers.to_previous.send((gradient,))
         self.pipe_buffers["inputs"][buffer_id] = None
 
-    def _exec_weight_pass(self) -> None:
-        add_postponed(self._weights.popleft())
+    def _exec_weight_pass(self, buffer_id: int) -> None:
+        if recorded := self._recording(buffer_id):
+            recorded.weights()
+        else:
+            add_postponed(self._weights.pop(buffer_id))
 
     def _exec_schedule(self, pipe_schedule: Any) -> None:
+        if self.module.training and self._example is not None and not self._recorded:
+            # Before anything of this step travels: recording waits for the GPU.
+            self._recorded = [
+                RecordedPasses(self.module, *self._example, self._postponed)
+                for _ in range(pipe_schedule.num_pipe_buffers())
+            ]
         super()._exec_schedule(pipe_schedule)
-        self._ran = self._ran or self.module.training
         if self.num_stages > 1:
             self._transfers.finish()
 
+    def _recording(self, buffer_id: int) -> RecordedPasses | None:
+        """The recorded passes of a buffer, in training; None where kernels are launched one by one."""
+        return self._recorded[buffer_id] if self._recorded and self.module.training else None
+
     def _train_schedule(self) -> Any:
-        if self.num_stages == 1:
-            return super()._train_schedule()
         return SplitSchedule(self.micro_batches, self.num_stages, self.stage_id)
 
     def _exec_reduce_tied_grads(self) -> None:
@@ -236,6 +262,11 @@ class StageEngine(PipelineEngine):
         ReceiveGradient: _exec_receive_gradient,
         WeightPass: _exec_weight_pass,
     }
+
+
+def _copy(tensors: Tensors, places: Tensors) -> None:
+    for tensor, place in zip(tensors, places, strict=True):
+        place.copy_(tensor, non_blocking=True)
 
 
 def initialize(

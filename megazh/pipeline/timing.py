@@ -116,15 +116,22 @@ def _measure(work: Work, device: "torch.device") -> LayerCosts:
 
     return LayerCosts(
         unit="seconds",
-        embedding=_median_seconds(embed, device),
-        block=_median_seconds(through_block, device),
-        head=_median_seconds(to_loss, device),
+        embedding=_median_seconds(embed, device, work.recordable),
+        block=_median_seconds(through_block, device, work.recordable),
+        head=_median_seconds(to_loss, device, work.recordable),
     )
 
 
-def _median_seconds(call: Callable[[], None], device: "torch.device") -> float:
-    """Median time of some calls, after a few that are not counted."""
+def _median_seconds(call: Callable[[], None], device: "torch.device", recordable: bool) -> float:
+    """Median time of some calls, after a few that are not counted; on CUDA of recorded kernels, as in a run."""
     import torch
+
+    if device.type == "cuda" and recordable:
+        from megazh.pipeline.recorded import new_pool, record
+
+        for _ in range(_WARM_UP):
+            call()
+        call = record(call, new_pool())
 
     def now() -> float:
         if device.type == "cuda":

@@ -6,6 +6,7 @@ other side arrives, so no receive is started long before its sender is ready.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,15 +31,15 @@ class Channel:
         self._sent.append(([dist.isend(tensor, self._peer, self._group) for tensor in tensors], tensors))
         self._wait(_SENDS_KEPT)
 
-    def expect(self, like: Tensors) -> None:
-        """Start receiving tensors of the shapes, dtypes and device of `like`, whose contents do not matter."""
-        tensors = tuple(torch.empty_like(tensor) for tensor in like)
+    def expect(self, place: Callable[[], Tensors]) -> None:
+        """Start receiving into the tensors that `place` returns."""
+        tensors = place()
         self._coming = ([dist.irecv(tensor, self._peer, self._group) for tensor in tensors], tensors)
 
-    def receive(self, like: Tensors) -> Tensors:
-        """Return what the neighbour sends, in new tensors; starts receiving unless `expect` has."""
+    def receive(self, place: Callable[[], Tensors]) -> Tensors:
+        """Return what the neighbour sends, in the tensors of `place`; starts receiving unless `expect` has."""
         if self._coming is None:
-            self.expect(like)
+            self.expect(place)
         assert self._coming is not None
         works, received = self._coming
         self._coming = None
@@ -87,7 +88,7 @@ class Transfers:
         """Connect now, in an order that cannot deadlock: NCCL connects at first use and waits for the other side."""
         empty = (torch.zeros(1, device=device),)
         if source is not None:
-            source.receive(empty)
+            source.receive(lambda: empty)
         if target is not None:
             target.send(empty)
             target.finish()

@@ -54,11 +54,8 @@ class Work:
 
     @property
     def recordable(self) -> bool:
-        """Whether all kernels of a micro-batch can be recorded as one CUDA graph.
-
-        With one stage only kernels, whose shapes never change, lie between a micro-batch and its gradients.
-        """
-        return self.fused and self.stages == 1
+        """Whether the kernels of a pass can be recorded as a CUDA graph: those of fused blocks never change shape."""
+        return self.fused
 
     @property
     def defers_weight_gradients(self) -> bool:

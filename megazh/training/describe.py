@@ -72,7 +72,7 @@ def describe_kernels(recipe: Recipe, device: torch.device, work: Work) -> str:
     if reason := why_not_fused(recipe.model, device, work.precision.compute.torch):
         return f"torch, slower than Triton: {reason}"
     recorded = work.recordable and recipe.parallel.cuda_graph
-    return "Triton, each micro-batch one CUDA graph" if recorded else "Triton"
+    return "Triton, each pass of a micro-batch one CUDA graph" if recorded else "Triton"
 
 
 def describe_devices(device: torch.device) -> list[str]:

@@ -193,7 +193,7 @@ class ParallelConfig(Config):
     kernels: Annotated[Kernels, choice(Kernels), MAY_CHANGE] = Kernels.AUTO
     """Implementation of blocks, head and loss on CUDA."""
     cuda_graph: Annotated[bool, MAY_CHANGE] = True
-    """Whether all kernels of a micro-batch are launched as one CUDA graph; needs Triton kernels and one stage."""
+    """Whether the kernels of each pass of a micro-batch are launched as one CUDA graph; needs Triton kernels."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """ZeRO stage: 1, which shards the optimizer state over the replicas."""
     check_tied_every: Annotated[Every, MAY_CHANGE] = 100
