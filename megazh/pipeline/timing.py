@@ -19,7 +19,7 @@ from megazh.pipeline.work import Work
 if TYPE_CHECKING:
     import torch
 
-_VERSION = 4
+_VERSION = 5
 _WARM_UP, _ROUNDS = 3, 7
 
 
