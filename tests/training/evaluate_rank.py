@@ -34,7 +34,7 @@ def evaluate(recipe: Recipe, stages: int) -> dict[str, Any]:
     from megazh.pipeline.precision import Dtype, Precision
     from megazh.tokenizer import load_tokenizer
     from megazh.training.evaluate import Validator, sample_text
-    from megazh.training.optimizer import make_optimizer
+    from megazh.training.optimizers.choose import rules
     from megazh.training.stages import work_of
 
     layout = make_layout(recipe, dist.get_world_size(), stages)
@@ -42,7 +42,7 @@ def evaluate(recipe: Recipe, stages: int) -> dict[str, Any]:
     bounds = [0, 2, 4] if stages == 2 else [0, 4]
     with quiet():
         module = DecoderPipeline(work, bounds, SEED, z_loss=0.5)
-    engine = make_engine(module, make_optimizer(module.parameters(), recipe.optimizer), work, 1.0)
+    engine = make_engine(module, recipe.optimizer.name.value, rules(recipe.optimizer), work, 1.0)
     mixture = recipe.open_mixture()
     tokenizer = load_tokenizer(Path(recipe.data.manifest).parent / "tokenizer.json")
     replica = module.mpu().get_data_parallel_rank()
