@@ -67,7 +67,7 @@ class RecordedPasses:
             self.gradient = torch.empty_like(self.outputs[0])
             """Where the gradient of the outputs must be before the backward pass."""
         self.backward = record(self._backward, pool)
-        self.weights = record(self._weights, pool)
+        self.weights = record(self._weights, pool) if self._products else _nothing
 
     @property
     def input_gradient(self) -> torch.Tensor:
@@ -91,3 +91,7 @@ class RecordedPasses:
 
     def _weights(self) -> None:
         add_postponed(self._products)
+
+
+def _nothing() -> None:
+    """The weight pass of a micro-batch that defers no product."""
