@@ -84,7 +84,8 @@ class RecordedPasses:
             self.additional_losses = self._module.get_additional_losses()
 
     def _backward(self) -> None:
-        torch.autograd.backward(self.outputs[0], self.gradient)
+        if self.outputs[0].requires_grad:  # not on a first stage that is frozen as a whole
+            torch.autograd.backward(self.outputs[0], self.gradient)
         add_gradients(self._module.parameters())
         self._products = self._postponed.copy()
         self._postponed.clear()

@@ -126,7 +126,8 @@ class StageEngine(PipelineEngine):
             return
         hidden = self.pipe_buffers["outputs"][buffer_id][0]
         gradient = self.pipe_buffers["output_tensors"][buffer_id] if self.is_last_stage() else self.grad_layer[0]
-        torch.autograd.backward(hidden, gradient)
+        if hidden.requires_grad:  # not on a first stage that is frozen as a whole
+            torch.autograd.backward(hidden, gradient)
         add_gradients(self.module.parameters())
         self._weights[buffer_id] = self._postponed.copy()
         self._postponed.clear()

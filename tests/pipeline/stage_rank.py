@@ -16,6 +16,7 @@ from decoders import packed
 from pipeline.ladder_rank import CASES, Case, feed, make_pipeline, stage_weights
 from ranks import join_ranks, save_results
 
+from megazh.model.decoder import Decoder
 from megazh.model.document_map import encode_document_map
 
 LENGTHS = [5, 4, 6]
@@ -74,6 +75,18 @@ def frozen(name: str, stages: int) -> dict[str, Any]:
     for step in range(2):
         engine.train_batch(feed(step, 0, 1))
     return {"before": before, "weights": stage_weights(module)}
+
+
+def frozen_stage(name: str, stages: int) -> dict[str, Any]:
+    """Train two steps with everything frozen up to the last block."""
+    lower = [
+        key for key, _ in Decoder(CASES[name].config).named_parameters() if key.startswith(("embedding", "blocks.0"))
+    ]
+    module, engine = make_pipeline(CASES[name], stages, frozen=tuple(lower))
+    before = stage_weights(module)
+    losses = [float(engine.train_batch(feed(step, 0, 1))) for step in range(2)]
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    return {"before": before, "weights": stage_weights(module), "losses": losses, "trained": any(trained)}
 
 
 def tampered(name: str, stages: int) -> dict[str, Any]:
@@ -145,6 +158,7 @@ JOBS = {
     "no_labels": no_labels,
     "vetoed": vetoed,
     "frozen": frozen,
+    "frozen_stage": frozen_stage,
     "tampered": tampered,
     "documents": documents,
     "forward": forward,

@@ -27,7 +27,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return run_ranks(
         SCRIPT,
         2,
-        [2, *jobs, "tampered/tied", "tampered/tied bf16", "vetoed/tied", "frozen/untied"],
+        [2, *jobs, "tampered/tied", "tampered/tied bf16", "vetoed/tied", "frozen/untied", "frozen_stage/untied"],
         folder,
         timeout=180,
     )
@@ -75,6 +75,17 @@ def test_frozen_parameters_stay_and_the_others_move(found: Found) -> None:
         moved.update({key: not torch.equal(old, results["weights"][key]) for key, old in results["before"].items()})
     assert {key for key in moved if not moved[key]} == {"0.weight", "1.mlp.up_proj.weight"}
     assert sum(moved.values()) > 10
+
+
+def test_a_stage_may_be_frozen_as_a_whole(found: Found) -> None:
+    moved, losses = {}, []
+    for rank in found:
+        results = rank["frozen_stage/untied"]
+        losses.append(results["losses"])
+        moved.update({key: not torch.equal(old, results["weights"][key]) for key, old in results["before"].items()})
+    assert [rank["frozen_stage/untied"]["trained"] for rank in found] == [False, True]
+    assert losses[0] == losses[1]
+    assert {key for key in moved if moved[key]} == {key for key in moved if not key.startswith(("0.", "1."))}
 
 
 @pytest.mark.parametrize("name", ["tied", "tied bf16"])
