@@ -1,17 +1,22 @@
-"""Training batches as torch tensors, in a fixed order, prefetched by threads.
+"""Training batches as torch tensors, in a fixed order, made ahead of time by threads.
 
 Threads suffice because gathering releases Python's global lock; unlike processes, they copy and pickle nothing.
 """
 
+import functools
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from megazh.index.mixture import Mixture
 
 Batch = dict[str, torch.Tensor]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def training_batches(
@@ -21,7 +26,7 @@ def training_batches(
     replica: int = 0,
     replicas: int = 1,
     workers: int = 2,
-    prefetch: int = 4,
+    ready: int = 8,
 ) -> Iterator[Batch]:
     """Micro-batches of one replica, from training sample `start` until the mixture ends.
 
@@ -31,15 +36,16 @@ def training_batches(
     Args:
         start: number of samples that all replicas together have consumed before.
         workers: number of threads that gather batches ahead; 0 gathers each batch when it is requested.
-        prefetch: number of batches that each thread keeps ready.
+        ready: number of batches that the threads keep in stock.
 
     Yields:
-        tokens, labels, position_ids (micro_batch, seq) int32, cu_seqlens (micro_batch, max_docs + 1) int32 and
-        sample_numbers (micro_batch,) int64; in pinned memory if there is a GPU.
+        tokens, labels (micro_batch, seq) int32, and document_map (micro_batch, seq + max_docs + 3) int32: position_ids
+        (micro_batch, seq) and cu_seqlens (micro_batch, max_docs + 1), also given as views, and the bytes of the sample
+        numbers, (micro_batch,) int64. All are in one block of memory of their own, pinned if there is a GPU.
     """
-    return _batches(
-        mixture, _training_numbers(mixture.end, start, micro_batch_size, replica, replicas), workers, prefetch
-    )
+    numbers = _training_numbers(mixture.end, start, micro_batch_size, replica, replicas)
+    make = functools.partial(_gather, mixture, pinned=torch.cuda.is_available())
+    return ahead(make, numbers, workers, ready) if workers else map(make, numbers)
 
 
 def _training_numbers(end: int | None, start: int, size: int, replica: int, replicas: int) -> Iterator[range]:
@@ -48,26 +54,41 @@ def _training_numbers(end: int | None, start: int, size: int, replica: int, repl
         start += size * replicas
 
 
-def _batches(mixture: Mixture, numbers: Iterable[range], workers: int, prefetch: int) -> Iterator[Batch]:
-    pinned = torch.cuda.is_available()
+def _gather(mixture: Mixture, numbers: range, pinned: bool) -> Batch:
+    count, shape = len(numbers), mixture.shape
+    widths = (shape.seq_len, shape.seq_len, shape.document_map_size)
+    block = torch.empty(count * sum(widths), dtype=torch.int32, pin_memory=pinned)
+    parts = block.split([count * width for width in widths])
+    tokens, labels, document_map = (part.view(count, width) for part, width in zip(parts, widths, strict=True))
+    mixture.gather(numbers, tokens.numpy(), labels.numpy(), document_map.numpy())
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "document_map": document_map,
+        "position_ids": document_map[:, : shape.seq_len],
+        "cu_seqlens": document_map[:, shape.seq_len : -2],
+    }
 
-    def fetch(batch: range) -> Batch:
-        tensors = {name: torch.from_numpy(array) for name, array in mixture.batch(batch)._asdict().items()}
-        tensors["sample_numbers"] = torch.arange(batch.start, batch.stop)
-        return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pinned else tensors
 
-    if workers == 0:
-        yield from map(fetch, numbers)
-        return
-    pending: deque[Future[Batch]] = deque()
+def ahead(make: Callable[[_Item], _Result], items: Iterable[_Item], workers: int, ready: int) -> Iterator[_Result]:
+    """Yield `make(item)` of each item, in order, made by threads that end with the iterator.
+
+    Args:
+        make: called in any thread; what it raises is raised where its result would have been yielded.
+        items: taken one by one, `ready` ahead of what is yielded.
+        workers: number of threads, at least 1.
+        ready: number of results to keep in stock or under way, at least 1.
+    """
+    items = iter(items)
     with ThreadPoolExecutor(workers, thread_name_prefix="loader") as pool:
+        pending = deque(pool.submit(make, item) for item in itertools.islice(items, ready))
         try:
-            for batch in numbers:
-                pending.append(pool.submit(fetch, batch))
-                if len(pending) > workers * prefetch:
-                    yield pending.popleft().result()
             while pending:
-                yield pending.popleft().result()
+                result = pending.popleft().result()
+                if len(pending) <= ready // 2:  # several at once: to wake a thread takes longer than to give it work
+                    missing = ready - len(pending)
+                    pending.extend(pool.submit(make, item) for item in itertools.islice(items, missing))
+                yield result
         finally:
             for future in pending:
                 future.cancel()

@@ -1,5 +1,6 @@
 """The mixture: training samples of several corpora by number, and the samples kept for validation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -12,10 +13,10 @@ from megazh.errors import DataError, MegazhError, UsageError
 from megazh.index.fingerprint import Fingerprint, fingerprint_of
 from megazh.index.manifest import CorpusEntry, OnExhausted, exact, manifest_at
 from megazh.index.metadata import Metadata
-from megazh.index.order import Blend, permuted, select_side, stream_key
+from megazh.index.order import Blend, permuted, permuted_all, select_side, stream_key
 from megazh.index.packing import Packing, SampleTable, default_max_docs
 from megazh.index.reader import IndexedDataset
-from megazh.index.samples import CorpusSamples, Sample, SampleShape, pack_documents
+from megazh.index.samples import CorpusSamples, Int32s, Sample, SampleShape, pack_documents
 
 Int64s = npt.NDArray[np.int64]
 
@@ -215,32 +216,62 @@ class Mixture:
         Raises:
             IndexError: `number` is negative, or not below the end of the mixture.
         """
+        self._check_number(number)
+        corpus, before = self.blend.locate(number)
+        size = len(self._samples[corpus])
+        epoch, place = divmod(before, size)
+        return corpus, epoch, int(permuted(place, size, self._epoch_key(corpus, epoch)))
+
+    def _check_number(self, number: int) -> None:
         if number < 0:
             raise IndexError(f"training sample {number}: expected a number of at least 0")
         if self.end is not None and number >= self.end:
             raise IndexError(f"training sample {number}: a corpus is exhausted after {self.end} samples of the mixture")
-        corpus, before = self.blend.locate(number)
-        size = len(self._samples[corpus])
-        epoch, place = divmod(before, size)
+
+    def _epoch_key(self, corpus: int, epoch: int) -> np.uint64:
         latest = self._epochs.get(corpus)  # read only once: another thread may replace it by that of another epoch
         if latest is None or latest[0] != epoch:
             latest = (epoch, stream_key("epoch", self.seed, self.corpora[corpus].entry.name, epoch))
             self._epochs[corpus] = latest
-        return corpus, epoch, int(permuted(place, size, latest[1]))
+        return latest[1]
+
+    def _rows(self, numbers: Sequence[int]) -> list[tuple[CorpusSamples, Int64s, Int64s]]:
+        """By corpus and epoch: places in `numbers`, and for each the row of the sample table, as `locate` has it."""
+        if not len(numbers):
+            return []
+        self._check_number(min(numbers))
+        self._check_number(max(numbers))
+        found = []
+        for corpus, places, before in self.blend.by_corpus(np.array(numbers, np.int64)):
+            samples = self._samples[corpus]
+            epochs, positions = np.divmod(before, len(samples))
+            for epoch in np.unique(epochs):
+                own = epochs == epoch
+                rows = permuted_all(positions[own], len(samples), self._epoch_key(corpus, int(epoch)))
+                found.append((samples, places[own], rows))
+        return found
 
     def valid_labels(self, number: int) -> int:
         """Number of labels of training sample `number` that are not -100, found without reading its tokens."""
-        corpus, _, row = self.locate(number)
-        return int(self._samples[corpus].table.valid_labels[row])
+        return self.count_labels([number])
+
+    def count_labels(self, numbers: Sequence[int]) -> int:
+        """Number of labels of training samples `numbers` that are not -100, found without reading their tokens."""
+        return sum(int(samples.table.valid_labels[rows].sum()) for samples, _, rows in self._rows(numbers))
 
     def sample(self, number: int) -> Sample:
         """Training sample `number`."""
         return _only(self.batch([number]))
 
-    def batch(self, numbers: list[int] | range) -> Sample:
+    def batch(self, numbers: Sequence[int]) -> Sample:
         """Training samples `numbers` as one batch: arrays as in `Sample`, with a leading batch dimension."""
-        located = [self.locate(number) for number in numbers]
-        return _gather_batch([(corpus, row) for corpus, _, row in located], self._samples, self.shape)
+        return _batch(self._rows(numbers), len(numbers), self.shape)
+
+    def gather(self, numbers: Sequence[int], tokens: Int32s, labels: Int32s, document_map: Int32s) -> None:
+        """Write training samples `numbers` and these numbers to arrays as `CorpusSamples.gather` has them."""
+        document_map[:, -2:] = np.array(numbers, np.int64)[:, None].view(np.int32)
+        for samples, places, rows in self._rows(numbers):
+            samples.gather(rows, places, tokens, labels, document_map)
 
     @cached_property
     def validation(self) -> "ValidationSamples":
@@ -284,26 +315,24 @@ class ValidationSamples:
         """Validation sample `number`."""
         return _only(self.batch([number]))
 
-    def batch(self, numbers: list[int] | range) -> Sample:
+    def batch(self, numbers: Sequence[int]) -> Sample:
         """Validation samples `numbers` as one batch: arrays as in `Sample`, with a leading batch dimension."""
-        return _gather_batch([self._locate(number) for number in numbers], self._corpora, self._shape)
+        located = np.array([self._locate(number) for number in numbers], np.int64).reshape(-1, 2)
+        corpora, rows = located[:, 0], located[:, 1].copy()
+        parts = []
+        for corpus in np.unique(corpora):
+            places = np.flatnonzero(corpora == corpus)
+            parts.append((self._corpora[corpus], places, rows[places]))
+        return _batch(parts, len(numbers), self._shape)
 
 
-def _gather_batch(places: list[tuple[int, int]], corpora: list[CorpusSamples], shape: SampleShape) -> Sample:
-    """The samples at `places`, given as (corpus, row), as one batch."""
-    count = len(places)
-    ids = np.empty((3, count, shape.seq_len), np.int32)
-    cu_seqlens = np.empty((count, shape.max_docs + 1), np.int32)
-    rows = np.array([row for _, row in places], np.int64)
-    used = {corpus for corpus, _ in places}
-    if len(used) == 1:
-        corpora[used.pop()].gather(rows, np.arange(count), ids, cu_seqlens)
-    else:
-        corpus_of = np.array([corpus for corpus, _ in places])
-        for corpus in used:
-            at = np.flatnonzero(corpus_of == corpus)
-            corpora[corpus].gather(rows[at], at, ids, cu_seqlens)
-    return Sample(ids[0], ids[1], ids[2], cu_seqlens)
+def _batch(parts: list[tuple[CorpusSamples, Int64s, Int64s]], count: int, shape: SampleShape) -> Sample:
+    """A batch of `count` samples: of each corpus, which rows of the batch get which rows of its sample table."""
+    tokens, labels = np.empty((2, count, shape.seq_len), np.int32)
+    document_map = np.empty((count, shape.document_map_size), np.int32)
+    for samples, places, rows in parts:
+        samples.gather(rows, places, tokens, labels, document_map)
+    return Sample(tokens, labels, document_map[:, : shape.seq_len], document_map[:, shape.seq_len : -2])
 
 
 def _only(batch: Sample) -> Sample:

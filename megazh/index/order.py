@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megazh.index.compiled import compiled
 
+Int64s = npt.NDArray[np.int64]
 _ROUNDS = 8
 
 
@@ -79,6 +81,34 @@ class Blend:
                 node, number = small, number - before
         return node.corpus, number
 
+    def by_corpus(self, numbers: Int64s) -> list[tuple[int, Int64s, Int64s]]:
+        """What `locate` gives for many samples at once.
+
+        Args:
+            numbers: (n,) sample numbers, counted from 0.
+
+        Returns:
+            For each corpus that any of them comes from: the corpus, the places in `numbers` of its samples, and the
+            number of earlier samples from that corpus for each.
+        """
+        found = []
+        if len(numbers) and 2 * (int(numbers.max()) + 2) * self._root.weight >= 1 << 63:
+            numbers = numbers.astype(object)  # exact where products leave 64 bits
+        nodes = [(self._root, np.arange(len(numbers)), numbers)]
+        while nodes:
+            node, places, reached = nodes.pop()
+            if not len(places):
+                continue
+            if node.sides is None:
+                found.append((node.corpus, places, reached.astype(np.int64)))
+                continue
+            large, small = node.sides
+            before = _goes_left(reached, node)
+            left = _goes_left(reached + 1, node) > before
+            nodes.append((large, places[left], before[left]))
+            nodes.append((small, places[~left], (reached - before)[~left]))
+        return found
+
     def count(self, corpus: int, samples: int) -> int:
         """Number of samples from `corpus` among the first `samples` samples."""
         for node, to_left in self._paths[corpus]:
@@ -87,8 +117,8 @@ class Blend:
         return samples
 
 
-def _goes_left(samples: int, node: _Node) -> int:
-    """Number of the first `samples` samples at `node` that go to its left subtree."""
+def _goes_left(samples: Any, node: _Node) -> Any:
+    """Number of the first `samples` samples at `node` that go to its left subtree; of one number, or of an array."""
     assert node.sides is not None
     return (2 * samples * node.sides[0].weight + node.weight) // (2 * node.weight)
 
@@ -143,6 +173,15 @@ def permutation(size: int, key: np.uint64) -> npt.NDArray[np.int64]:
     out = np.empty(size, np.int64)
     for number in range(size):
         out[number] = permuted(number, size, key)
+    return out
+
+
+@compiled(nogil=True)
+def permuted_all(numbers: npt.NDArray[np.int64], size: int, key: np.uint64) -> npt.NDArray[np.int64]:
+    """(n,) int64: `permuted` of each of `numbers`."""
+    out = np.empty(len(numbers), np.int64)
+    for at in range(len(numbers)):
+        out[at] = permuted(numbers[at], size, key)
     return out
 
 

@@ -57,6 +57,11 @@ class SampleShape:
     running_positions: bool = False
     """Whether position ids continue with a document that continues in the next sample, not from 0 in each piece."""
 
+    @property
+    def document_map_size(self) -> int:
+        """Integers per sample of position_ids, cu_seqlens and the sample's number, of 64 bits, together."""
+        return self.seq_len + self.max_docs + 3
+
 
 class CorpusSamples:
     """The packed samples of some documents of one index, in the order of packing.
@@ -76,15 +81,21 @@ class CorpusSamples:
         return len(self.table)
 
     def gather(
-        self, rows: npt.NDArray[np.int64], places: npt.NDArray[np.int64], ids: Int32s, cu_seqlens: Int32s
+        self,
+        rows: npt.NDArray[np.int64],
+        places: npt.NDArray[np.int64],
+        tokens: Int32s,
+        labels: Int32s,
+        document_map: Int32s,
     ) -> None:
-        """Copy the samples `rows` to the rows `places` of a batch.
+        """Copy the samples `rows` to the rows `places` of a batch, without Python's lock.
 
         Args:
             rows: (n,) numbers of packed samples.
             places: (n,) row of the batch for each sample.
-            ids: (3, batch, seq) int32 output: tokens, labels and position ids.
-            cu_seqlens: (batch, max_docs + 1) int32 output.
+            tokens, labels: (batch, seq) int32, contiguous; written.
+            document_map: (batch, seq + max_docs + 3) int32, contiguous; written: position_ids, then cu_seqlens. The
+                last two columns are for the sample's number, and not written.
         """
         table = self.table
         _gather(
@@ -98,8 +109,9 @@ class CorpusSamples:
             places,
             self._padding_id,
             self.shape.running_positions,
-            ids,
-            cu_seqlens,
+            tokens,
+            labels,
+            document_map,
         )
 
 
@@ -115,34 +127,46 @@ def _gather(
     places: npt.NDArray[np.int64],
     padding_id: int,
     running: bool,
-    ids: Int32s,
-    cu_seqlens: Int32s,
+    tokens: Int32s,
+    labels: Int32s,
+    document_map: Int32s,
 ) -> None:
-    tokens, labels, positions = ids[0], ids[1], ids[2]
     seq_len = tokens.shape[1]
     for which in range(len(rows)):
         row, place = rows[which], places[which]
+        # One-dimensional views, which the compiler turns into vector instructions.
+        row_tokens, row_labels = tokens[place], labels[place]
+        positions, boundaries = document_map[place, :seq_len], document_map[place, seq_len:-2]
+        boundaries[:] = seq_len
+        boundaries[0] = 0
         filled = 0
-        cu_seqlens[place, :] = seq_len
-        cu_seqlens[place, 0] = 0
         first = first_piece[row]
         for piece in range(first, first_piece[row + 1]):
             begin = starts[document[piece]] + offset[piece]
             size = length[piece]
-            position = offset[piece] if running else 0
-            for at in range(size):
-                tokens[place, filled + at] = stored[begin + at]
-                positions[place, filled + at] = position + at
-            for at in range(size - 1):
-                labels[place, filled + at] = stored[begin + at + 1]
+            end = filled + size
+            _copy(stored[begin : begin + size], row_tokens[filled:end])
+            _copy(stored[begin + 1 : begin + size], row_labels[filled : end - 1])
             ends = begin + size == starts[document[piece] + 1]
-            labels[place, filled + size - 1] = IGNORED if ends else stored[begin + size]
-            filled += size
-            cu_seqlens[place, piece - first + 1] = filled
-        for at in range(filled, seq_len):
-            tokens[place, at] = padding_id
-            labels[place, at] = IGNORED
-            positions[place, at] = at - filled
+            row_labels[end - 1] = IGNORED if ends else stored[begin + size]
+            _count_from(offset[piece] if running else 0, positions[filled:end])
+            filled = end
+            boundaries[piece - first + 1] = filled
+        row_tokens[filled:] = padding_id
+        row_labels[filled:] = IGNORED
+        _count_from(0, positions[filled:])
+
+
+@compiled(nogil=True)
+def _copy(source: npt.NDArray, out: Int32s) -> None:
+    for at in range(len(out)):
+        out[at] = source[at]
+
+
+@compiled(nogil=True)
+def _count_from(first: int, out: Int32s) -> None:
+    for at in range(len(out)):
+        out[at] = np.int32(first) + np.int32(at)
 
 
 def pack_documents(

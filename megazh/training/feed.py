@@ -1,13 +1,11 @@
 """Micro-batches in the form of the pipeline engine, each with the scale that makes the loss a mean over tokens."""
 
 import itertools
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from megazh.index.loader import Batch, training_batches
+from megazh.index.loader import ahead, training_batches
 from megazh.index.mixture import Mixture, ValidationSamples
 from megazh.model.document_map import encode_document_map
 from megazh.training.layout import Layout
@@ -19,8 +17,11 @@ Shapes: (batch, seq), (batch, seq + max_docs + 3) and (batch, seq) int32, and (1
 """
 
 
-_READY = 4
-"""Micro-batches that the feed of a GPU keeps ready."""
+_READY, _MOST_READY = 4, 64
+"""Micro-batches in stock beyond those of a step, and the most in all.
+
+A recorded graph only queues the work of a micro-batch: all micro-batches of a step are requested at once.
+"""
 
 
 def training_feed(
@@ -38,54 +39,22 @@ def training_feed(
         first_step: optimizer steps done before.
         workers: threads that gather samples ahead of time.
     """
-    feed = _training_feed(mixture, layout, replica, first_step, workers)
-    # On the CPU a prefetch thread only competes with training for cores.
-    return _ahead(feed, _READY) if workers and torch.cuda.is_available() else feed
-
-
-def _training_feed(
-    mixture: Mixture, layout: Layout, replica: int, first_step: int, workers: int
-) -> Iterator[MicroBatch]:
     size = layout.micro_batch_size * layout.micro_batches * layout.replicas
-    batches = training_batches(mixture, layout.micro_batch_size, first_step * size, replica, layout.replicas, workers)
-    steps: Iterator[int] = itertools.count(first_step)
+    ready = min(layout.micro_batches + _READY, _MOST_READY)
+    batches = training_batches(
+        mixture, layout.micro_batch_size, first_step * size, replica, layout.replicas, workers, ready
+    )
+    steps: Iterable[int] = itertools.count(first_step)
     if mixture.end is not None:
-        steps = iter(range(first_step, mixture.end // size))
+        steps = range(first_step, mixture.end // size)
 
     def count(step: int) -> int:
-        return sum(mixture.valid_labels(number) for number in range(step * size, (step + 1) * size))
+        return mixture.count_labels(range(step * size, (step + 1) * size))
 
-    with ThreadPoolExecutor(1, thread_name_prefix="labels") as pool:  # counts labels of the next step meanwhile
-        for valid in _one_ahead(pool.submit(count, step) for step in steps):
-            scale = torch.tensor([1 / max(valid.result(), 1)])
-            for _ in range(layout.micro_batches):
-                yield as_micro_batch(next(batches), scale)
-
-
-def _ahead(feed: Iterator[MicroBatch], ready: int) -> Iterator[MicroBatch]:
-    """Yield the same micro-batches, made by a thread that keeps `ready` of them in stock."""
-    with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
-        pending = deque(pool.submit(next, feed, None) for _ in range(ready))
-        while (batch := pending.popleft().result()) is not None:
-            pending.append(pool.submit(next, feed, None))
-            yield batch
-
-
-def _one_ahead(items: Iterator[Future[int]]) -> Iterator[Future[int]]:
-    """Yield the same items, each after the next one was drawn."""
-    before = next(items, None)
-    while before is not None:
-        item = next(items, None)
-        yield before
-        before = item
-
-
-def as_micro_batch(batch: Batch, scale: torch.Tensor) -> MicroBatch:
-    """Put a batch of samples into the engine's form; pinned in memory if the batch is, so that copies do not block."""
-    document_map = encode_document_map(batch["position_ids"], batch["cu_seqlens"], batch.get("sample_numbers"))
-    if batch["tokens"].is_pinned():
-        document_map, scale = document_map.pin_memory(), scale.pin_memory()
-    return (batch["tokens"], document_map), (batch["labels"], scale)
+    for valid in ahead(count, steps, 1, 2) if workers else map(count, steps):
+        scale = torch.tensor([1 / max(valid, 1)], pin_memory=torch.cuda.is_available())
+        for batch in itertools.islice(batches, layout.micro_batches):
+            yield (batch["tokens"], batch["document_map"]), (batch["labels"], scale)
 
 
 class ValidationFeed:
@@ -115,6 +84,6 @@ class ValidationFeed:
             rows = self.numbers[begin : begin + size]
             missing = size - len(rows)
             samples = self._samples.batch([*rows, *[0] * missing])
-            batch = {name: torch.from_numpy(array) for name, array in samples._asdict().items()}
-            batch["labels"][size - missing :] = -100
-            yield as_micro_batch(batch, scale)
+            tokens, labels, position_ids, cu_seqlens = map(torch.from_numpy, samples)
+            labels[size - missing :] = -100
+            yield (tokens, encode_document_map(position_ids, cu_seqlens)), (labels, scale)

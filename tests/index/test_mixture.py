@@ -76,6 +76,24 @@ def test_the_total_never_enters(folder: Path) -> None:
         np.testing.assert_array_equal(batch.cu_seqlens[at], expected.cu_seqlens)
 
 
+def test_a_batch_holds_the_samples_that_locate_names(folder: Path) -> None:
+    """Also across corpora and epochs, in any order of numbers, and with some more than once."""
+    mixture = Mixture(_manifest(folder, TWO), SEQ)
+    numbers = [700, *range(0, 3 * mixture.wraps_at(1), 7), 5, 5, 10**9, 10**15]
+    assert len({mixture.locate(number)[:2] for number in numbers}) > 6
+    batch = mixture.batch(numbers)
+    for at, number in enumerate(numbers):
+        corpus, _, row = mixture.locate(number)
+        one = np.empty((1, SEQ), np.int32), np.empty((1, SEQ), np.int32)
+        document_map = np.empty((1, mixture.shape.document_map_size), np.int32)
+        mixture._samples[corpus].gather(np.array([row]), np.array([0]), *one, document_map)
+        assert np.array_equal(batch.tokens[at], one[0][0])
+        assert np.array_equal(batch.labels[at], one[1][0])
+        assert np.array_equal(np.concatenate((batch.position_ids[at], batch.cu_seqlens[at])), document_map[0, :-2])
+    assert mixture.count_labels(numbers) == int((batch.labels != -100).sum())
+    assert mixture.count_labels([]) == 0
+
+
 def test_seed_and_name_decide_the_order(folder: Path) -> None:
     path = _manifest(folder, TWO)
     orders = [[Mixture(path, SEQ, seed=seed).locate(number) for number in range(50)] for seed in (3, 4)]
@@ -110,6 +128,11 @@ def test_a_corpus_can_end_the_mixture(folder: Path) -> None:
     assert all(counts[corpus] <= mixture.epoch_samples(corpus) for corpus in (0, 1))
     with pytest.raises(IndexError, match=f"exhausted after {mixture.end} samples"):
         mixture.locate(mixture.end)
+    for numbers in (range(mixture.end - 2, mixture.end + 1), [mixture.end, 0]):
+        with pytest.raises(IndexError, match=f"exhausted after {mixture.end} samples"):
+            mixture.batch(numbers)
+    with pytest.raises(IndexError, match="at least 0"):
+        mixture.batch([3, -1])
     only_b = TWO.replace("weight: 0.25}", "weight: 0.25, on_exhausted: stop}")
     assert Mixture(_manifest(folder, only_b), SEQ).end == mixture.wraps_at(1)
     assert Mixture(_manifest(folder, TWO), SEQ).end is None

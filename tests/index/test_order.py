@@ -5,10 +5,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megazh.index.order import Blend, permutation, permuted, select_side, stream_key
+from megazh.index.order import Blend, permutation, permuted, permuted_all, select_side, stream_key
 
 GOLDEN_ORDER = [9, 0, 5, 8, 7, 6, 10, 4, 2, 1, 11, 3]
 GOLDEN_BLEND = [0, 1, 0, 1, 0, 2, 0, 1, 0, 0, 1, 0, 1, 0, 2, 0, 1, 0]
@@ -57,6 +57,25 @@ def test_count_agrees_with_locate_far_out() -> None:
             assert abs(blend.count(each, number) - number * blend.share(each)) < 2
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 10**6) | st.integers(1, 10**20), min_size=1, max_size=12),
+    st.lists(st.integers(0, 100) | st.integers(0, 10**15), max_size=30),
+)
+@example([10**20, 3], [10**15, 5, 5])  # products of more than 64 bits
+@example([1, 2], [(2**63 - 3) // 6 - 1])  # just not
+def test_many_samples_at_once_are_where_each_is_by_itself(weights: list[int], numbers: list[int]) -> None:
+    blend = Blend(weights)
+    found: list[tuple[int, int] | None] = [None] * len(numbers)
+    for corpus, places, before in blend.by_corpus(np.array(numbers, np.int64)):
+        assert len(places)
+        assert before.dtype == np.int64
+        for place, number in zip(places, before, strict=True):
+            assert found[place] is None
+            found[place] = (corpus, int(number))
+    assert found == [blend.locate(number) for number in numbers]
+
+
 def test_a_blend_needs_positive_weights() -> None:
     for weights in ([], [0], [1, -1]):
         with pytest.raises(ValueError, match="positive"):
@@ -68,6 +87,11 @@ def test_permuted_is_a_permutation(size: int) -> None:
     order = permutation(size, stream_key("test", size))
     assert sorted(order.tolist()) == list(range(size))
     assert [permuted(number, size, stream_key("test", size)) for number in range(0, size, 7)] == order[::7].tolist()
+
+
+def test_permuted_all_is_permuted_of_each() -> None:
+    key, numbers = stream_key("many"), np.array([5, 0, 10_006, 5, 77])
+    assert permuted_all(numbers, 10_007, key).tolist() == [permuted(number, 10_007, key) for number in numbers]
 
 
 def test_orders_differ_by_key_and_look_random() -> None:

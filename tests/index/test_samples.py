@@ -17,10 +17,10 @@ PADDING = 0
 
 def _gather(samples: CorpusSamples, row: int) -> Sample:
     shape = samples.shape
-    ids = np.full((3, 1, shape.seq_len), -7, np.int32)
-    cu_seqlens = np.full((1, shape.max_docs + 1), -7, np.int32)
-    samples.gather(np.array([row]), np.array([0]), ids, cu_seqlens)
-    return Sample(ids[0, 0], ids[1, 0], ids[2, 0], cu_seqlens[0])
+    tokens, labels = np.full((2, 1, shape.seq_len), -7, np.int32)
+    document_map = np.full((1, shape.document_map_size), -7, np.int32)
+    samples.gather(np.array([row]), np.array([0]), tokens, labels, document_map)
+    return Sample(tokens[0], labels[0], document_map[0, : shape.seq_len], document_map[0, shape.seq_len : -2])
 
 
 def _reference(samples: CorpusSamples, documents: list[list[int]], row: int) -> tuple[list[int], ...]:

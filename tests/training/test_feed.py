@@ -1,14 +1,16 @@
 """Micro-batches: a step holds the same samples in every layout, each label counts once, a resumed feed continues."""
 
 import itertools
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from indexes import random_documents, write_index
 
+from megazh.index.loader import training_batches
 from megazh.index.mixture import Mixture
-from megazh.model.document_map import decode_sample_numbers
+from megazh.model.document_map import decode_sample_numbers, encode_document_map
 from megazh.training.feed import MicroBatch, ValidationFeed, training_feed
 from megazh.training.layout import Layout
 
@@ -84,6 +86,21 @@ def test_resumed_feed_gives_what_an_uninterrupted_one_gives(mixture: Mixture, la
         resumed = steps(mixture, layout, first, 6 - first, workers)
         for left, right in zip(itertools.chain(*whole[first:]), itertools.chain(*resumed), strict=True):
             assert all(torch.equal(a, b) for a, b in zip((*left[0], *left[1]), (*right[0], *right[1]), strict=True))
+
+
+def test_document_maps_are_as_the_model_encodes_them(mixture: Mixture) -> None:
+    batch = next(training_batches(mixture, 4, start=12))
+    expected = encode_document_map(batch["position_ids"], batch["cu_seqlens"], torch.arange(12, 16))
+    assert torch.equal(batch["document_map"], expected)
+
+
+def test_a_feed_that_is_closed_leaves_no_thread(mixture: Mixture) -> None:
+    before = set(threading.enumerate())
+    feed = training_feed(mixture, layout_of(1, 4), 0, 0, 2)
+    next(feed)
+    assert set(threading.enumerate()) > before
+    feed.close()
+    assert set(threading.enumerate()) == before
 
 
 def test_a_feed_ends_with_the_last_whole_step_of_a_mixture_that_stops(tmp_path: Path, mixture: Mixture) -> None:

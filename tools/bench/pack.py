@@ -85,7 +85,7 @@ def bench_samples(target: Path, seq_len: int, packing: Packing, seconds: float) 
             work(done)
             done += step
         print(f"  {name:<26} {done / (time.perf_counter() - begin):>10,.0f} per second")
-    batches = training_batches(mixture, 32, workers=2, prefetch=4)
+    batches = training_batches(mixture, 32, workers=2, ready=8)
     next(batches)
     done, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
