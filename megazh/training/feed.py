@@ -1,11 +1,12 @@
 """Micro-batches in the form of the pipeline engine, each with the scale that makes the loss a mean over tokens."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
 
-from megazh.index.loader import ahead, training_batches
+from megazh.index.loader import Batch, ahead, training_batches
 from megazh.index.mixture import Mixture, ValidationSamples
 from megazh.model.document_map import encode_document_map
 from megazh.training.layout import Layout
@@ -18,7 +19,7 @@ Shapes: (batch, seq), (batch, seq + max_docs + 3) and (batch, seq) int32, and (1
 
 
 _READY, _MOST_READY = 4, 64
-"""Micro-batches in stock beyond those of a step, and the most in all.
+"""Micro-batches in stock beyond those of a step, also the scales of steps; and the most micro-batches in all.
 
 A recorded graph only queues the work of a micro-batch: all micro-batches of a step are requested at once.
 """
@@ -48,13 +49,18 @@ def training_feed(
     if mixture.end is not None:
         steps = range(first_step, mixture.end // size)
 
-    def count(step: int) -> int:
-        return mixture.count_labels(range(step * size, (step + 1) * size))
+    scale_of = functools.partial(_scale, mixture, size, torch.cuda.is_available())
+    for scale in ahead(scale_of, steps, 1, _READY) if workers else map(scale_of, steps):
+        yield from map(_micro_batch, itertools.islice(batches, layout.micro_batches), itertools.repeat(scale))
 
-    for valid in ahead(count, steps, 1, 2) if workers else map(count, steps):
-        scale = torch.tensor([1 / max(valid, 1)], pin_memory=torch.cuda.is_available())
-        for batch in itertools.islice(batches, layout.micro_batches):
-            yield (batch["tokens"], batch["document_map"]), (batch["labels"], scale)
+
+def _scale(mixture: Mixture, size: int, pinned: bool, step: int) -> torch.Tensor:
+    valid = mixture.count_labels(range(step * size, (step + 1) * size))
+    return torch.tensor([1 / max(valid, 1)], pin_memory=pinned)
+
+
+def _micro_batch(batch: Batch, scale: torch.Tensor) -> MicroBatch:
+    return (batch["tokens"], batch["document_map"]), (batch["labels"], scale)
 
 
 class ValidationFeed:
