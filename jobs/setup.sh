@@ -157,7 +157,7 @@ pip_install() { # WHAT PIP-ARGUMENTS...
 
 use_own_python() {
     local own extra missing
-    local modules=(numpy numba pyarrow orjson pydantic yaml tqdm xxhash tokenizers tiktoken sentencepiece
+    local modules=(numpy numba pyarrow orjson pydantic yaml tqdm xxhash tokenizers tiktoken sentencepiece safetensors
         matplotlib tensorboard psutil torch deepspeed)
     for extra in "$@"; do
         case $extra in

@@ -10,6 +10,7 @@ code  meaning
 4     busy: another process is at the same work; try again when it is done
 5     a worker, a rank or the machine failed; finished work is kept, run again
 6     training diverged: steps or weights are not finite; the same again diverges again, so change a setting first
+7     three checkpoints in a row could not be written: make room on the disk, then run again
 130   stopped by Ctrl-C; finished work is kept, run again
 141   the reader of the output (head, less) ended before the output did
 ====  =======================================================================
@@ -56,6 +57,12 @@ class DivergedError(MegazhError):
     """
 
     exit_code = 6
+
+
+class SaveError(MegazhError):
+    """Checkpoints could not be written again and again, so that ever more work would be lost."""
+
+    exit_code = 7
 
 
 class SeveralErrors(MegazhError):

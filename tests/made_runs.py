@@ -1,7 +1,6 @@
 """A tiny recipe file, and run folders made without training, whose checkpoints hold the weights of untrained models."""
 
-import hashlib
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,14 @@ import yaml
 from recipes import in_sections
 
 from megazh.model.decoder import Decoder
+from megazh.pipeline.precision import Dtype
+from megazh.pipeline.state import WEIGHT, Piece
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import Metrics, StepRecord
-from megazh.training.checkpoint_list import MANIFEST, STATE, checkpoint_path
+from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path
+from megazh.training.checkpoint_write import HostCopy
 from megazh.training.recipe import Recipe, load_recipe
+from megazh.training.saver import write_manifest
 
 RECIPE: dict[str, Any] = {
     "model": {
@@ -57,45 +60,44 @@ def make_run(path: Path, recipe: Path, step: int = 6, dtype: torch.dtype = torch
     return run
 
 
+def unpadded(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a model, without rows that only pad them."""
+    for name, weight in model.named_parameters():
+        yield name, weight.detach()[: getattr(weight, "rows", len(weight))]
+
+
 def add_checkpoint(run: RunFolder, recipe: Recipe, step: int, dtype: torch.dtype = torch.float32) -> Path:
     """Save a checkpoint of initial weights, different ones for each step; returns its path."""
     model = Decoder(recipe.model, seed=step).to(dtype)
-    blocks = len(model.blocks)
-    layers = {0: model.embedding, **dict(enumerate(model.blocks, 1)), blocks + 1: model.norm}
-    if not recipe.model.tie_word_embeddings:
-        layers[blocks + 2] = model.head
-    path = checkpoint_path(run.checkpoints, step)
-    (path / STATE).mkdir(parents=True)
-    for number, layer in layers.items():
-        torch.save(layer.state_dict(), path / STATE / f"layer_{number:02d}-model_states.pt")
-    write_manifest(path, step, recipe)
-    return path
-
-
-def write_manifest(checkpoint: Path, step: int, recipe: Recipe) -> None:
-    """Write the manifest for the files that a checkpoint holds."""
-    files = [
-        {
-            "name": f"{STATE}/{file.name}",
-            "bytes": file.stat().st_size,
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        }
-        for file in sorted((checkpoint / STATE).iterdir())
+    pieces = [
+        Piece(name, WEIGHT, tuple(weight.shape), 0, weight.numel(), weight.reshape(-1))
+        for name, weight in unpadded(model)
     ]
+    path = checkpoint_path(run.checkpoints, step)
+    copy = HostCopy(pieces, rank=0)
+    copy.take()
+    written = copy.write(path)
     samples = step * recipe.batch.global_batch_size
-    values = {
-        "format_version": 1,
-        "step": step,
-        "samples": samples,
-        "tokens": samples * recipe.batch.seq_len,
-        "stages": 1,
-        "replicas": 1,
-        "bounds": [0, recipe.model.num_hidden_layers + 2],
-        "precision": "fp32",
-        "versions": {},
-        "files": files,
-    }
-    (checkpoint / MANIFEST).write_text(json.dumps(values))
+    manifest = CheckpointManifest(
+        run_id=run.info().run_id,
+        step=step,
+        samples=samples,
+        tokens=samples * recipe.batch.seq_len,
+        stages=1,
+        replicas=1,
+        bounds=[0, recipe.model.num_hidden_layers + 2],
+        precision=Dtype(str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")),
+        optimizer="adamw",
+        updates=step,
+        recipe=recipe.model_dump(mode="json", exclude_none=True),
+        data=run.info().data or {},
+        versions={},
+        complete=step >= recipe.total_steps,
+        files=written.files,
+        tensors=written.tensors,
+    )
+    write_manifest(path, manifest)
+    return path
 
 
 def write_metrics(run: RunFolder, steps: int, seconds: float = 0.5) -> None:

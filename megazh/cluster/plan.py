@@ -14,6 +14,7 @@ from megazh.pipeline.work import Work
 from megazh.run.peaks import peak_flops
 from megazh.settings import Settings
 from megazh.training.checks import fit
+from megazh.training.checks.place import space_of
 from megazh.training.job import Case, Devices
 from megazh.training.layout import Layout
 from megazh.training.preflight import DATA, planned_case, preflight, warnings_of
@@ -137,6 +138,8 @@ def plan(recipe: Recipe, settings: Settings, gpus: int, assumed: Assumptions) ->
     yield from on_data
     yield ""
     yield from _projection(recipe, choices[0], name, limit_gib, assumed)
+    space = space_of(recipe, work_of(recipe, choices[0].layout, recipe.precision.on(Device.CUDA)))
+    yield f"checkpoints on disk: at most {space.describe()}"
     yield ""
     for choice in choices:
         yield from _describe_stages(recipe, choice, name)

@@ -65,7 +65,7 @@ def start(request: Request) -> int:
     with locked(job.run.lock, f"{job.run.path}: another job is training in this folder"):
         remove_unfinished(job.run.checkpoints)  # first: what follows may need their space
         check_resume(job)
-        _note(job.run.begin(job.recipe.to_yaml(), mixture, saved_data(job.run)))
+        _note(job.run.begin(job.recipe.to_yaml(), mixture, saved_data(job.run), job.recipe.data.allow_change))
         for line in (*describe_job(job), *describe_data(job.recipe)):
             print(line, flush=True)
         code = launcher.launch(job)

@@ -101,13 +101,16 @@ class RunFolder:
         check_sha256(path, info.sha256)
         return load_tokenizer(path, info.eod, info.front_tokens, rank_kind(info.kind))
 
-    def begin(self, config: str, mixture: Mixture, saved: Mapping[str, str] | None = None) -> list[str]:
+    def begin(
+        self, config: str, mixture: Mixture, saved: Mapping[str, str] | None = None, allow_change: bool = False
+    ) -> list[str]:
         """Record an attempt and what the run is made of; for a resume, check first that the data is still the same.
 
         Args:
             config: text of `config.yaml`, the recipe with the layout that is about to run.
             mixture: the data.
             saved: see `check_data`.
+            allow_change: see `check_data`.
 
         Returns:
             Lines to print; see `check_data`.
@@ -118,7 +121,7 @@ class RunFolder:
         """
         info = run_info(mixture)
         if self.exists:
-            notes, before = self.check_data(mixture, saved), self.info()
+            notes, before = self.check_data(mixture, saved, allow_change), self.info()
             attempts, run_id = [*before.attempts, this_attempt()], before.run_id or _new_id()
             self._describe(info.model_copy(update={"attempts": attempts, "run_id": run_id}))
             self.record(config)
@@ -145,17 +148,20 @@ class RunFolder:
                 info.model_copy(update={"attempts": [*info.attempts[:-1], newest.model_copy(update=update)]})
             )
 
-    def check_data(self, mixture: Mixture, saved: Mapping[str, str] | None = None) -> list[str]:
+    def check_data(
+        self, mixture: Mixture, saved: Mapping[str, str] | None = None, allow_change: bool = False
+    ) -> list[str]:
         """Check that a mixture gives the samples that the run was begun with.
 
         Paths may differ; see `megazh.index.fingerprint` for what counts.
 
         Args:
             mixture: the data that the run is about to go on with.
-            saved: fingerprint in the manifest of the checkpoint that is resumed from, where it has one.
+            saved: fingerprint in the manifest of the checkpoint that is resumed from, where there is one.
+            allow_change: whether other data than before is taken.
 
         Returns:
-            Lines to print: what cannot be checked, for a run of a version that recorded less.
+            Lines to print: what has changed, or what cannot be checked, for a run of a version that recorded less.
 
         Raises:
             UsageError: the data differs; names the parts with both values.
@@ -165,7 +171,12 @@ class RunFolder:
             raise UsageError(f"{self.path}: the run was begun with another tokenizer; {ANOTHER_RUN}")
         for recorded in (was.data, saved):
             if recorded is not None and (found := differences(recorded, mixture.fingerprint)):
-                raise UsageError(self._differs(info, found))
+                if not allow_change:
+                    raise UsageError(self._differs(info, found))
+                return [
+                    f"{self.path}: the data has changed, as data.allow_change=true allows:",
+                    *(f"  {name:<32} {before} -> {now}" for name, before, now in found),
+                ]
         if was.data is not None:
             return []
         if found := _differences_without_fingerprint(was, info):
@@ -183,7 +194,8 @@ class RunFolder:
         )
         return (
             f"{self.path}: the data of {info.mixture} is not what the run was begun with: "
-            f"{describe_differences(found)}{renamed}; {ANOTHER_RUN}"
+            f"{describe_differences(found)}{renamed}; {ANOTHER_RUN}, or go on with the new data with "
+            "data.allow_change=true"
         )
 
     def record(self, config: str) -> None:

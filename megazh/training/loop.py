@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,8 +19,8 @@ from megazh.pipeline.module import Z_LOSS, DecoderPipeline
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import VALIDATION, Metrics, StepRecord, sample_of
 from megazh.run.peaks import mfu, peak_flops
-from megazh.training.checkpoint import check_disk, load_checkpoint, mark_complete, save_checkpoint
-from megazh.training.checkpoint_list import checkpoint_path
+from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path
+from megazh.training.checkpoint_read import load_checkpoint
 from megazh.training.collect import of_rank_0
 from megazh.training.cut import agree_on_bounds
 from megazh.training.describe import describe_devices, describe_kernels
@@ -31,8 +30,10 @@ from megazh.training.health import Health, diverged, find_not_finite
 from megazh.training.layout import Layout, make_layout
 from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.optimizers.choose import rules
-from megazh.training.recipe import Device, Kernels, Recipe, run_recipe
-from megazh.training.resume import agree_on_checkpoint
+from megazh.training.recipe import Device, Kernels, Recipe, Resume, run_recipe
+from megazh.training.resume import agree_on_checkpoint, agree_on_initial
+from megazh.training.retention import keep_rule, prune, validation_losses
+from megazh.training.saver import Saver, mark_complete
 from megazh.training.stages import describe_parts, work_of
 from megazh.training.startup import Startup
 from megazh.training.stop import StopRequest
@@ -93,13 +94,13 @@ class Trainer:
         self._tokenizer = run.tokenizer()
         self._startup.done("data")
         self._run_id = run.info().run_id
-        checkpoint, manifest = agree_on_checkpoint(run.checkpoints, self._run_id)
-        self._step = manifest.step if manifest else 0
+        found = self._find_checkpoint()
+        self._step = found[1].step if found else 0
         """Optimizer steps done."""
         kernels = recipe.parallel.kernels is Kernels.AUTO
         backend = choose_backend(recipe.model, device, self._precision.compute.torch, kernels)
         self.work = work_of(recipe, layout, self._precision, backend)
-        self.bounds = manifest.bounds if manifest else agree_on_bounds(recipe, self.work, device)
+        self.bounds = self._bounds(found[1] if found else None)
         stages = (describe_parts(recipe, begin, end) for begin, end in pairwise(self.bounds))
         self.log(f"{'stages':<12}{' | '.join(stages)}")
         if device.type == "cuda":
@@ -107,18 +108,10 @@ class Trainer:
         self._startup.done("stages")
         self.engine = self._make_engine()
         self._startup.done("engine")
-        if checkpoint and manifest:
-            load_checkpoint(self.engine, checkpoint, manifest)
-            if wrong := find_not_finite(self.engine):
-                raise DataError(
-                    f"{checkpoint}: {wrong} is not finite: training had diverged; remove this checkpoint to resume "
-                    "from the one before it"
-                )
-            self._startup.done("checkpoint")
-            self.log(f"resumed at step {self._step} of {self._steps}")
-            if not manifest.run_id:
-                self.log(f"{checkpoint.name} carries no run_id (written by an older megazh): taken for this run's own")
-        check_disk(self.engine, run.checkpoints)  # now, not after hours
+        self._load(found)
+        self._saver = Saver(self.engine.optimizer, run.checkpoints, self.log, self._retain)
+        self._saver.saved_at = found[1].step if found else None
+        self._saver.check_room()  # now, not after hours
         module: DecoderPipeline = self.engine.module
         self._replica = module.mpu().get_data_parallel_rank()
         self._feed = self._make_feed(module)
@@ -132,8 +125,6 @@ class Trainer:
         self._pace = 0.0
         """Exponential average of the seconds per step."""
         self._begun_at = self._step
-        self._saved_at = self._step if manifest else None
-        """Step of the newest checkpoint; None where there is none."""
         self._save_is_due = False
         """Whether a checkpoint waits for a step that is not skipped."""
         self._health = Health()
@@ -144,6 +135,49 @@ class Trainer:
         """Print a line once, on rank 0."""
         if dist.get_rank() == 0:
             print(line, flush=True)
+
+    def _find_checkpoint(self) -> tuple[Path, CheckpointManifest] | None:
+        """The checkpoint that the run goes on from; None where it begins."""
+        resume = self._recipe.checkpoint.resume
+        named = None if isinstance(resume, Resume) else resume
+        return agree_on_checkpoint(self._folder.checkpoints, self._run_id, self.log, named)
+
+    def _bounds(self, saved: CheckpointManifest | None) -> list[int]:
+        """The cut into stages: the recipe's, else that of a checkpoint of as many stages, else the best one."""
+        if saved and saved.stages == self._layout.stages and self._recipe.parallel.stage_bounds is None:
+            return saved.bounds
+        return agree_on_bounds(self._recipe, self.work, self._device)
+
+    def _load(self, found: tuple[Path, CheckpointManifest] | None) -> None:
+        """Restore the state of a checkpoint or, where the run begins, the weights that the recipe names."""
+        initial = self._recipe.checkpoint.initial_checkpoint
+        begins = found is None
+        if found is None and initial is not None:
+            found = agree_on_initial(Path(initial))
+        if found is None:
+            return
+        path, manifest = found
+        load_checkpoint(self.engine.optimizer, path, manifest, self.log, weights_only=begins)
+        if wrong := find_not_finite(self.engine):
+            raise DataError(
+                f"{path}: {wrong} is not finite: training had diverged; remove this checkpoint to resume from the one "
+                "before it"
+            )
+        self._startup.done("checkpoint")
+        if begins:
+            self.log(f"weights are those of {path}, step {manifest.step} of run {manifest.run_id}")
+        else:
+            self.log(f"resumed at step {self._step} of {self._steps}")
+            if (manifest.stages, manifest.replicas) != (self._layout.stages, self._layout.replicas):
+                self.log(
+                    f"{path.name} was saved by {manifest.stages} stages x {manifest.replicas} replicas, and is resumed "
+                    f"by {self._layout.stages} x {self._layout.replicas}"
+                )
+
+    def _retain(self, saved: Path) -> list[str]:
+        """Remove the checkpoints that are no longer to be kept; called in a thread of rank 0."""
+        losses = validation_losses(self._folder.path)
+        return prune(saved.parent, keep_rule(self._recipe), losses, int(saved.name.removeprefix("step_")))
 
     def _make_engine(self) -> Any:
         recipe = self._recipe
@@ -193,8 +227,9 @@ class Trainer:
                 if stop:
                     raise Interrupted
                 self._evaluate(metrics)
-                if self._step < self._steps and (self._saved_at == self._step or VALIDATION in self._evaluated):
+                if self._step < self._steps and (self._saved_or_saving() or VALIDATION in self._evaluated):
                     metrics.draw()
+        self._saver.wait()
         mark_complete(checkpoint_path(self._folder.checkpoints, self._step))
 
     def _check_health(self, metrics: Metrics) -> None:
@@ -220,7 +255,9 @@ class Trainer:
                 raise self._diverged(f"the last step was skipped, and the {shown} is not finite, either")
 
     def _diverged(self, what: str) -> DivergedError:
-        saved = None if self._saved_at is None else checkpoint_path(self._folder.checkpoints, self._saved_at)
+        self._saver.wait()
+        step = self._saver.saved_at
+        saved = None if step is None else checkpoint_path(self._folder.checkpoints, step)
         return diverged(f"step {self._step}: training has diverged: {what}", self._recipe.optimizer, saved)
 
     def _save_if_due(self, stop: bool) -> None:
@@ -229,8 +266,10 @@ class Trainer:
         At an interval, a checkpoint waits for a step that is not skipped: until then it would hold nothing new.
         """
         self._save_is_due |= _due(self._recipe.checkpoint.checkpoint_every, self._step)
-        if stop or self._step == self._steps or (self._save_is_due and not self._health.skipped_in_row):
+        if stop or self._step == self._steps:
             self._save()
+        elif self._save_is_due and not self._health.skipped_in_row:
+            self._save(wait=False)
 
     def _evaluate(self, metrics: Metrics) -> None:
         """Validate, sample and compare the tied embedding, as far as each is due now and not done.
@@ -254,7 +293,8 @@ class Trainer:
 
     def _interrupt(self) -> NoReturn:
         """Save the current step, unless that was done or it is the first, and end. All ranks call it."""
-        if self._step and self._saved_at != self._step:
+        self._saver.wait()
+        if self._step and not self._saved_or_saving():
             self._save()
         raise Interrupted
 
@@ -276,9 +316,18 @@ class Trainer:
             self._startup.done("first step")
             self.log(self._startup.describe())
         skipped_here, odd_here = engine.skipped_steps > skipped_before, not math.isfinite(loss)
-        stop, data_seconds, memory, reserved, skipped, odd = self._largest(
-            [float(self._stop.requested), self._data_seconds, *self._memory(), float(skipped_here), float(odd_here)]
+        saving = float(self._saver.busy)
+        stop, data_seconds, memory, reserved, skipped, odd, saving = self._largest(
+            [
+                float(self._stop.requested),
+                self._data_seconds,
+                *self._memory(),
+                float(skipped_here),
+                float(odd_here),
+                saving,
+            ]
         )
+        self._saver.poll(saving > 0)
         self._health.count(skipped > 0, not odd)
         rate_all = recipe.batch_tokens / seconds
         metrics.step(
@@ -362,29 +411,43 @@ class Trainer:
             metrics.sample(self._step, prompt, text)
             self._evaluated.add(sample_of(prompt))
 
-    def _save(self) -> None:
+    def _saved_or_saving(self) -> bool:
+        """Whether the current step has a checkpoint, or is being saved."""
+        return self._step in (self._saver.saved_at, self._saver.step)
+
+    def _save(self, wait: bool = True) -> None:
         """Save the current step. All ranks call it.
+
+        Args:
+            wait: whether to wait until the checkpoint is there. Without, a thread writes it while training goes on.
 
         Raises:
             DivergedError: a weight or an optimizer state is not finite, on any rank.
+            WriteError: it cannot be written; only with `wait`.
+            SaveError: the third save in a row has failed.
         """
+        self._saver.wait()
         if wrong := find_not_finite(self.engine):
             raise self._diverged(f"{wrong} is not finite")
-        begun = time.perf_counter()
         recipe = self._recipe
-        path = save_checkpoint(
-            self.engine,
-            self._folder.checkpoints,
-            self._step,
-            self._step * recipe.batch.global_batch_size,
-            self._step * recipe.batch_tokens,
-            self.bounds,
-            self._precision.compute.value,
-            self._run_id,
-            self._mixture.fingerprint,
+        manifest = CheckpointManifest(
+            run_id=self._run_id,
+            step=self._step,
+            samples=self._step * recipe.batch.global_batch_size,
+            tokens=self._step * recipe.batch_tokens,
+            stages=self._layout.stages,
+            replicas=self._layout.replicas,
+            bounds=self.bounds,
+            precision=self._precision.compute.value,
+            recipe=recipe.model_dump(mode="json", exclude_none=True),
+            data=self._mixture.fingerprint,
+            versions={},
         )
-        self._saved_at, self._save_is_due = self._step, False
-        self.log(f"checkpoint {os.path.relpath(path)} ({time.perf_counter() - begun:.1f} s)")
+        self._save_is_due = False
+        if wait:
+            self._saver.save(manifest)
+        else:
+            self._saver.begin(manifest)
 
 
 def _due(every: int, step: int) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from megazh.config import Config, all_errors, choice, dotted_fields, from_mapping
 from megazh.errors import Collector, UsageError
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 MAY_CHANGE = "may change on resume"
 """Mark of a key that may differ between a run and its resume. Keys without a mark are fixed: they decide the result."""
-
-UNTIL_CHECKPOINT = "may change until the first checkpoint"
-"""Mark of a key that must be what it was when the newest checkpoint was saved."""
 
 Every = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -59,9 +56,13 @@ class Resume(StrEnum):
     """Behaviour of a run whose folder already holds checkpoints."""
 
     AUTO = "auto"
-    """Resume from the newest checkpoint; start anew where there is none."""
+    """Resume from the newest checkpoint that is whole; start anew where there is none."""
     NEVER = "never"
     """Refuse to start: the run is meant to be a new one."""
+
+
+def _resume(value: Any) -> Any:
+    return Resume(value) if isinstance(value, str) and value in list(Resume) else value
 
 
 class Device(StrEnum):
@@ -85,6 +86,9 @@ class DataConfig(Config):
     """Rule by which documents are packed into samples."""
     max_docs: Annotated[int | None, Field(ge=2)] = None
     """Largest number of segments per sample. Default: seq_len / 8, at least 16."""
+    allow_change: Annotated[bool, MAY_CHANGE] = False
+    """Whether a run may go on with other data than it was begun with, from the number of samples that it has consumed.
+    What changed is printed; the tokenizer stays."""
     workers: Annotated[int, Field(ge=0), MAY_CHANGE] = 2
     """Threads that gather samples ahead of time."""
 
@@ -175,15 +179,15 @@ class ScheduleConfig(Config):
 class ParallelConfig(Config):
     """Work of the GPUs: how many there are, and what each of them computes."""
 
-    num_gpus: Annotated[Count | None, UNTIL_CHECKPOINT] = None
+    num_gpus: Annotated[Count | None, MAY_CHANGE] = None
     """Number of GPUs (on the CPU: ranks) if the command gives none; fewer if the machine has fewer. Default: all."""
     device: Annotated[Device, choice(Device), MAY_CHANGE] = Device.AUTO
     """Device type that the run computes on."""
-    pipe_parallel_size: Annotated[Count, UNTIL_CHECKPOINT] = 1
+    pipe_parallel_size: Annotated[Count, MAY_CHANGE] = 1
     """Pipeline stages; replicas are GPUs / stages."""
     stage_costs: Annotated[StageCosts, choice(StageCosts), MAY_CHANGE] = StageCosts.AUTO
     """Source of the layer costs that decide the cut into stages."""
-    stage_bounds: Annotated[list[int] | None, UNTIL_CHECKPOINT] = None
+    stage_bounds: Annotated[list[int] | None, MAY_CHANGE] = None
     """Cut into stages by hand, over the parts of the model: embedding, blocks, head. `[0, 19, 26]`: embedding and 18
     blocks, then 6 blocks and the head. Default: the best cut by stage_costs."""
     memory_limit_gib: Annotated[Positive | None, MAY_CHANGE] = None
@@ -222,8 +226,18 @@ class CheckpointConfig(Config):
 
     checkpoint_every: Annotated[Every, MAY_CHANGE] = 1000
     """Steps between checkpoints; 0: only at the end."""
-    resume: Annotated[Resume, choice(Resume), MAY_CHANGE] = Resume.AUTO
-    """Behaviour where the run folder already holds checkpoints."""
+    resume: Annotated[Resume | str, BeforeValidator(_resume), MAY_CHANGE] = Resume.AUTO
+    """Checkpoint of this run to resume from: auto, the newest that is whole; never, refuse where there is any; or the
+    path of one, such as step_00001000. Later ones get another name then."""
+    initial_checkpoint: str | None = None
+    """Path of a checkpoint of another run, whose weights this run begins with: continued pretraining. Its optimizer
+    starts clean, at step 0. Default: random weights."""
+    keep_last: Annotated[Every, MAY_CHANGE] = 3
+    """Number of newest checkpoints that are kept; 0: all are kept."""
+    keep_every: Annotated[Every, MAY_CHANGE] = 0
+    """Steps between checkpoints that are kept for good: those whose step is a multiple; 0: none."""
+    keep_best: Annotated[bool, MAY_CHANGE] = True
+    """Whether the checkpoint of the lowest validation loss is kept."""
 
 
 class EvaluationConfig(Config):
@@ -361,7 +375,7 @@ def differing_keys(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any,
         old, new = getattr(before, name), getattr(now, name)
         for key, inner in section.model_fields.items():
             if getattr(old, key) != getattr(new, key):
-                marked = MAY_CHANGE in inner.metadata or UNTIL_CHECKPOINT in inner.metadata
+                marked = MAY_CHANGE in inner.metadata
                 yield f"{name}.{key}", getattr(old, key), getattr(new, key), marked
 
 

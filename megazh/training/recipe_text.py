@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from megazh.config import nested_model
 from megazh.settings import Settings
-from megazh.training.recipe import MAY_CHANGE, UNTIL_CHECKPOINT, Recipe, read_recipe
+from megazh.training.recipe import MAY_CHANGE, Recipe, read_recipe
 
 _WIDTH = 110
 _ORIGIN_COLUMN = 44
@@ -60,7 +60,7 @@ def _meaning(field: FieldInfo) -> str:
     words = [field.description or ""]
     if choices:
         words.append(f"One of {', '.join(choices)}.")
-    words += [f"({mark.capitalize()}.)" for mark in (MAY_CHANGE, UNTIL_CHECKPOINT) if mark in field.metadata]
+    words += [f"({MAY_CHANGE.capitalize()}.)"] if MAY_CHANGE in field.metadata else []
     return " ".join(words)
 
 
@@ -68,7 +68,9 @@ def _choices(annotation: Any) -> list[str]:
     """The words that a key may hold, where it is an enumeration."""
     if isinstance(annotation, type) and issubclass(annotation, StrEnum):
         return [member.value for member in annotation]
-    found = []
+    found: list[str] = []
+    if str in get_args(annotation):  # any other word as well
+        return found
     for argument in get_args(annotation):
         found += [argument] if isinstance(argument, str) else _choices(argument)
     return found
@@ -82,7 +84,9 @@ def _comment(text: str, indent: int) -> list[str]:
 
 def _as_yaml(value: Any) -> str:
     """A value in YAML on one line."""
-    if isinstance(value, StrEnum):
+    if isinstance(value, list):
+        value = [each.value if isinstance(each, StrEnum) else each for each in value]
+    elif isinstance(value, StrEnum):
         value = value.value
     if isinstance(value, list):
         value = [each.value if isinstance(each, StrEnum) else each for each in value]

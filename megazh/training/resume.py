@@ -1,9 +1,12 @@
-"""Which checkpoint a start resumes from: rank 0 chooses it, once, and all ranks make sure that they see the same."""
+"""Which checkpoint a start resumes from: rank 0 chooses it, and all ranks make sure that they see it undamaged."""
 
 import hashlib
 import socket
 import time
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -11,35 +14,146 @@ from megazh.errors import DataError, MegazhError, WorkerError
 from megazh.training.checkpoint_list import (
     MANIFEST,
     CheckpointManifest,
+    OldFormatError,
     check_identity,
+    gone_on_since,
     list_checkpoints,
+    named_checkpoint,
     read_manifest,
 )
+from megazh.training.checkpoint_read import find_damage
 from megazh.training.collect import gather, of_rank_0
 
 _SECONDS = 75.0  # NFS clients may show another's files a minute late (acdirmax)
 _POLL_SECONDS = 0.5
 
+Found = tuple[Path, CheckpointManifest]
+_Choice = tuple[str, str]
+"""Name of a checkpoint in its folder, or path of one elsewhere; and digest of its manifest."""
+
 
 def agree_on_checkpoint(
-    folder: Path, run_id: str, seconds: float = _SECONDS
-) -> tuple[Path, CheckpointManifest] | tuple[None, None]:
-    """The newest checkpoint in `folder` with its manifest; (None, None) if there is none. All ranks call it.
+    folder: Path,
+    run_id: str,
+    log: Callable[[str], None] = print,
+    named: str | None = None,
+    seconds: float = _SECONDS,
+) -> Found | None:
+    """The checkpoint that the run goes on from; None if there is none. All ranks call it.
+
+    It is the newest that is whole. Damaged ones are named; where all are damaged, that is an error.
 
     Args:
         folder: the folder of the run's checkpoints.
         run_id: identity of the run.
+        log: prints a line once, on rank 0.
+        named: a checkpoint to resume from in place of the newest, as the recipe names it. Once the run has saved
+            later checkpoints since, they count: the same command may be repeated.
         seconds: how long a rank waits for files that rank 0 sees.
 
     Raises:
-        DataError: the checkpoint is damaged or belongs to another run.
+        DataError: all checkpoints are damaged, the newest belongs to another run or to another version, or the one that
+            is named cannot be used.
         WorkerError: a rank does not see what rank 0 sees; names its host. All ranks raise the same error.
     """
-    choice = of_rank_0(_choice(folder, run_id) if dist.get_rank() == 0 else None)
+    damaged: list[str] = []
+    notes: list[str] = []
+    while True:
+        mine = _choice(folder, run_id, named, damaged, notes) if dist.get_rank() == 0 else None
+        choice = of_rank_0(mine)
+        for note in notes:
+            log(note)
+        notes.clear()
+        if isinstance(choice, MegazhError):
+            raise choice
+        if choice is None:
+            return None
+        path, manifest = _seen_by_all(folder, choice, seconds)
+        is_named = named is not None and named_checkpoint(folder, named).resolve() == path.resolve()
+        fault = find_damage(path, manifest)
+        if not fault:
+            if is_named:
+                _set_aside(folder, manifest.step, log)
+            return path, manifest
+        if is_named:
+            raise DataError(f"{fault}; name another checkpoint with checkpoint.resume")
+        log(f"warning: {fault}; {path.name} is passed over")
+        damaged.append(path.name)
+
+
+def agree_on_initial(path: Path, seconds: float = _SECONDS) -> Found:
+    """The checkpoint, of any run, that a new run takes its first weights from. All ranks call it.
+
+    Raises:
+        DataError: it is missing or damaged.
+        WorkerError: a rank does not see what rank 0 sees.
+    """
+    choice = of_rank_0(_tried(lambda: _chosen(path.parent, path)) if dist.get_rank() == 0 else None)
     if isinstance(choice, MegazhError):
         raise choice
-    if choice is None:
-        return None, None
+    found = _seen_by_all(path.parent, choice, seconds)
+    if fault := find_damage(*found):
+        raise DataError(f"{fault}; name another checkpoint with checkpoint.initial_checkpoint")
+    return found
+
+
+def _choice(
+    folder: Path, run_id: str, named: str | None, damaged: Collection[str], notes: list[str]
+) -> _Choice | MegazhError | None:
+    """The checkpoint to resume from, or why none can be used; what is to be said of it is added to `notes`."""
+    checkpoints = [path for path in list_checkpoints(folder) if path.name not in damaged]
+    passed: list[str] = []
+    for path in reversed(checkpoints):
+        found = _tried(partial(read_manifest, path))
+        if isinstance(found, OldFormatError):
+            return found
+        if isinstance(found, MegazhError):
+            passed.append(str(found).partition("; ")[0])
+            continue
+        if named is not None and not gone_on_since(found, named):
+            break
+        notes += [f"warning: {fault}; {path.name}, the one before, is taken" for fault in passed]
+        return _tried(partial(_checked, folder, path, found, run_id))
+    if named is not None:
+        path = named_checkpoint(folder, named)
+        return _tried(lambda: _checked(folder, path, read_manifest(path), run_id))
+    if passed or damaged:
+        first = passed[0] if passed else f"{folder / next(iter(damaged))}: its content has changed since it was written"
+        return DataError(f"{first}; no checkpoint is whole: remove them all to begin the run anew")
+    return None
+
+
+def _checked(folder: Path, path: Path, manifest: CheckpointManifest, run_id: str) -> _Choice:
+    check_identity(path, manifest, run_id)
+    return _chosen(folder, path)
+
+
+def _chosen(folder: Path, path: Path) -> _Choice:
+    return (path.name if path.parent == folder else str(path)), _digest(path)
+
+
+def _set_aside(folder: Path, step: int, log: Callable[[str], None]) -> None:
+    """Give another name to the checkpoints of later steps, which a run that goes on from an earlier one leaves."""
+    if dist.get_rank() == 0:
+        for later in list_checkpoints(folder):
+            if int(later.name.removeprefix("step_")) > step:
+                aside = later.with_name(f"{later.name}.left_{time.strftime('%Y%m%d_%H%M%S')}")
+                later.rename(aside)
+                log(f"{later.name} is of a later step than the one that the run goes on from: now {aside.name}")
+
+
+def _tried(action: Callable[[], Any]) -> Any:
+    """What an action returns, or its error."""
+    try:
+        return action()
+    except MegazhError as error:
+        return error
+    except OSError as error:
+        return DataError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
+def _seen_by_all(folder: Path, choice: _Choice, seconds: float) -> Found:
+    """The checkpoint of this path and digest, once all ranks see it. Raises WorkerError, on all, if one does not."""
     path, digest = folder / choice[0], choice[1]
     manifest, fault = _await(path, digest, seconds)
     gathered = gather((fault, socket.gethostname()))
@@ -51,20 +165,6 @@ def agree_on_checkpoint(
             )
     assert manifest is not None
     return path, manifest
-
-
-def _choice(folder: Path, run_id: str) -> tuple[str, str] | MegazhError | None:
-    """Name of the newest checkpoint and digest of its manifest, or why it cannot be used."""
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        return None
-    try:
-        check_identity(checkpoints[-1], read_manifest(checkpoints[-1]), run_id)
-        return checkpoints[-1].name, _digest(checkpoints[-1])
-    except MegazhError as error:
-        return error
-    except OSError as error:
-        return DataError(f"{checkpoints[-1]}: cannot be read: {error.strerror}")
 
 
 def _await(path: Path, digest: str, seconds: float) -> tuple[CheckpointManifest | None, str]:

@@ -11,7 +11,7 @@ from megazh.model.generate import SamplingOptions, cached_forward, generate, unc
 from megazh.run.folder import RunFolder
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import TextStream
-from megazh.training.checkpoint_list import check_identity, list_checkpoints, read_manifest
+from megazh.training.checkpoint_list import check_identity, list_checkpoints, newest_good, read_manifest
 from megazh.training.recipe import run_recipe
 from megazh.training.weights import load_decoder
 
@@ -83,7 +83,8 @@ def open_model(run: Path, checkpoint: str | None = None, device: str | None = No
     found = list_checkpoints(folder.checkpoints)
     if not found:
         raise UsageError(f"{run}: holds no checkpoint yet")
-    path = found[-1]
+    newest = newest_good(folder.checkpoints)
+    path = newest[0] if newest else found[-1]
     if checkpoint is not None:
         path = folder.checkpoints / checkpoint
         if path not in found:

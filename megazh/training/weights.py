@@ -1,18 +1,18 @@
-"""Loads the weights of a checkpoint as one model in one process; reads tensors and plain values, never code."""
+"""Loads the weights of a checkpoint as one model in one process, and exports them."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megazh.errors import DataError
 from megazh.files import check_sha256
 from megazh.model.decoder import Decoder
-from megazh.model.layers import layer_count
-from megazh.training.checkpoint_list import MANIFEST, STATE, read_manifest
+from megazh.model.layers import load_unpadded
+from megazh.pipeline.state import MASTER, WEIGHT
+from megazh.training.checkpoint_list import MANIFEST, CheckpointManifest, TensorEntry, read_manifest
 from megazh.training.recipe import Recipe
+from megazh.training.tensor_file import DTYPES, NamedTensor, TensorReader, write_tensor_file
 
 
 def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Decoder:
@@ -21,57 +21,76 @@ def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Deco
     Raises:
         DataError: a file is missing, damaged, or does not fit the model.
     """
-    hashes = {entry.name: entry.sha256 for entry in read_manifest(checkpoint).files}
+    manifest = read_manifest(checkpoint)
     model = Decoder(recipe.model, seed=None)
-    last = layer_count(recipe.model) - 1
-    layers = {0: model.embedding, last - 1: model.norm}
-    layers.update({number + 1: block for number, block in enumerate(model.blocks)})
-    if not recipe.model.tie_word_embeddings:
-        layers[last] = model.head
-    for number, layer in layers.items():
-        name = f"{STATE}/layer_{number:02d}-model_states.pt"
-        path = checkpoint / name
-        if name not in hashes:
+    wanted = {
+        name: (getattr(weight, "rows", len(weight)), *weight.shape[1:]) for name, weight in model.named_parameters()
+    }
+    stored = {entry.parameter: tuple(entry.shape) for entry in manifest.tensors if entry.kind == WEIGHT}
+    for name in sorted({**wanted, **stored}):
+        if stored.get(name) != wanted.get(name):
             raise DataError(
-                f"{path}: missing in {checkpoint / MANIFEST}: the checkpoint belongs to another model; remove "
-                f"{checkpoint} to use the one before it"
+                f"{checkpoint / MANIFEST}: {name} has {_shape(stored.get(name))} in it, and {_shape(wanted.get(name))} "
+                f"in the model of the run: the checkpoint belongs to another model; remove {checkpoint} to use the one "
+                "before it"
             )
-        check_sha256(path, hashes[name])
-        try:
-            layer.load_state_dict(load_tensors(path, device), assign=True)
-        except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-            if is_of_device(error):
-                raise
-            raise DataError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
+    state = {name: values.to(device) for name, values in _tensors(checkpoint, manifest, WEIGHT)}
+    if recipe.model.tie_word_embeddings:
+        state["head.weight"] = state["embedding.weight"]
+    load_unpadded(model, state)
     return model.eval()
 
 
-def load_tensors(path: Path, map_location: Any = None, allowed: Sequence[Any] = ()) -> Any:
-    """Read a file of a checkpoint without executing anything that it holds.
+def export_weights(checkpoint: Path, target: Path, dtype: torch.dtype) -> int:
+    """Write the weights of a checkpoint to one safetensors file, named as in `Decoder`; returns their number.
 
     Args:
-        path: the file.
-        map_location: as for `torch.load`.
-        allowed: types that the file may hold besides tensors and plain values.
+        checkpoint: the checkpoint.
+        target: the file to write, by a rename once it is whole.
+        dtype: bf16, or fp32, for which the fp32 masters are taken where the checkpoint has them.
 
     Raises:
-        DataError: the file holds anything else, or is damaged.
+        DataError: a file of the checkpoint is missing or damaged.
+        OSError: the file cannot be written.
     """
-    with torch.serialization.safe_globals(list(allowed)):
-        try:
-            return torch.load(path, map_location=map_location, weights_only=True)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except Exception as error:  # pickle, zip and torch raise many types
-            if is_of_device(error):
-                raise
-            unpickler = re.search(r"WeightsUnpickler error: (.*?)(?:\. |$)", str(error), re.MULTILINE)
-            reason = unpickler[1] if unpickler else (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"{path}: not a checkpoint file: {reason}") from None
+    manifest = read_manifest(checkpoint)
+    masters = {entry.parameter for entry in manifest.tensors if entry.kind == MASTER}
+    found = dict(_tensors(checkpoint, manifest, WEIGHT))
+    if dtype is torch.float32 and masters:
+        found.update(_tensors(checkpoint, manifest, MASTER))
+    tensors = [
+        NamedTensor(name, tuple(values.shape), values.to(dtype).reshape(-1)) for name, values in sorted(found.items())
+    ]
+    temporary = target.with_name(f".{target.name}.unfinished")
+    try:
+        write_tensor_file(temporary, tensors)
+        temporary.rename(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return sum(tensor.values.numel() for tensor in tensors)
 
 
-def is_of_device(error: Exception) -> bool:
-    """Whether an exception tells of the memory or of a failing GPU, and not of what was read."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
-        return True
-    return isinstance(error, RuntimeError) and ("CUDA" in str(error) or "not enough memory" in str(error))
+def _tensors(checkpoint: Path, manifest: CheckpointManifest, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a kind, whole, after their files' hashes have been checked."""
+    entries = [entry for entry in manifest.tensors if entry.kind == kind]
+    hashes = {entry.name: entry.sha256 for entry in manifest.files}
+    readers: dict[str, TensorReader] = {}
+    for name in {piece.file for entry in entries for piece in entry.pieces}:
+        check_sha256(checkpoint / name, hashes[name])
+        readers[name] = TensorReader(checkpoint / name)
+    for entry in entries:
+        yield entry.parameter, _whole(entry, readers)
+
+
+def _whole(entry: TensorEntry, readers: dict[str, TensorReader]) -> torch.Tensor:
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    parts = []
+    for piece in sorted(entry.pieces, key=lambda piece: piece.begin):
+        shape = entry.shape if entry.kind == WEIGHT else [piece.end - piece.begin]
+        parts.append(readers[piece.file].read(piece.key, entry.dtype, shape))
+    return torch.cat(parts).to(dtypes[entry.dtype]).view(entry.shape)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no place" if shape is None else f"shape {list(shape)}"

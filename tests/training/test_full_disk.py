@@ -17,13 +17,13 @@ ROOT = Path(__file__).parents[2]
 # In a namespace of its own, so that no right is needed to mount. Each start writes its exit code and its output.
 SCRIPT = """
 set -eu
-mount -t tmpfs -o size=27m tmpfs disk
+mount -t tmpfs -o size=25m tmpfs disk
 cd disk
 for attempt in 1 2 3; do
     if [ $attempt = 3 ]; then # room for one more, which a save that was killed has taken
-        mount -o remount,size=37m .
-        mkdir -p run/checkpoints/.step_00000006.unfinished/state
-        head -c 50m /dev/zero > run/checkpoints/.step_00000006.unfinished/state/left 2> ../ignored || true
+        mount -o remount,size=35m .
+        mkdir -p run/checkpoints/.step_00000006.unfinished/weights
+        head -c 50m /dev/zero > run/checkpoints/.step_00000006.unfinished/weights/left 2> ../ignored || true
     fi
     code=0
     "$@" > "../out.$attempt" 2> "../err.$attempt" || code=$?
@@ -48,6 +48,7 @@ RECIPE = {
     "warmup": 2,
     "dtype": "bf16",
     "checkpoint_every": 2,
+    "keep_last": 0,
     "validate_every": 0,
     "validation_samples": 2,
     "sample_every": 0,
@@ -86,7 +87,7 @@ def test_a_full_disk_is_one_line_leaves_nothing_unfinished_and_the_same_command_
         checkpoints.append((tmp_path / f"checkpoints.{attempt}").read_text().split())
     assert codes == [WorkerError.exit_code, UsageError.exit_code, 0], lines
     (line,) = lines[0]
-    assert "/disk/run/checkpoints: cannot be written: No space left on device (" in line
+    assert "/disk/run/checkpoints/step_00000006: cannot be written: No space left on device (" in line
     assert " MB needed, " in line
     assert " free); earlier checkpoints are whole: make room on its disk, then run the same command again" in line
     (line,) = lines[1]

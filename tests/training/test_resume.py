@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ import pytest
 import torch
 import yaml
 from processes import Finished, run_command, start_command, wait_until
-from ranks import run_ranks
 from recipes import in_sections
+from safetensors.torch import load_file
 
 from megazh.config import from_mapping
 from megazh.errors import INTERRUPTED
 from megazh.pipeline.costs import LayerCosts
 from megazh.pipeline.split import best_bounds
 from megazh.run.metrics import read_metrics
-from megazh.training.checkpoint_list import MANIFEST, STATE, list_checkpoints, read_manifest
-from megazh.training.weights import load_tensors
+from megazh.training.checkpoint_list import list_checkpoints, read_manifest
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -109,39 +107,21 @@ def curve(run: Path) -> list[tuple[Any, ...]]:
     return [tuple(record.get(name) for name in names) for record in read_metrics(run)]
 
 
-def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors in a file of a checkpoint."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from tensors(inner, f"{path}/{key}")
-    elif isinstance(value, list | tuple):
-        for key, inner in enumerate(value):
-            yield from tensors(inner, f"{path}/{key}")
-
-
 def assert_same(one: Path, other: Path) -> None:
     """Check that records, weights and optimizer states are equal, bit for bit."""
     assert curve(one) == curve(other)
     assert newest(one).name == newest(other).name == f"step_{STEPS:08d}"
     assert read_manifest(newest(one)).bounds == read_manifest(newest(other)).bounds
-    files = sorted(path.name for path in (newest(one) / STATE).iterdir())
-    assert files == sorted(path.name for path in (newest(other) / STATE).iterdir())
+    files = {entry.name for entry in read_manifest(newest(one)).files}
+    assert files == {entry.name for entry in read_manifest(newest(other)).files}
     compared = 0
     for name in files:
-        first, second = (dict(tensors(_load(newest(run) / STATE / name))) for run in (one, other))
+        first, second = load_file(newest(one) / name), load_file(newest(other) / name)
         assert first.keys() == second.keys()
         for key, tensor in first.items():
             assert torch.equal(tensor, second[key]), f"{name}: {key}"
             compared += tensor.numel()
     assert compared > 3 * 512 * 32, "weights and both moments"
-
-
-def _load(path: Path) -> Any:
-    from megazh.training.checkpoint_files import _allowed
-
-    return load_tensors(path, allowed=_allowed())
 
 
 @pytest.mark.parametrize(
@@ -156,7 +136,7 @@ def test_the_same_bits_after_a_kill(recipe: Path, tmp_path: Path, ranks: int, st
     kept = read_manifest(newest(broken)).step
     assert EVERY <= kept <= lost < STEPS
     assert kept % EVERY == 0
-    (broken / "checkpoints" / ".step_00000099.unfinished" / STATE).mkdir(parents=True)
+    (broken / "checkpoints" / ".step_00000099.unfinished" / "weights").mkdir(parents=True)
     finished = attempts.to_the_end(broken)
     assert f"resumed at step {kept} of {STEPS}" in finished.stdout
     assert [path.name for path in (broken / "checkpoints").glob(".*")] == []
@@ -180,50 +160,3 @@ def test_the_same_bits_after_ctrl_c_and_a_kill_in_bf16(recipe: Path, tmp_path: P
     attempts.ended_by(signal.SIGKILL, broken, stopped.step + EVERY + 1)
     attempts.to_the_end(broken)
     assert_same(whole, broken)
-
-
-# Which checkpoint: rank 0 chooses, and every rank has to see the same
-
-
-def made_checkpoint(path: Path, step: int, run_id: str = "this-run", samples: int = 8) -> None:
-    """A checkpoint without weights, of this run."""
-    path.mkdir(parents=True)
-    values = {
-        "step": step, "samples": samples, "tokens": 64, "stages": 1, "replicas": 2, "bounds": [0, 4],
-        "precision": "fp32", "versions": {}, "files": [], **({"run_id": run_id} if run_id else {}),
-    }  # fmt: skip
-    (path / MANIFEST).write_text(json.dumps(values))
-
-
-def test_ranks_agree_on_a_checkpoint_or_all_raise_the_same_error(tmp_path: Path) -> None:
-    cases: dict[str, dict[str, list[dict[str, Any]]]] = {
-        "equal": {"0": [{"step": 2}, {"step": 3}], "1": [{"step": 2}, {"step": 3}]},
-        "one sees more": {"0": [{"step": 2}], "1": [{"step": 2}, {"step": 3}]},
-        "late": {"0": [{"step": 2}, {"step": 3}], "1": [{"step": 2}, {"step": 3, "name": "late"}]},
-        "one sees less": {"0": [{"step": 2}, {"step": 3}], "1": [{"step": 2}]},
-        "other content": {"0": [{"step": 3}], "1": [{"step": 3, "samples": 9}]},
-        "of another run": {"0": [{"step": 3, "run_id": "that-run"}], "1": [{"step": 3, "run_id": "that-run"}]},
-        "without a name": {"0": [{"step": 3, "run_id": ""}], "1": [{"step": 3, "run_id": ""}]},
-        "none": {"0": [], "1": []},
-    }
-    for case, hosts in cases.items():
-        for host, checkpoints in hosts.items():
-            for given in checkpoints:
-                values = {**given}
-                name = values.pop("name", f"step_{given['step']:08d}")
-                made_checkpoint(tmp_path / case / f"host_{host}" / "checkpoints" / name, **values)
-    first, second = run_ranks(Path(__file__).parent / "resume_rank.py", 2, list(cases), tmp_path, timeout=90)
-    assert first["equal"] == second["equal"] == {"name": "step_00000003", "step": 3}
-    assert first["one sees more"] == second["one sees more"] == {"name": "step_00000002", "step": 2}
-    assert first["late"] == second["late"] == {"name": "step_00000003", "step": 3}
-    assert first["without a name"] == second["without a name"] == {"name": "step_00000003", "step": 3}
-    assert first["none"] == second["none"] == {"name": None, "step": None}
-    for case, problem in (("one sees less", "missing or damaged"), ("other content", "has other content")):
-        assert first[case]["type"] == second[case]["type"] == "WorkerError"
-        for found in (first[case]["error"], second[case]["error"]):
-            assert "step_00000003: rank 1 on " in found
-            assert problem in found
-            assert found.endswith("lies on a shared file system, then run the same command again")
-    error = first["of another run"]["error"]
-    assert error == second["of another run"]["error"]
-    assert "step_00000003: belongs to another run (its run_id is that-run, that of this run this-run)" in error

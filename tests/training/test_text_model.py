@@ -129,7 +129,7 @@ def test_a_gpu_that_is_not_there(run: RunFolder, monkeypatch: pytest.MonkeyPatch
 
 
 def test_damaged_files_are_named(run: RunFolder) -> None:
-    path = run.checkpoints / "step_00000006" / "state" / "layer_03-model_states.pt"
+    path = run.checkpoints / "step_00000006" / "weights" / "blocks.0.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
     with pytest.raises(DataError, match=rf"{path}: {len(content) - 1} bytes instead of {len(content)}"):
@@ -137,6 +137,14 @@ def test_damaged_files_are_named(run: RunFolder) -> None:
     path.unlink()
     with pytest.raises(DataError, match=rf"{path}: missing"):
         open_model(run.path)
+
+
+def test_the_newest_that_is_whole_is_taken(run: RunFolder) -> None:
+    later = add_checkpoint(run, run_recipe(run), 7)
+    (later / MANIFEST).unlink()
+    assert open_model(run.path, device="cpu")
+    with pytest.raises(DataError, match="missing or damaged"):
+        open_model(run.path, later.name, device="cpu")
 
 
 def test_a_checkpoint_of_another_run_is_refused(run: RunFolder) -> None:

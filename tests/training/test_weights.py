@@ -1,19 +1,25 @@
 """Weights of a checkpoint loaded in one process: equal to those saved, and files with anything else are refused."""
 
+import hashlib
+import json
+import math
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from made_runs import add_checkpoint, make_run, write_manifest, write_recipe
+from made_runs import add_checkpoint, make_run, write_recipe
+from pieces import SHAPES, in_layout, whole_state, write_checkpoint
+from safetensors.torch import load_file
 
 from megazh.errors import DataError
 from megazh.model.decoder import Decoder
 from megazh.run.folder import RunFolder
-from megazh.training.checkpoint_list import STATE
+from megazh.training.checkpoint_list import MANIFEST
 from megazh.training.recipe import Recipe, run_recipe
-from megazh.training.weights import load_decoder, load_tensors
+from megazh.training.weights import export_weights, load_decoder
 
 CPU = torch.device("cpu")
 
@@ -27,10 +33,6 @@ def run(stories: Path, tmp_path: Path) -> RunFolder:
 @pytest.fixture
 def checkpoint(run: RunFolder) -> Path:
     return run.checkpoints / "step_00000006"
-
-
-def layer(checkpoint: Path, number: int) -> Path:
-    return checkpoint / STATE / f"layer_{number:02d}-model_states.pt"
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -49,17 +51,8 @@ def test_the_model_is_the_one_that_was_saved(run: RunFolder, tied: bool, dtype: 
     assert not found.training
 
 
-def test_a_layer_that_the_manifest_does_not_name(checkpoint: Path, run: RunFolder) -> None:
-    layer(checkpoint, 2).unlink()
-    write_manifest(checkpoint, 6, run_recipe(run))
-    with pytest.raises(
-        DataError, match=r"layer_02-model_states\.pt: missing in .*: the checkpoint belongs to another model"
-    ):
-        load_decoder(checkpoint, run_recipe(run), CPU)
-
-
 def test_a_file_that_has_changed(checkpoint: Path, run: RunFolder) -> None:
-    path = layer(checkpoint, 1)
+    path = checkpoint / "weights" / "blocks.0.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -67,12 +60,21 @@ def test_a_file_that_has_changed(checkpoint: Path, run: RunFolder) -> None:
         load_decoder(checkpoint, run_recipe(run), CPU)
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"intermediate_size": 96}, {"qkv_bias": True}])
-def test_weights_of_another_shape(checkpoint: Path, run: RunFolder, change: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_size": 64}, r"blocks.0.attention.o_proj.weight has shape \[32, 32\] in it, and shape \["),
+        ({"intermediate_size": 96}, r"blocks.0.mlp.down_proj.weight has shape \[32, 64\] in it, and shape \[32, 96\]"),
+        ({"qkv_bias": True}, r"blocks.0.attention.qkv_proj.bias has no place in it, and shape"),
+        ({"num_hidden_layers": 1}, r"blocks.1.attention.o_proj.weight has shape \[32, 32\] in it, and no place"),
+    ],
+)
+def test_weights_of_another_model(checkpoint: Path, run: RunFolder, change: dict[str, object], problem: str) -> None:
     recipe = run_recipe(run)
     other: Recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=change)})
-    with pytest.raises(DataError, match=r"layer_0\d-model_states\.pt: does not fit the model: ") as refusal:
+    with pytest.raises(DataError, match=problem) as refusal:
         load_decoder(checkpoint, other, CPU)
+    assert "belongs to another model; remove" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -88,23 +90,44 @@ class Harmful:
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_code_in_a_file_is_not_run(checkpoint: Path, run: RunFolder, tmp_path: Path, legacy: bool) -> None:
-    path, made = layer(checkpoint, 0), tmp_path / "made"
+    path, made = checkpoint / "weights" / "embedding.safetensors", tmp_path / "made"
     if legacy:
         path.write_bytes(pickle.dumps({"weight": Harmful(made)}, protocol=2))
     else:
         torch.save({"weight": Harmful(made)}, path)
-    write_manifest(checkpoint, 6, run_recipe(run))
-    with pytest.raises(DataError, match=rf"{path}: not a checkpoint file: ") as refusal:
+    manifest = read_manifest_unchecked(checkpoint)
+    for entry in manifest["files"]:
+        data = (checkpoint / entry["name"]).read_bytes()
+        entry["bytes"], entry["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=rf"{path}: not a file of tensors: ") as refusal:
         load_decoder(checkpoint, run_recipe(run), CPU)
     assert "\n" not in str(refusal.value)
     assert not made.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"\x80\x02."])
-def test_what_is_no_checkpoint_file(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "layer.pt"
-    path.write_bytes(content)
-    with pytest.raises(DataError) as refusal:
-        load_tensors(path)
-    assert str(refusal.value).startswith(f"{path}: not a checkpoint file: ")
-    assert "\n" not in str(refusal.value)
+def read_manifest_unchecked(checkpoint: Path) -> Any:
+    """The values of a manifest, whatever its files hold."""
+    return json.loads((checkpoint / MANIFEST).read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_export_takes_masters_where_it_can(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = whole_state(4)
+    checkpoint = write_checkpoint(tmp_path, in_layout(state, 2, 2), 3)
+    target = tmp_path / "model.safetensors"
+    assert export_weights(checkpoint, target, dtype) == sum(map(math.prod, SHAPES.values()))
+    found = load_file(target)
+    assert found.keys() == SHAPES.keys()
+    for name, shape in SHAPES.items():
+        kind = "master" if dtype is torch.float32 else "weight"
+        assert torch.equal(found[name], state[name, kind].view(shape))
+        assert found[name].dtype == dtype
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, in_layout(whole_state(4), 1, 1), 3)
+    with pytest.raises(FileNotFoundError):
+        export_weights(checkpoint, tmp_path / "nowhere" / "model.safetensors", torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from megazh.errors import Collector, UsageError
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.precision import Dtype, check_deepspeed_version, check_engine
-from megazh.training.checkpoint_list import list_checkpoints, read_manifest
+from megazh.training.checkpoint_list import newest_good
 from megazh.training.job import Case
 from megazh.training.learning_rate import warmup_steps
 from megazh.training.optimizers.choose import check_optimizer
@@ -65,10 +65,10 @@ def memory(case: Case) -> Iterator[str]:
     if limit is None:
         return
     work = work_of(job.recipe, job.layout, job.precision)
-    checkpoints = list_checkpoints(job.run.checkpoints)
+    newest = newest_good(job.run.checkpoints)
     try:
-        if checkpoints:
-            check_memory(work, read_manifest(checkpoints[-1]).bounds, limit)
+        if newest and newest[1].stages == job.layout.stages and job.recipe.parallel.stage_bounds is None:
+            check_memory(work, newest[1].bounds, limit)
         else:
             fitting_bounds(job.recipe, work, costs_by_flops(work), limit)
     except UsageError as error:

@@ -3,17 +3,20 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import find_sources
 from megazh.errors import DataError, UsageError
 from megazh.pipeline.memory import checkpoint_bytes
+from megazh.pipeline.work import Work
 from megazh.run.folder import DESCRIPTION, RunFolder
-from megazh.training.checkpoint_list import unfinished_bytes
+from megazh.training.checkpoint_list import list_checkpoints, unfinished_bytes
 from megazh.training.checks.resume import is_complete, steps_done
 from megazh.training.job import Case, Request
 from megazh.training.recipe import Recipe
+from megazh.training.retention import keep_rule
 from megazh.training.stages import work_of
 from megazh.writing import check_writable, free_bytes
 
@@ -81,32 +84,63 @@ def disk(case: Case) -> Iterator[str]:
     to_come = checkpoints_to_come(job.recipe, done)
     if not to_come:
         return
-    work = work_of(job.recipe, job.layout, job.precision)
-    size = checkpoint_bytes(work)
+    space = space_of(job.recipe, work_of(job.recipe, job.layout, job.precision))
+    size = space.bytes_each
     path = job.run.path.absolute()
     free = free_bytes(path)
     if free is None:
         return
     free += unfinished_bytes(job.run.checkpoints)  # which the start removes
-    if size * to_come <= free:
+    new = min(to_come, max(1, space.number - len(list_checkpoints(job.run.checkpoints))))
+    if size * new <= free:
         return
     fitting = int(free // size)
-    steps = job.recipe.total_steps - done
     needs = (
-        f"{to_come} checkpoint{'s' if to_come > 1 else ''} of {_size(size)} need {_size(size * to_come)}, and the disk "
-        f"of {job.run.path} has {_size(free)} free"
+        f"{new} checkpoint{'s' if new > 1 else ''} of {_size(size)} need {_size(size * new)}, and the disk of "
+        f"{job.run.path} has {_size(free)} free"
     )
-    if fitting < min(2, to_come):
+    if fitting < min(2, new):
         message = f"{needs}, which holds {fitting or 'none'}; free some, or choose a run folder on another disk with -r"
         if not case.request.dry_run:
             raise UsageError(message)
         yield f"warning: {message}; a start will refuse that"  # where it starts, the disk may be another one
         return
-    every = -(-steps // max(fitting - 1, 1))
     yield case.settings.with_places(
-        f"warning: {needs}, which holds {fitting}; all checkpoints are kept, so the run would end there: set "
-        f"checkpoint.checkpoint_every={every} or more, or choose another disk with -r"
+        f"warning: {needs}, which holds {fitting}: saves will fail once it is full; keep fewer with "
+        f"{_fewer(job.recipe, done, fitting)}, or choose another disk with -r"
     )
+
+
+def _fewer(recipe: Recipe, done: int, fitting: int) -> str:
+    """Setting with which no more than `fitting` checkpoints are on disk at a time."""
+    keep, steps = recipe.checkpoint, recipe.total_steps
+    if keep.keep_every:
+        every = -(-steps // max(fitting - keep.keep_last - keep.keep_best - 1, 1))
+        return f"checkpoint.keep_every={every} or more"
+    if fitting > 1 + keep.keep_best:
+        return f"checkpoint.keep_last={fitting - 1 - keep.keep_best}"
+    return "checkpoint.keep_last=1 checkpoint.keep_best=false"
+
+
+@dataclass(frozen=True)
+class CheckpointSpace:
+    """Space that the checkpoints of a whole run take."""
+
+    number: int
+    """Largest number of checkpoints on disk at a time, the one being written included."""
+    bytes_each: float
+
+    def describe(self) -> str:
+        """Such as `4 of 7.0 GB, 27.9 GB`."""
+        return f"{self.number} of {_size(self.bytes_each)}, {_size(self.number * self.bytes_each)}"
+
+
+def space_of(recipe: Recipe, work: Work) -> CheckpointSpace:
+    """The space of a run's checkpoints, from shapes and the keep rules of its recipe."""
+    rule = keep_rule(recipe)
+    validated = bool(recipe.evaluation.validate_every)
+    number = rule.most_kept(checkpoints_to_come(recipe, 0), recipe.total_steps, validated)
+    return CheckpointSpace(number, checkpoint_bytes(work))
 
 
 def checkpoints_to_come(recipe: Recipe, done: int) -> int:

@@ -4,11 +4,20 @@ To compare something else on resume, add a function to `_COMPARISONS`.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from megazh.errors import Collector, UsageError
 from megazh.run.folder import ANOTHER_RUN, RunFolder
-from megazh.training.checkpoint_list import CheckpointManifest, list_checkpoints, read_manifest
+from megazh.training.checkpoint_list import (
+    MANIFEST,
+    CheckpointManifest,
+    check_identity,
+    list_checkpoints,
+    named_checkpoint,
+    newest_good,
+    read_manifest,
+)
 from megazh.training.job import Case, Job, with_dtypes
 from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.recipe import Recipe, Resume, differing_keys, run_recipe
@@ -28,8 +37,8 @@ def check_resume(job: Job) -> None:
     """Check that a run that exists already may be resumed as this job.
 
     Raises:
-        MegazhError: another length than is done, layout, dtype, cut, model or seed; all that differs, each with both
-            values.
+        MegazhError: a length below what is done, another dtype, model or seed; all that differs, each with both values.
+            Or a checkpoint that is asked for cannot be used.
     """
     found = Collector()
     for compare in _COMPARISONS:
@@ -39,57 +48,61 @@ def check_resume(job: Job) -> None:
 
 
 def steps_done(run: RunFolder) -> int | None:
-    """Optimizer steps of the newest checkpoint of a run; None without one."""
-    checkpoints = list_checkpoints(run.checkpoints)
-    return read_manifest(checkpoints[-1]).step if checkpoints else None
+    """Optimizer steps of the newest whole checkpoint of a run; None without one."""
+    newest = newest_good(run.checkpoints)
+    return newest[1].step if newest else None
 
 
 def is_complete(run: RunFolder, recipe: Recipe) -> bool:
     """Whether the run has a checkpoint of the recipe's last step, or of a later one, and has evaluated it."""
-    checkpoints = list_checkpoints(run.checkpoints)
-    if not checkpoints:
-        return False
-    newest = read_manifest(checkpoints[-1])
-    return newest.step >= recipe.total_steps and newest.complete is not False
+    newest = newest_good(run.checkpoints)
+    return newest is not None and newest[1].step >= recipe.total_steps and newest[1].complete
 
 
 def saved_data(run: RunFolder) -> dict[str, str] | None:
-    """Fingerprint of the data that the newest checkpoint was trained on; None without one, or where it has none."""
-    checkpoints = list_checkpoints(run.checkpoints)
-    return read_manifest(checkpoints[-1]).data if checkpoints else None
+    """Fingerprint of the data that the newest whole checkpoint was trained on; None without one."""
+    newest = newest_good(run.checkpoints)
+    return newest[1].data if newest else None
 
 
-def _new_where_asked(job: Job, found: Collector) -> None:
-    if job.recipe.checkpoint.resume is Resume.NEVER and (list_checkpoints(job.run.checkpoints) or job.run.exists):
+def _checkpoint_asked_for(job: Job, found: Collector) -> None:
+    """`checkpoint.resume` and `checkpoint.initial_checkpoint` name what can be used."""
+    wanted, folder = job.recipe.checkpoint, job.run.checkpoints
+    if wanted.resume is Resume.NEVER and (list_checkpoints(folder) or job.run.exists):
         found.add(UsageError(f"{job.run.path}: holds a run already, and resume=never; give another folder with -r"))
+    if not isinstance(wanted.resume, Resume):
+        path = named_checkpoint(folder, wanted.resume)
+        if not (path / MANIFEST).is_file():
+            found.add(
+                UsageError(
+                    f"checkpoint.resume={wanted.resume}: no such checkpoint; expected auto, never, or the path of one "
+                    f"(those of this run are in {folder})"
+                )
+            )
+        elif not job.run.exists:
+            found.add(
+                UsageError(
+                    f"checkpoint.resume={wanted.resume}: {job.run.path} holds no run that could be resumed; give its "
+                    f"folder with -r, or begin another run with checkpoint.initial_checkpoint={wanted.resume}"
+                )
+            )
+        else:
+            check_identity(path, read_manifest(path), job.run.info().run_id)
+    if wanted.initial_checkpoint is not None and not list_checkpoints(folder):
+        read_manifest(Path(wanted.initial_checkpoint))
 
 
 def _checkpoint(job: Job, found: Collector) -> None:
-    """Layout, dtype, cut and length against the newest checkpoint."""
-    checkpoints = list_checkpoints(job.run.checkpoints)
-    if not checkpoints:
+    """Dtype and length against the newest checkpoint."""
+    newest = newest_good(job.run.checkpoints)
+    if newest is None:
         return
-    newest, saved, layout = checkpoints[-1], read_manifest(checkpoints[-1]), job.layout
-    if (saved.stages, saved.replicas) != (layout.stages, layout.replicas):
-        found.add(
-            UsageError(
-                f"{newest}: was saved by {saved.stages} stages x {saved.replicas} replicas, and this is "
-                f"{layout.stages} x {layout.replicas}; resume with "
-                f"-n {saved.stages * saved.replicas} -p {saved.stages}, or start another run with -r"
-            )
-        )
+    path, saved = newest
     if saved.precision != job.precision.compute:
         found.add(
             UsageError(
-                f"{newest}: was saved in {saved.precision}, and this is {job.precision.compute} (precision.dtype=auto "
+                f"{path}: was saved in {saved.precision}, and this is {job.precision.compute} (precision.dtype=auto "
                 "follows the device); resume in the same, or start another run with -r"
-            )
-        )
-    if job.recipe.parallel.stage_bounds not in (None, saved.bounds):
-        found.add(
-            UsageError(
-                f"{newest}: was saved with stage_bounds {saved.bounds}, and this run requests "
-                f"{job.recipe.parallel.stage_bounds}; leave stage_bounds out, or start another run with -r"
             )
         )
     _length(job, saved, found)
@@ -122,7 +135,7 @@ def _settings(job: Job, found: Collector) -> None:
             )
 
 
-_COMPARISONS: tuple[Callable[[Job, Collector], None], ...] = (_new_where_asked, _checkpoint, _settings)
+_COMPARISONS: tuple[Callable[[Job, Collector], None], ...] = (_checkpoint_asked_for, _checkpoint, _settings)
 
 
 def describe_changes(job: Job) -> Iterator[str]:

@@ -102,15 +102,14 @@ def test_inputs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def with_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoints: float, **changes: Any) -> list[str]:
     """The warnings on a disk that holds this number of checkpoints."""
     case = make_case(tmp_path, **changes)
-    parameters = stage_parameters(case.recipe.model, 0, 4)
-    size = checkpoint_bytes(work_of(case.recipe, case.job.layout, case.job.precision), parameters)
-    assert size == 16 * parameters, "fp32 weights, master weights and two averages"
+    size = checkpoint_bytes(work_of(case.recipe, case.job.layout, case.job.precision))
+    assert size == 12 * stage_parameters(case.recipe.model, 0, 4), "fp32 weights and two averages"
     monkeypatch.setattr(place, "free_bytes", lambda _: int(checkpoints * size))
     return warnings_of(case, [place.disk])
 
 
 def test_a_disk_that_holds_not_even_two_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"^10 checkpoints of 592\.4 kB need .* has .* free, which holds 1; free some"):
+    with pytest.raises(UsageError, match=r"^4 checkpoints of .* kB need .* has .* free, which holds 1; free some"):
         with_disk(monkeypatch, tmp_path, 1.9, steps=100, checkpoint_every=10)
     with pytest.raises(UsageError, match=r"^1 checkpoint of .* which holds none"):
         with_disk(monkeypatch, tmp_path, 0.9, steps=100)
@@ -120,15 +119,28 @@ def test_a_disk_that_holds_not_even_two_is_refused(monkeypatch: pytest.MonkeyPat
     assert line.endswith("; a start will refuse that"), "a dry run is often made on another machine"
 
 
-def test_a_disk_that_holds_some_is_warned_of_with_an_interval_that_fits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("holds", "keep", "remedy", "fits"),
+    [
+        (3.5, {"keep_last": 6}, "checkpoint.keep_last=1,", {"keep_last": 1}),
+        (4.5, {"keep_last": 6, "keep_best": False}, "checkpoint.keep_last=3,", {"keep_last": 3, "keep_best": False}),
+        (4.5, {"keep_last": 0}, "checkpoint.keep_last=2,", {"keep_last": 2}),
+        (5.5, {"keep_last": 2, "keep_every": 10}, "checkpoint.keep_every=100 or", {"keep_last": 2, "keep_every": 100}),
+    ],
+)
+def test_a_disk_that_holds_some_is_warned_of_with_a_rule_that_fits(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    holds: float,
+    keep: dict[str, Any],
+    remedy: str,
+    fits: dict[str, Any],
 ) -> None:
-    (line,) = with_disk(monkeypatch, tmp_path, 4.5, steps=100, checkpoint_every=10)
-    assert "which holds 4; all checkpoints are kept" in line
-    assert "checkpoint.checkpoint_every=34 or more" in line
-    assert "mini.yaml:" in line, "the place where it was written"
-    assert with_disk(monkeypatch, tmp_path, 4.5, steps=100, checkpoint_every=34) == []
-    assert with_disk(monkeypatch, tmp_path, 10.5, steps=100, checkpoint_every=10) == []
+    changes = {"steps": 100, "checkpoint_every": 10, "validate_every": 10}
+    (line,) = with_disk(monkeypatch, tmp_path, holds, **changes, **keep)
+    assert f"which holds {int(holds)}: saves will fail once it is full; keep fewer with {remedy}" in line
+    assert with_disk(monkeypatch, tmp_path, holds, **changes, **fits) == []
+    assert with_disk(monkeypatch, tmp_path, 10.5, **changes, **keep) == []
 
 
 def test_a_resumed_run_needs_only_what_is_still_to_come(
