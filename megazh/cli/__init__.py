@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "what a recipe needs, and the best layout for it",
     "pretrain": "train a model through a pipeline of stages",
     "sample": "continue a text with a trained model",
+    "checkpoint": "list, verify, prune and export the checkpoints of a run",
     "index": "build, inspect, verify, merge and adopt indexes of tokens",
     "tokenizer": "train a tokenizer, or look at one",
     "mixture": "look at a manifest: shares, epochs, validation side",
