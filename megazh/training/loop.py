@@ -1,5 +1,6 @@
 """The training loop: build or resume, then step, log, validate, sample and save."""
 
+import gc
 import hashlib
 import math
 import time
@@ -26,6 +27,7 @@ from megazh.training.cut import agree_on_bounds
 from megazh.training.describe import describe_devices, describe_kernels
 from megazh.training.evaluate import Validation, Validator, sample_text
 from megazh.training.feed import MicroBatch, training_feed
+from megazh.training.garbage import COLLECT_EVERY, collect_on_request_only
 from megazh.training.health import Health, diverged, find_not_finite
 from megazh.training.layout import Layout, make_layout
 from megazh.training.learning_rate import learning_rate, warmup_steps
@@ -229,6 +231,9 @@ class Trainer:
                 self._evaluate(metrics)
                 if self._step < self._steps and (self._saved_or_saving() or VALIDATION in self._evaluated):
                     metrics.draw()
+                    gc.collect()
+                elif _due(COLLECT_EVERY, self._step):
+                    gc.collect()
         self._saver.wait()
         mark_complete(checkpoint_path(self._folder.checkpoints, self._step))
 
@@ -315,6 +320,7 @@ class Trainer:
         if self._step == self._begun_at + 1:
             self._startup.done("first step")
             self.log(self._startup.describe())
+            collect_on_request_only()
         skipped_here, odd_here = engine.skipped_steps > skipped_before, not math.isfinite(loss)
         saving = float(self._saver.busy)
         stop, data_seconds, memory, reserved, skipped, odd, saving = self._largest(
