@@ -1,4 +1,4 @@
-"""A run goes on in another layout as in its own: the same losses, from one checkpoint, by real ranks."""
+"""A run goes on in another layout as in its own: the same losses, from one checkpoint, by real ranks; dropout is on."""
 
 import json
 import os
@@ -19,12 +19,14 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS, SAVED = 9, 4
 RECIPE = {
     "model": {
-        "vocab_size": 512,
+        "vocab_size": 499,
         "hidden_size": 32,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 48,
+        "residual_dropout": 0.1,
+        "attention_dropout": 0.1,
     },
     "seq_len": 64,
     "micro_batch_size": 2,
