@@ -136,7 +136,7 @@ class DecoderPipeline(PipelineModule):
                 (batch, seq + max_docs + 3) int32.
 
         Returns:
-            The pair for the next stage; from the last stage (batch, seq, hidden) normed states and the head's weight.
+            The pair for the next stage; from the last stage (batch, seq, hidden) normed states alone.
         """
         states, document_map = inputs
         position_ids, cu_seqlens = decode_document_map(document_map, states.shape[1])
@@ -146,27 +146,24 @@ class DecoderPipeline(PipelineModule):
         hidden = self.run_layers(states, self._documents(position_ids, cu_seqlens, dropout))
         if self._head is None:
             return hidden, document_map
-        # The head's weight is an output of forward because DeepSpeed clears all gradients when the first one reaches
-        # an output: the gradient of a weight that only the loss saw would be accumulated before that, and lost.
-        return hidden, self._head.weight.view_as(self._head.weight)
+        return (hidden,)
 
     def run_layers(self, states: torch.Tensor, attend: Attend | Packed) -> torch.Tensor:
         """Run this stage's layers with the given attention."""
         checkpointing = self.checkpointing and self.training
         return run_layers(self._embedding, self._blocks, self._norm, states, attend, checkpointing)
 
-    def scaled_loss(
-        self, outputs: tuple[torch.Tensor, torch.Tensor], labels: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def scaled_loss(self, outputs: tuple[torch.Tensor], labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Summed cross entropy times a scale that makes the sum over all micro-batches a mean over tokens.
 
         Args:
-            outputs: (batch, seq, hidden) normed states, and the head's matrix (padded_vocab_size, hidden).
+            outputs: (batch, seq, hidden) normed states.
             labels: (batch, seq) int32 labels, and the scale, (1,) fp32.
         """
-        (hidden, weight), (wanted, scale) = outputs, labels
+        assert self._head is not None
+        (hidden,), (wanted, scale) = outputs, labels
         z_loss, scale = self._z_loss if self.training else 0.0, scale.squeeze()
-        total, z_total = summed_losses(hidden, weight, wanted, z_loss, self.fused, self.config.vocab_size)
+        total, z_total = summed_losses(hidden, self._head.weight, wanted, z_loss, self.fused, self.config.vocab_size)
         if self.training:
             self._last_z_loss = z_total * scale
         return total * scale
