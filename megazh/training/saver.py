@@ -80,8 +80,8 @@ class Saver:
         retain: Callable[[Path], list[str]] = lambda path: [],
     ) -> None:
         self._optimizer, self._folder, self._log, self._retain = optimizer, folder, log, retain
-        self._copy: HostCopy | None = None
-        self._needed = 0
+        self._copy = HostCopy(optimizer.pieces_to_save(), dist.get_rank())  # now: to page-lock memory takes seconds
+        self._needed = sum(gather(self._copy.bytes))
         self._manifest: CheckpointManifest | None = None  # of the save under way, and so on all ranks or on none
         self._thread: _Thread | None = None
         self._finishing = False
@@ -109,7 +109,12 @@ class Saver:
         Raises:
             WriteError: there is too little; names both sizes. All ranks raise it.
         """
-        if message := of_rank_0(self._room()):
+        message = ""
+        try:
+            check_room(self._folder, self._needed, KEPT)
+        except WriteError as error:
+            message = str(error)
+        if message := of_rank_0(message):
             raise WriteError(message)
 
     def begin(self, manifest: CheckpointManifest, required: bool = False) -> None:
@@ -125,14 +130,10 @@ class Saver:
         """
         self.wait()
         self._begun, self._required = time.perf_counter(), required
-        needed = self._size()
         if message := of_rank_0(self._prepared(manifest.step)):
             self._failed(message)
             return
-        if self._copy is None:
-            self._copy = HostCopy(self._optimizer.pieces_to_save(), dist.get_rank())
-        copy = self._copy
-        copy.take()
+        self._copy.take()
         update = {"optimizer": self._optimizer.name, "updates": self._optimizer.updates, "versions": _versions()}
         self._manifest = manifest.model_copy(update=update)
         target, temporary = self._paths()
@@ -140,10 +141,10 @@ class Saver:
 
         def write() -> Written:
             try:
-                return copy.write(temporary)
+                return self._copy.write(temporary)
             except OSError as error:
                 by = f"rank {dist.get_rank()} on {socket.gethostname()}"
-                raise write_error(target, error, needed, free, KEPT, by=by) from error
+                raise write_error(target, error, self._needed, free, KEPT, by=by) from error
 
         self._thread = _Thread(write)
         self._waited = time.perf_counter() - self._begun
@@ -178,22 +179,6 @@ class Saver:
         self.wait()
         if self.failure:
             raise WriteError(self.failure)
-
-    def _size(self) -> int:
-        """Bytes of the files of all ranks."""
-        if not self._needed:
-            pieces = self._optimizer.pieces_to_save()
-            self._needed = sum(gather(sum(piece.values.nbytes for piece in pieces)))
-        return self._needed
-
-    def _room(self) -> str:
-        """Why there is no room for a checkpoint; empty if there is. All ranks call it."""
-        needed = self._size()
-        try:
-            check_room(self._folder, needed, KEPT)
-        except WriteError as error:
-            return str(error)
-        return ""
 
     def _prepared(self, step: int) -> str:
         """Make the folder on rank 0; returns why that is not possible."""

@@ -184,3 +184,20 @@ def test_the_checkpoint_counts_as_well(run: RunFolder, stories: Path) -> None:
     saved = {**recipe.open_mixture().fingerprint, "corpora.corpus.bin": "0" * 64}
     with pytest.raises(UsageError, match=r"corpora\.corpus\.bin 0000000000000000… -> "):
         run.begin(recipe.to_yaml(), recipe.open_mixture(), saved)
+
+
+def test_a_change_that_is_allowed_is_shown_and_recorded(run: RunFolder, own_stories: Path) -> None:
+    own_stories.write_text(yaml.safe_dump({**yaml.safe_load(own_stories.read_text()), "seed": 9}))
+    recipe = recipe_on(own_stories)
+    with pytest.raises(UsageError, match=r"seed 1 -> 9; .*or go on with the new data with data.allow_change=true$"):
+        again(run, recipe)
+    saved = run.info().data
+    lines = run.begin(recipe.to_yaml(), recipe.open_mixture(), saved, allow_change=True)
+    assert lines == [
+        f"{run.path}: the data has changed, as data.allow_change=true allows:",
+        f"  {'seed':<32} 1 -> 9",
+    ]
+    assert run.info().data == recipe.open_mixture().fingerprint
+    assert run.check_data(recipe.open_mixture()) == [], "as a rank compares"
+    with pytest.raises(UsageError, match="seed 1 -> 9"):
+        run.check_data(recipe.open_mixture(), saved)

@@ -2,13 +2,16 @@
 
 import json
 import os
+import random
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
-from processes import run_command
+from processes import Running, run_command, start_command, wait_until
 from recipes import in_sections
 
 from megazh.run.metrics import read_metrics
@@ -17,6 +20,7 @@ from megazh.training.checkpoint_list import list_checkpoints, read_manifest
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS, SAVED = 9, 4
+KILLS = int(os.environ.get("MEGAZH_TEST_KILLS", "3"))
 RECIPE = {
     "model": {
         "vocab_size": 499,
@@ -44,12 +48,18 @@ RECIPE = {
 }
 
 
-def train(recipe: Path, run: Path, ranks: int, stages: int, *settings: str) -> str:
-    """Run to the end; returns what was printed."""
+def command_of(recipe: Path, run: Path, ranks: int, stages: int) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of a start."""
     command = [sys.executable, "-m", "megazh", "pretrain", "-c", str(recipe), "--device", "cpu", "-n", str(ranks)]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     env = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MEGAZH_CACHE": str(recipe.parent / "cache")}
-    finished = run_command([*command, "-p", str(stages), "-r", str(run), *settings], 240, env, recipe.parent)
+    return [*command, "-p", str(stages), "-r", str(run)], env
+
+
+def train(recipe: Path, run: Path, ranks: int, stages: int, *settings: str) -> str:
+    """Run to the end; returns what was printed."""
+    command, env = command_of(recipe, run, ranks, stages)
+    finished = run_command([*command, *settings], 240, env, recipe.parent)
     assert finished.returncode == 0, finished
     return finished.stdout
 
@@ -130,3 +140,53 @@ def test_another_optimizer_and_weights_of_another_run(stories: Path, tmp_path: P
     assert (first.step, first.updates) == (3, 3)
     assert first.run_id != last.run_id
     assert json.loads((tmp_path / "new" / "run.json").read_text())["run_id"] == first.run_id
+
+
+MANY = 30 * KILLS
+LAYOUTS = [(1, 1), (2, 1), (3, 1), (2, 2), (3, 3)]
+
+
+def test_kills_while_saves_are_under_way_each_resumed_in_another_layout(stories: Path, tmp_path: Path) -> None:
+    """At random moments; a save begins after each step."""
+    choose = random.Random(7)
+    recipe, whole, broken = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "broken"
+    values = {
+        **RECIPE,
+        "checkpoint_every": 1,
+        "keep_last": 2,
+        "steps": MANY,
+        "learning_rate": 1e-3,
+        "data": {"manifest": str(stories)},
+    }
+    recipe.write_text(yaml.safe_dump(in_sections(values)))
+    train(recipe, whole, 1, 1)
+    for _ in range(KILLS):
+        ranks, stages = choose.choice(LAYOUTS)
+        begun = steps_of(broken)
+        with start_command(*command_of(recipe, broken, ranks, stages), recipe.parent) as running:
+            wait_until(lambda begun=begun: steps_of(broken) > begun, 60, "a step")
+            time.sleep(choose.uniform(0, 0.3))
+            assert steps_of(broken) < MANY, "the run is killed on its way"
+            os.kill(choose.choice(ranks_of(running)), signal.SIGKILL)
+            running.wait(60)
+            wait_until(lambda running=running: not running.descendants(), 30, "all end")
+    train(recipe, broken, 1, 1)
+    assert losses(broken) == pytest.approx(losses(whole), abs=1e-5)
+    last = [read_manifest(list_checkpoints(run / "checkpoints")[-1]) for run in (whole, broken)]
+    assert last[0].samples == last[1].samples
+    assert last[0].updates == last[1].updates == MANY
+
+
+def ranks_of(running: Running) -> list[int]:
+    """Process ids of the launcher and of its ranks, without those that draw plots."""
+    found = [running.process.pid]
+    for pid in running.descendants():
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        found += [pid] if b"rank" in words else []
+    return found
+
+
+def steps_of(run: Path) -> int:
+    """Number of the last step that a run has recorded."""
+    path = run / "metrics.jsonl"
+    return max(losses(run), default=0) if path.exists() else 0

@@ -1,13 +1,14 @@
 """What a resume changes: each setting old and new, the jump of the learning rate, and lengths below what is done."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cases import make_case
+from cases import make_case, on_cpu
 from made_runs import RECIPE, make_run
 
-from megazh.errors import UsageError
+from megazh.errors import DataError, UsageError
 from megazh.training.checks.resume import describe_changes, same_run, steps_done
 from megazh.training.job import Case, Request
 from megazh.training.learning_rate import learning_rate
@@ -69,3 +70,36 @@ def test_fewer_steps_than_are_done_are_refused_while_the_run_goes_on(
 
 def test_fewer_steps_than_a_complete_run_has_are_no_error(tmp_path: Path, stories: Path) -> None:
     assert list(same_run(resumed(tmp_path, stories, "steps=4")))[1:] == ["  schedule.steps                   6 -> 4"]
+
+
+def test_another_layout_is_a_change_like_others(tmp_path: Path, stories: Path) -> None:
+    case = resumed(tmp_path, stories, "stage_bounds=[0, 1, 4]", step=3)
+    lines = list(same_run(replace(case, request=Request(stages=2), devices=on_cpu(2))))
+    assert f"  {'parallel.pipe_parallel_size':<32} 1 -> 2" in lines
+    assert f"  {'parallel.stage_bounds':<32} not set -> [0, 1, 4]" in lines
+
+
+@pytest.mark.parametrize("name", ["step_00000003", "{run}/checkpoints/step_00000003"])
+def test_a_checkpoint_may_be_named(tmp_path: Path, stories: Path, name: str) -> None:
+    setting = f"checkpoint.resume={name.format(run=make_case(tmp_path).run.path)}"
+    assert any("checkpoint.resume" in line for line in same_run(resumed(tmp_path, stories, setting, step=3)))
+
+
+def test_a_checkpoint_that_cannot_be_resumed_from(tmp_path: Path, stories: Path) -> None:
+    with pytest.raises(UsageError, match=r"resume=nevr: no such checkpoint; expected auto, never, or the path of one"):
+        list(same_run(resumed(tmp_path, stories, "checkpoint.resume=nevr", step=3)))
+    there = make_case(tmp_path).run.checkpoints / "step_00000003"
+    (tmp_path / "other").mkdir()
+    other = make_case(tmp_path / "other", stories, [f"checkpoint.resume={there}"])
+    with pytest.raises(UsageError, match=r"other/run holds no run that could be resumed; .*initial_checkpoint="):
+        list(same_run(other))
+    missing = make_case(tmp_path / "other", stories, ["initial_checkpoint=nowhere"])
+    with pytest.raises(DataError, match=r"nowhere/manifest.json: missing or damaged"):
+        list(same_run(missing))
+
+
+def test_a_damaged_newest_one_does_not_keep_a_run_from_its_resume(tmp_path: Path, stories: Path) -> None:
+    case = resumed(tmp_path, stories, step=3)
+    (case.run.checkpoints / "step_00000005").mkdir()
+    assert steps_done(case.run) == 3
+    assert list(same_run(case)) == []
