@@ -161,6 +161,16 @@ def test_a_norm_that_is_not_finite_is_refused(value: float) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_the_norm_of_many_numbers_is_right() -> None:
+    member = NamedParameter("head.weight", torch.nn.Parameter(torch.zeros(3000, 1000)), Role.HEAD)
+    own = optimizer([member])
+    sums = main_grad(member.parameter)
+    assert sums is not None
+    sums.normal_(generator=torch.Generator().manual_seed(0))
+    assert own.totals(torch.tensor(1.0)).norm == pytest.approx(sums.double().norm().item(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_clipping_is_that_of_torch() -> None:
     class Keep(Halve):
         def update(self, shard: Shard, learning_rate: float, number: int) -> None:
