@@ -1,0 +1,182 @@
+"""The ladder on CUDA, by runs that `megazh pretrain` starts: kernels, graphs, stages, replicas, resume, another layout.
+
+python -m pytest -m gpu                            one or two GPUs; about five minutes
+MEGAZH_LADDER_ON=cpu python -m pytest -m gpu       the same runs with gloo and without kernels, to try the tests
+"""
+
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from processes import run_command
+from recipes import in_sections
+
+from megazh.run.metrics import read_metrics
+from megazh.training.checkpoint_list import list_checkpoints, read_manifest
+
+ON_CPU = os.environ.get("MEGAZH_LADDER_ON") == "cpu"
+GPUS = 2 if ON_CPU else torch.cuda.device_count()
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.ranks,
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(), reason="needs a GPU that torch can use"),
+]
+two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, found {GPUS}")
+real_gpu = pytest.mark.skipif(ON_CPU, reason="the CPU has neither kernels nor graphs")
+
+STEPS, EVERY = 12, 4
+SAME_BITS, FP32, BF16 = (0.0, 0.0), (1e-5, 1e-3), (0.01, 0.1)
+"""Largest differences of losses and of gradient norms, relative.
+
+bf16 keeps 8 bits, and other sums round otherwise. On a CPU, torch's norm of a long fp32 tensor is right to four digits.
+"""
+RECIPE = {
+    "model": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        "tie_word_embeddings": True,
+    },
+    "seq_len": 128,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "steps": STEPS,
+    "learning_rate": 3e-3,
+    "warmup": 4,
+    "max_grad_norm": 0.5,
+    "checkpoint_every": EVERY,
+    "keep_last": 0,
+    "validate_every": 0,
+    "validation_samples": 4,
+    "sample_every": 0,
+    "sample_prompts": [],
+    "stage_costs": "flops",
+    "communication_dtype": "fp32",
+}
+LAYOUTS = {"one": (1, 1), "pp=2": (2, 2), "dp=2": (2, 1)}
+"""Ranks and stages."""
+
+Run = tuple[Path, str]
+"""Folder and output of a finished run."""
+
+
+@pytest.fixture(scope="module")
+def pretrain(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """A function that trains to the end in a layout, with settings; each run is made only once.
+
+    With `after`, it goes on from a copy of that run, from the checkpoint of `step`.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(in_sections({**RECIPE, "data": {"manifest": str(stories)}})))
+    # Kernels are compiled here; the tests' own environment has them interpreted.
+    environment = {
+        "TRITON_INTERPRET": None,
+        "MEGAZH_CACHE": str(folder / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    made: dict[str, Run] = {}
+
+    def run(layout: str, *settings: str, after: Path | None = None, step: int = 0) -> Run:
+        name = " ".join([layout, *settings, *([f"after step {step} of {after.name}"] if after else [])])
+        if name in made:
+            return made[name]
+        path = folder / name.replace(" ", "_")
+        if after is not None:
+            shutil.copytree(after, path)
+            for checkpoint in list_checkpoints(path / "checkpoints"):
+                if read_manifest(checkpoint).step > step:
+                    shutil.rmtree(checkpoint)
+        ranks, stages = LAYOUTS[layout]
+        command = [sys.executable, "-m", "megazh", "pretrain", "-c", recipe, "-r", path, *settings]
+        command += ["--device", "cpu" if ON_CPU else "cuda", "-n", str(ranks), "-p", str(stages)]
+        finished = run_command(command, 120, environment, folder)
+        assert finished.returncode == 0, f"run '{name}':\n{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}"
+        if after is not None:
+            assert f"resumed at step {step} of {STEPS}" in finished.stdout, f"run '{name}':\n{finished.stdout[-4000:]}"
+        made[name] = path, finished.stdout
+        return made[name]
+
+    return run
+
+
+def losses(run: Run) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm by step, all finite."""
+    steps = [record for record in read_metrics(run[0]) if record["kind"] == "step"]
+    assert all(math.isfinite(step["loss"]) and not step["skipped"] for step in steps), steps
+    return {step["step"]: (step["loss"], step["grad_norm"]) for step in steps}
+
+
+def assert_equal(one: Run, other: Run, tolerance: tuple[float, float], last: int = STEPS) -> None:
+    """Compare losses and gradient norms of the first steps, up to `last`."""
+    left, right, steps = losses(one), losses(other), range(1, last + 1)
+    assert left.keys() >= set(steps) <= right.keys()
+    found = [max(abs(left[n][which] / right[n][which] - 1) for n in steps) for which in (0, 1)]
+    lines = [f"loss and norm of '{one[0].name}', loss and norm of '{other[0].name}':"]
+    lines += [f"step {n:>2}  {left[n][0]:<20} {left[n][1]:<20}  {right[n][0]:<20} {right[n][1]:<20}" for n in steps]
+    lines += [f"largest relative differences {found[0]:.2e} and {found[1]:.2e}; allowed are {tolerance}"]
+    assert found[0] <= tolerance[0], "\n".join(lines)
+    assert found[1] <= tolerance[1], "\n".join(lines)
+
+
+def test_a_model_learns(pretrain: Callable[..., Run]) -> None:
+    """What follows compares runs that train: the loss falls, also after the steps that are compared first."""
+    found = losses(pretrain("one", "dtype=bf16"))
+    assert list(found) == list(range(1, STEPS + 1))
+    assert found[1][0] > found[5][0] > found[STEPS][0] + 0.1, found
+
+
+@real_gpu
+def test_fused_is_torch(pretrain: Callable[..., Run]) -> None:
+    fused, plain = pretrain("one", "dtype=bf16"), pretrain("one", "dtype=bf16", "kernels=torch")
+    assert "kernels     Triton, each pass of a micro-batch one CUDA graph" in fused[1]
+    assert "kernels     torch (kernels=torch)" in plain[1]
+    assert_equal(fused, plain, BF16, last=5)
+
+
+@real_gpu
+def test_a_graph_is_eager(pretrain: Callable[..., Run]) -> None:
+    recorded, eager = pretrain("one", "dtype=bf16"), pretrain("one", "dtype=bf16", "cuda_graph=false")
+    assert "kernels     Triton, each pass of a micro-batch one CUDA graph" in recorded[1]
+    assert "kernels     Triton\n" in eager[1]
+    assert_equal(recorded, eager, SAME_BITS)
+
+
+@two_gpus
+@pytest.mark.parametrize("layout", ["pp=2", "dp=2"])
+def test_two_gpus_are_one_in_bf16(pretrain: Callable[..., Run], layout: str) -> None:
+    assert_equal(pretrain(layout, "dtype=bf16"), pretrain("one", "dtype=bf16"), BF16)
+
+
+@two_gpus
+def test_two_stages_are_one_gpu_in_fp32(pretrain: Callable[..., Run]) -> None:
+    assert_equal(pretrain("pp=2", "dtype=fp32"), pretrain("one", "dtype=fp32"), FP32)
+
+
+def test_a_resumed_run_has_the_same_bits(pretrain: Callable[..., Run]) -> None:
+    whole = pretrain("one", "dtype=bf16")
+    assert_equal(pretrain("one", "dtype=bf16", after=whole[0], step=EVERY), whole, SAME_BITS)
+
+
+@two_gpus
+def test_another_layout_goes_on(pretrain: Callable[..., Run]) -> None:
+    """Two stages, from step 4 on two replicas, from step 8 on one GPU."""
+    stages, reference = pretrain("pp=2", "dtype=fp32"), pretrain("one", "dtype=fp32")
+    replicas = pretrain("dp=2", "dtype=fp32", after=stages[0], step=EVERY)
+    assert_equal(replicas, reference, FP32)
+    one = pretrain("one", "dtype=fp32", after=replicas[0], step=2 * EVERY)
+    assert_equal(one, reference, FP32)
+    assert_equal(one, replicas, SAME_BITS, last=2 * EVERY)
