@@ -167,7 +167,7 @@ class ShardedOptimizer:
             additional: the same for parts of the loss that are reported by themselves.
         """
         slices = [part for group in self._groups for part in group.counted() if len(part)]
-        if self._device.type == "cpu":  # where torch's norm of ten million numbers is off by 4e-4, and of a few is right
+        if self._device.type == "cpu":  # where torch's norm of ten million numbers is off by 4e-4
             slices = [chunk for part in slices for chunk in part.split(1 << 16)]
         squares = [torch.linalg.vector_norm(part).square() for part in slices]
         squared = torch.stack(squares).sum() if squares else torch.zeros_like(loss)
