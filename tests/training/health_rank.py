@@ -83,16 +83,17 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
         return [path.name for path in list_checkpoints(run_folder.checkpoints)]
 
     own, results = trainer(), dict[str, Any]()
-    base = own.engine.optimizer.optimizer
+    pieces = own.engine.optimizer.pieces_to_load()
     with Metrics(run_folder.path, 0, quiet=dist.get_rank() != 0) as metrics:
         for _ in range(2):
             own.take_step(metrics)
         weight = next(own.engine.module.parameters())
         results["weight"] = poisoned(weight.data, math.nan, 1, own._save)
         results["infinite"] = poisoned(weight.data, math.inf, 0, own._save)
-        flat = base.param_groups[0]["params"][0]
-        results["master"] = poisoned(flat.data, math.nan, 1, own._save)
-        results["state"] = poisoned(base.state[flat]["exp_avg_sq"], math.inf, 0, own._save)
+        for kind in ("master", "exp_avg_sq"):
+            values = next((piece.values for piece in pieces if piece.kind == kind), None)
+            if values is not None:
+                results[kind] = poisoned(values, math.nan, 1, own._save)
         dist.barrier()
         results["saved while poisoned"] = saved()
         # A loss that is not finite while gradients are.
@@ -116,7 +117,7 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
         own._evaluated = set()
         stop.requested = dist.get_rank() == 1
         results["stop in validation"] = error_of(lambda: own._evaluate(metrics))
-        own._evaluated, own._saved_at = {"validation"}, own._step
+        own._evaluated, own._saver.saved_at = {"validation"}, own._step
         results["stop in a sample"] = error_of(lambda: own._sample(metrics))
         stop.requested = False
         results["saved by a stop"] = saved()
