@@ -142,8 +142,6 @@ class OptimizerConfig(Config):
     """Optimizer. A change on resume starts its state anew."""
     learning_rate: Annotated[Positive, MAY_CHANGE]
     """Peak learning rate, reached when warm-up ends."""
-    muon: Annotated[MuonConfig, MAY_CHANGE] = MuonConfig()
-    """Settings of Muon, where name is muon."""
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of the running averages of gradients and squared gradients."""
     eps: Positive = 1e-8
@@ -153,12 +151,14 @@ class OptimizerConfig(Config):
     decayed: Annotated[list[Annotated[Role, choice(Role)]], MAY_CHANGE] = Field(
         default_factory=lambda: [Role.EMBEDDING, Role.HEAD, Role.MATRIX]
     )
-    """Roles of the parameters that weight decay acts on: embedding, head, matrix (2-D weights of blocks), norm, bias. A
-    tied matrix is an embedding."""
+    """Roles of the parameters that weight decay acts on; a matrix is a 2-D weight of a block, and a tied head is an
+    embedding."""
     max_grad_norm: Annotated[NotNegative, MAY_CHANGE] = 1.0
     """Global norm that gradients are clipped to; 0 turns clipping off."""
     z_loss: NotNegative = 0.0
     """Weight of the squared log-sum-exp of the logits in the training loss (PaLM, arXiv 2204.02311)."""
+    muon: Annotated[MuonConfig, MAY_CHANGE] = MuonConfig()
+    """Settings of Muon, where name is muon."""
 
 
 class ScheduleConfig(Config):
