@@ -117,7 +117,7 @@ def test_a_folder_without_a_run_or_without_a_checkpoint(
 
 def test_damaged_weights_end_with_3(run: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     own = make_run(tmp_path / "run", run.path.parent / "mini.yaml")
-    path = own.checkpoints / "step_00000006" / "state" / "layer_01-model_states.pt"
+    path = own.checkpoints / "step_00000006" / "weights" / "blocks.0.safetensors"
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
