@@ -71,7 +71,7 @@ class Projection:
     """Share of the remaining step that the average stage waits for the slowest one."""
     communication_seconds: float
     """Seconds per step of communication that no computation hides: gradient reduction over replicas, the tied matrix
-    between first and last stage, and on DeepSpeed's own paths the tensors between stages."""
+    between first and last stage."""
     step_seconds: float
     tokens_per_second: float
     days: float
