@@ -34,10 +34,11 @@ two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, found {GPUS}")
 real_gpu = pytest.mark.skipif(ON_CPU, reason="the CPU has neither kernels nor graphs")
 
 STEPS, EVERY = 12, 4
-SAME_BITS, FP32, BF16 = (0.0, 0.0), (1e-5, 1e-3), (0.01, 0.1)
+SAME_BITS, FP32, BF16, ROUNDED_STATE = (0.0, 0.0), (1e-5, 1e-3), (0.01, 0.1), (1e-3, 0.02)
 """Largest differences of losses and of gradient norms, relative.
 
-bf16 keeps 8 bits, and other sums round otherwise. On a CPU, torch's norm of a long fp32 tensor is right to four digits.
+bf16 keeps 8 bits, and other sums round otherwise. So does the state of 8-bit AdamW, and the momentum that Muon
+orthogonalizes in bf16.
 """
 RECIPE = {
     "model": {
@@ -164,6 +165,18 @@ def test_two_gpus_are_one_in_bf16(pretrain: Callable[..., Run], layout: str) -> 
 @two_gpus
 def test_two_stages_are_one_gpu_in_fp32(pretrain: Callable[..., Run]) -> None:
     assert_equal(pretrain("pp=2", "dtype=fp32"), pretrain("one", "dtype=fp32"), FP32)
+
+
+@two_gpus
+@pytest.mark.parametrize("layout", ["pp=2", "dp=2"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw8bit"])
+def test_other_optimizers_on_two_gpus_are_one(pretrain: Callable[..., Run], layout: str, optimizer: str) -> None:
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+        if ON_CPU:
+            pytest.skip("bitsandbytes computes it on CUDA only")
+    settings = ("dtype=fp32", f"optimizer.name={optimizer}")
+    assert_equal(pretrain(layout, *settings), pretrain("one", *settings), ROUNDED_STATE, last=10)
 
 
 def test_a_resumed_run_has_the_same_bits(pretrain: Callable[..., Run]) -> None:
