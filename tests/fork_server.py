@@ -178,7 +178,7 @@ def run_rank(job: Job, rank: int, port: int, feeding: int) -> int:
 def described(batch: MicroBatch, step: int, layout: Layout) -> bytes:
     """A line with the step, the stage, and number and hash of each sample."""
     (tokens, document_map), (labels, _) = batch
-    numbers = document_map[:, -2:].contiguous().view(torch.int64).flatten().tolist()
+    numbers = document_map[:, -2:].clone(memory_format=torch.contiguous_format).view(torch.int64).flatten().tolist()
     rows = [
         hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]
         for parts in zip(tokens, document_map, labels, strict=True)
