@@ -15,7 +15,7 @@ from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import list_checkpoints, newest_good
 from megazh.training.checkpoint_report import verify
 
-KILLS = int(os.environ.get("MEGAZH_TEST_KILLS", "40"))
+KILLS = int(os.environ.get("MEGAZH_TEST_KILLS", "24"))
 """Number of kills; 100 take several minutes."""
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(240 + 6 * KILLS)]
 
