@@ -12,7 +12,7 @@ COLUMNS = 80
 _GIB = 1 << 30
 _UNITS = ((1, ""), (1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T"))
 _SEPARATORS = (" | ", "  ", " ")
-_LEFT_OUT_FIRST = ("lr", "memory", "mfu", "rate", "eta", "scale")
+_LEFT_OUT_FIRST = ("lr", "memory", "mfu", "rate", "eta")
 """Parts that a line goes without where all do not fit, in this order; `metrics.jsonl` has them all."""
 
 
@@ -28,8 +28,6 @@ def step_line(record: "StepRecord") -> str:
         "norm": f"norm {_digits(record.grad_norm, 4)}",
         "rate": f"{compact(record.tokens_per_second):>5} tok/s",
     }
-    if record.loss_scale is not None:
-        parts["scale"] = f"scale {record.loss_scale:<5.0f}"
     if record.mfu is not None:
         parts["mfu"] = f"MFU {record.mfu:>3.0%}"
     if record.memory_bytes is not None:

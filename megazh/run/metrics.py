@@ -61,8 +61,6 @@ class StepRecord:
     """Whether the optimizer skipped the step because a gradient was not finite."""
     eta_seconds: float
     """Estimated seconds until the last step."""
-    loss_scale: float | None = None
-    """Dynamic loss scale; only with fp16."""
     skipped_so_far: int | None = None
     """Steps of the run that were skipped so far; None in files of versions that did not count them."""
     z_loss: float | None = None
@@ -163,7 +161,6 @@ class Metrics:
             "train/z_loss": record.z_loss,
             "train/lr": record.learning_rate,
             "train/grad_norm": record.grad_norm,
-            "train/loss_scale": record.loss_scale,
             "train/skipped": float(record.skipped),
             "train/tokens": record.tokens,
             "speed/tokens_per_second": record.tokens_per_second,

@@ -75,12 +75,11 @@ def test_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ]
 
 
-def test_skipped_step_and_loss_scale_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_skipped_step_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Metrics(tmp_path, 0, quiet=False) as metrics:
-        metrics.step(record(1, skipped=True, grad_norm=math.inf, loss_scale=65536.0))
+        metrics.step(record(1, skipped=True, grad_norm=math.inf))
     (line,) = _lines(capsys)
     assert "norm inf" in line
-    assert "scale 65536" in line
     assert line.endswith("skipped: not finite")
     assert len(line) <= 80
 
@@ -280,7 +279,6 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
         tokens_per_second_per_gpu=math.nan,
         mfu=math.nan,
         eta_seconds=math.inf,
-        loss_scale=-math.inf,
     )
     with Metrics(tmp_path, 0, quiet=False) as metrics:
         metrics.step(odd)
@@ -294,7 +292,6 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     step, validation = read_metrics(tmp_path)
     assert math.isnan(step["loss"])
     assert step["grad_norm"] == step["eta_seconds"] == math.inf
-    assert step["loss_scale"] == -math.inf
     assert math.isnan(validation["loss"])
     ((number, loss),) = points(tmp_path, "train/loss")
     assert number == 1
@@ -317,7 +314,6 @@ def test_tensorboard_has_the_scalars_and_the_text(metrics_file: Path) -> None:
         "validation/loss",
         "validation/bits_per_byte",
     } <= set(tags["scalars"])
-    assert "train/loss_scale" not in tags["scalars"]
     assert points(metrics_file.parent, "memory/reserved_gib")[0] == (1, 20.0)
     (tag,) = tags["tensors"]
     (text,) = {event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)}
