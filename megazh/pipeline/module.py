@@ -18,7 +18,7 @@ from megazh.model.decoder import run_layers
 from megazh.model.document_map import decode_document_map, decode_sample_numbers
 from megazh.model.dropout import Dropout
 from megazh.model.layers import Block, Embedding, Head, layer_count, make_layer
-from megazh.model.loss import loss_and_gradient, summed_losses
+from megazh.model.loss import loss_and_gradient, summed_cross_entropy
 from megazh.pipeline.work import Work
 
 _TIED = "embedding"
@@ -154,7 +154,7 @@ class DecoderPipeline(PipelineModule):
         return run_layers(self._embedding, self._blocks, self._norm, states, attend, checkpointing)
 
     def scaled_loss(self, outputs: tuple[torch.Tensor], labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Summed cross entropy times a scale that makes the sum over all micro-batches a mean over tokens.
+        """Validation loss: summed cross entropy times a scale that makes the sum over micro-batches a mean over tokens.
 
         Args:
             outputs: (batch, seq, hidden) normed states.
@@ -162,16 +162,13 @@ class DecoderPipeline(PipelineModule):
         """
         assert self._head is not None
         (hidden,), (wanted, scale) = outputs, labels
-        z_loss, scale = self._z_loss if self.training else 0.0, scale.squeeze()
-        total, z_total = summed_losses(hidden, self._head.weight, wanted, z_loss, self.fused, self.config.vocab_size)
-        if self.training:
-            self._last_z_loss = z_total * scale
-        return total * scale
+        total = summed_cross_entropy(hidden, self._head.weight, wanted, fused=self.fused, vocab=self.config.vocab_size)
+        return total * scale.squeeze()
 
     def loss_and_gradient(
         self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training loss as in `scaled_loss`, together with its gradients.
+        """Training loss, scaled as in `scaled_loss` and with the z-loss, together with its gradients.
 
         The head's gradient is added to the `main_grad` of its matrix.
 
