@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the Python environment of this repository if it is not there yet, and print the path of its interpreter.
 #
-#   python=$(bash jobs/setup.sh [--dev] [--mpi] [--bench])
+#   python=$(bash jobs/setup.sh [--dev] [--mpi] [--hf] [--bench])
 #
 # The first call makes .venv with the versions that requirements/*.txt pin; later calls find it complete and return. Each
 # installed part leaves a stamp: extras add up, a changed requirement file installs its part again, and an interrupted
@@ -27,9 +27,9 @@ main() {
     local extras=() option
     for option in "$@"; do
         case $option in
-            --dev | --mpi | --bench) extras+=("${option#--}") ;;
+            --dev | --mpi | --hf | --bench) extras+=("${option#--}") ;;
             -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
-            *) fail 2 "unknown option $option; expected --dev, --mpi or --bench" ;;
+            *) fail 2 "unknown option $option; expected --dev, --mpi, --hf or --bench" ;;
         esac
     done
     if [[ -n ${MEGAZH_PYTHON:-} ]]; then
@@ -67,7 +67,7 @@ wanted() {
         venv) echo "$root" && return ;; # a virtual environment does not survive being moved
         torch) wanted_torch && return ;;
         megazh) files=("$root/pyproject.toml") ;;
-        dev) files=("$requirements/dev.txt" "$requirements/dev-no-deps.txt" "$requirements/triton.txt") ;;
+        dev) files=("$requirements"/dev*.txt "$requirements/hf.txt" "$requirements/triton.txt") ;;
         *) files=("$requirements/$1.txt") ;;
     esac
     cat "${files[@]}" | sha256sum
@@ -113,11 +113,16 @@ make_part() {
         # Built by the pinned setuptools of the environment, so that nothing unpinned comes in.
         megazh) pip_install megazh --no-deps --no-build-isolation --editable "$root" ;;
         dev)
-            pip_install "requirements/dev.txt" --requirement "$requirements/dev.txt"
+            pip_install "requirements/dev.txt" --requirement "$requirements/dev.txt" \
+                --requirement "$requirements/dev-peers.txt" --requirement "$requirements/hf.txt"
             pip_install "requirements/dev-no-deps.txt" --no-deps --requirement "$requirements/dev-no-deps.txt"
             # For its interpreter. CUDA builds of torch bring the Triton that they were built for.
             "$venv/bin/python" -c 'import triton' 2> /dev/null ||
                 pip_install triton --no-deps --requirement "$requirements/triton.txt"
+            # Beside the newer one, which it must not replace; the tests that need it put its folder first.
+            rm -rf "$venv/transformers-4.46"
+            pip_install "transformers 4.46" --no-deps --target "$venv/transformers-4.46" --requirement \
+                "$requirements/dev-transformers-4.46.txt"
             ;;
         *) pip_install "requirements/$part.txt" --requirement "$requirements/$part.txt" ;;
     esac
@@ -163,6 +168,7 @@ use_own_python() {
         case $extra in
             dev) modules+=(fastokens pytest pytest_timeout hypothesis ruff mypy megatron.core triton) ;;
             mpi) modules+=(mpi4py) ;;
+            hf) modules+=(transformers accelerate) ;;
             bench) modules+=(fastokens gigatoken datasets) ;;
         esac
     done
