@@ -10,12 +10,13 @@ MEGAZH = Path(__file__).parents[1] / "megazh"
 # Lowest first: a package may import from packages on lines above its own. Modules of the first line may import one
 # another; packages that share any other line may not.
 ORDER = [
-    ["console", "errors", "writing", "caches", "files", "progress", "program", "config", "settings"],
+    ["console", "errors", "writing", "caches", "files", "progress", "program", "config", "settings", "tensor_file"],
     ["corpus", "demo"],
     ["tokenizer"],
     ["index"],
     ["kernels"],
     ["model"],
+    ["exchange"],
     ["run"],
     ["pipeline"],
     ["training"],

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from megazh.errors import DataError
 from megazh.files import sha256_file
 from megazh.pipeline.state import MASTER, WEIGHT, Piece
+from megazh.tensor_file import DTYPES, TensorReader
 from megazh.training.checkpoint_list import CheckpointManifest, FileEntry, TensorEntry
 from megazh.training.collect import gather
-from megazh.training.tensor_file import DTYPES, TensorReader
 
 _WEIGHTS = (WEIGHT, MASTER)
 

@@ -11,8 +11,8 @@ import torch
 from megazh.files import fsync_directory
 from megazh.pipeline.sharded_optimizer import layer_of
 from megazh.pipeline.state import WEIGHT, Piece
+from megazh.tensor_file import DTYPES, NamedTensor, file_bytes, write_tensor_file
 from megazh.training.checkpoint_list import OPTIMIZER, WEIGHTS, FileEntry, PieceEntry, TensorEntry
-from megazh.training.tensor_file import DTYPES, NamedTensor, file_bytes, write_tensor_file
 
 _ALIGNMENT = 64  # bytes; every dtype's width divides it
 

@@ -10,9 +10,9 @@ from megazh.files import check_sha256
 from megazh.model.decoder import Decoder
 from megazh.model.layers import load_unpadded
 from megazh.pipeline.state import MASTER, WEIGHT
+from megazh.tensor_file import DTYPES, NamedTensor, TensorReader, write_tensor_file
 from megazh.training.checkpoint_list import MANIFEST, CheckpointManifest, TensorEntry, read_manifest
 from megazh.training.recipe import Recipe
-from megazh.training.tensor_file import DTYPES, NamedTensor, TensorReader, write_tensor_file
 
 
 def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Decoder:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from megazh.errors import DataError
-from megazh.training.tensor_file import NamedTensor, TensorReader, file_bytes, write_tensor_file
+from megazh.tensor_file import NamedTensor, TensorReader, file_bytes, write_tensor_file
 
 
 def made_tensors() -> list[NamedTensor]:

@@ -1,0 +1,1 @@
+"""Hugging Face folders: weights, configuration and tokenizer files, in and out."""
