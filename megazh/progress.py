@@ -18,16 +18,17 @@ class Progress:
         what: the word in front of the bar.
         total: number of bytes to process.
         quiet: write nothing (every rank but one).
+        unit: what is counted in place of bytes, such as "rows".
     """
 
-    def __init__(self, what: str, total: int, quiet: bool = False) -> None:
-        self._what, self._total, self._quiet = what, total, quiet
+    def __init__(self, what: str, total: int, quiet: bool = False, unit: str = "B") -> None:
+        self._what, self._total, self._quiet, self._unit = what, total, quiet, unit
         self._done = self._tokens = 0
         self._begin = self._printed = time.monotonic()
         self._output = lenient(sys.stderr)  # work goes on where nobody reads
         terminal = self._output.isatty() and not quiet
         self._bar = (
-            tqdm(total=total, unit="B", unit_scale=True, desc=what, dynamic_ncols=True, leave=False, file=self._output)
+            tqdm(total=total, unit=unit, unit_scale=True, desc=what, dynamic_ncols=True, leave=False, file=self._output)
             if terminal
             else None
         )
@@ -46,8 +47,8 @@ class Progress:
             left = seconds * (self._total - self._done) / max(self._done, 1)
             rate = f", {_scaled(self._tokens / seconds)}tok/s" if self._tokens else ""
             self._output.write(
-                f"{self._what}: {_scaled(self._done)}B of {_scaled(self._total)}B, "
-                f"{_scaled(self._done / seconds)}B/s{rate}, {duration(left)} left\n"
+                f"{self._what}: {_scaled(self._done)}{self._unit} of {_scaled(self._total)}{self._unit}, "
+                f"{_scaled(self._done / seconds)}{self._unit}/s{rate}, {duration(left)} left\n"
             )
             self._output.flush()
 

@@ -20,6 +20,7 @@ ORDER = [
     ["run"],
     ["pipeline"],
     ["training"],
+    ["prefs"],
     ["cluster"],
     ["cli"],
 ]

@@ -25,6 +25,7 @@ COMMANDS = {
     "tokenizer": "train a tokenizer, or look at one",
     "mixture": "look at a manifest: shares, epochs, validation side",
     "pack": "how documents become samples: numbers, and a picture of one",
+    "prefs": "preference data for DPO, converted or generated with a model",
     "stories": "write Chinese micro-stories made from a seed: a small corpus to try everything with",
     "rank": "one rank of a run (pretrain starts them)",
 }

@@ -123,7 +123,7 @@ class _JsonReader:
         )
 
 
-class _Bytes(io.RawIOBase):
+class ByteReader(io.RawIOBase):
     """A stream as Python's `io` reads it."""
 
     def __init__(self, stream: Any) -> None:
@@ -153,7 +153,7 @@ def csv_lines(path: Path, stream: Any, options: ReadOptions, tabs: bool) -> Iter
         DataError: a quoted field is broken, or never ends.
     """
     key, limit = options.text_key, options.max_raw_bytes(Format.CSV)
-    file = io.TextIOWrapper(io.BufferedReader(_Bytes(stream), _BLOCK), "utf-8-sig", "surrogateescape", newline="")
+    file = io.TextIOWrapper(io.BufferedReader(ByteReader(stream), _BLOCK), "utf-8-sig", "surrogateescape", newline="")
     first = file.readline(limit)
     if not first:
         return

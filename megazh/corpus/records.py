@@ -105,11 +105,7 @@ def json_text(line: bytes, key: str) -> str | None:
     """
     if not line.strip():
         return None
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        value = _python_json(line)
-    text = value_at(value, key)
+    text = value_at(json_value(line), key)
     if not isinstance(text, str):
         raise RecordError(Reason.NOT_TEXT, f"'{key}' is {_type_name(text)}")
     try:
@@ -117,6 +113,14 @@ def json_text(line: bytes, key: str) -> str | None:
     except UnicodeEncodeError as error:
         raise RecordError(Reason.LONE_SURROGATE, f"character {error.start}: {text[error.start]!a}") from None
     return text
+
+
+def json_value(line: bytes) -> Any:
+    """The value of a JSON line, `NaN` and `Infinity` included. Raises RecordError if it is not valid JSON."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return _python_json(line)
 
 
 def row_text(line: bytes, key: str) -> str:

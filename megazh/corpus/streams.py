@@ -1,14 +1,18 @@
 """Sources as streams of bytes: decompressed, decoded to UTF-8, and with one record per line."""
 
 import codecs
+import io
 from collections.abc import Iterator
 
 from megazh.corpus.compression import Stream, open_bytes
-from megazh.corpus.convert import csv_lines, json_lines
+from megazh.corpus.convert import ByteReader, csv_lines, json_lines
 from megazh.corpus.encodings import INVALID
 from megazh.corpus.formats import COLUMNAR, CONVERTED, Format
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import Source
+from megazh.errors import DataError
+
+_BUFFER = 1 << 18
 
 
 def is_stream(source: Source, options: ReadOptions) -> bool:
@@ -24,14 +28,69 @@ def open_stream(source: Source, options: ReadOptions) -> Stream:
     Raises:
         OSError: the file cannot be opened.
     """
-    stream = open_bytes(source.path, source.compression)
-    if options.encoding:
-        stream = _Decoded(stream, options.encoding)
+    stream = _open_text(source, options)
     if source.format is Format.JSON:
         return _Lines(stream, json_lines(source.path, stream, options))
     if source.format in (Format.CSV, Format.TSV):
         return _Lines(stream, csv_lines(source.path, stream, options, source.format is Format.TSV))
     return stream
+
+
+def json_records(source: Source, options: ReadOptions) -> Iterator[tuple[bytes, int]]:
+    """Each record of a JSONL or JSON source as one line, with the number of bytes of the file that were read so far.
+
+    A line of JSONL that is longer than `options.max_raw_bytes` is cut there, and its rest left out.
+
+    Raises:
+        OSError: the file cannot be opened or read.
+        DataError: the file is damaged. All whole records before the damage were given, up to the last 64 KiB of them
+            where the file is compressed.
+    """
+    stream = _ErrorsLast(_open_text(source, options))
+    if source.format is Format.JSON:
+        for line in json_lines(source.path, stream, options):
+            yield line, stream.tell()
+        return
+    file = io.BufferedReader(ByteReader(stream), _BUFFER)
+    limit, at_start = options.max_raw_bytes(source.format), True
+    while line := file.readline(limit):
+        yield (line.removeprefix(codecs.BOM_UTF8) if at_start else line), stream.tell()
+        at_start = False
+        while len(line) == limit and not line.endswith(b"\n"):
+            line = file.readline(limit)
+
+
+def _open_text(source: Source, options: ReadOptions) -> Stream:
+    """The bytes of a source, decompressed and in UTF-8."""
+    stream = open_bytes(source.path, source.compression)
+    return _Decoded(stream, options.encoding) if options.encoding else stream
+
+
+class _ErrorsLast:
+    """A stream that gives all that could be read before it raises an error."""
+
+    _STEP = 1 << 16
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._error: DataError | None = None
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def read(self, size: int) -> bytes:
+        if self._error:
+            raise self._error
+        found, length = [], 0
+        try:
+            while length < size and (part := self._stream.read(min(size - length, self._STEP))):
+                found.append(part)
+                length += len(part)
+        except DataError as error:
+            if not found:
+                raise
+            self._error = error
+        return b"".join(found)
 
 
 class _Decoded:
