@@ -1,0 +1,37 @@
+"""`generation_config.json` of a Hugging Face folder: where texts end, and how tokens are drawn by default."""
+
+from typing import Any
+
+from megazh.errors import UsageError
+from megazh.tokenizer import Tokenizer
+
+GENERATION = "generation_config.json"
+
+
+def generation_config(tokenizer: Tokenizer, chat_end: str | None = None) -> dict[str, Any]:
+    """The values of `generation_config.json`, with the defaults of `megazh sample` for drawing.
+
+    Texts end at the end-of-document token. Those of a chat model end at the token that ends a turn as well, which comes
+    first then, since some programs read one id only.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        chat_end: control token that ends a turn, such as `<|im_end|>`; None for a base model.
+
+    Raises:
+        UsageError: the tokenizer has no such control token.
+    """
+    end: int | list[int] = tokenizer.eod_id
+    if chat_end is not None:
+        turn = next((each for each in sorted(tokenizer.control_ids) if tokenizer.piece(each) == chat_end), None)
+        if turn is None:
+            raise UsageError(f"{tokenizer.path}: has no control token {chat_end!r}, which would end a turn of a chat")
+        end = [turn, tokenizer.eod_id]
+    return {
+        "eos_token_id": end,
+        "pad_token_id": tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id,
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 50,
+        "top_p": 0.95,
+    }
