@@ -1,10 +1,11 @@
-"""Atomic writes, files that are hashed while they are written, locks, and remembered hashes of files."""
+"""Atomic writes of files and folders, files that are hashed while they are written, locks, and remembered hashes."""
 
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -72,6 +73,38 @@ def _write_atomic(path: Path, data: bytes, durable: bool) -> None:
         raise
     if durable:
         fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Make a folder that appears under its name once the block has filled it: temporary name, fsync, rename.
+
+    The block gets the temporary folder, and flushes its files itself. A folder of that name is replaced.
+
+    Raises:
+        WriteError: the folder cannot be made; the old one stays.
+    """
+    target = target.absolute()
+    temporary = target.with_name(f".{target.name}.unfinished")
+    replaced = target.with_name(f".{target.name}.replaced")
+    with writing(target):
+        for left in (temporary, replaced):  # of an interrupted call
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        with writing(target):
+            fsync_directory(temporary)
+            if target.exists():
+                target.rename(replaced)
+            temporary.rename(target)
+            fsync_directory(target.parent)
+    except BaseException:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 class NewFile:

@@ -109,6 +109,11 @@ class TensorReader:
         except SafetensorError as error:
             raise DataError(f"{path}: not a file of tensors: {error}") from None
 
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype, as the format names it, and shape of each tensor, by name."""
+        slices = {key: self._file.get_slice(key) for key in sorted(self._keys)}
+        return {key: (found.get_dtype(), tuple(found.get_shape())) for key, found in slices.items()}
+
     def read(self, key: str, dtype: str, shape: Sequence[int], begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Read a range of a tensor.
 

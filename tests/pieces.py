@@ -123,17 +123,22 @@ def made_manifest(step: int, run_id: str = "this-run", **changes: object) -> Che
 
 def write_checkpoint(folder: Path, optimizers: Sequence[MadeOptimizer], step: int, run_id: str = "this-run") -> Path:
     """Write the checkpoint of all ranks of a layout, in one process; returns its path."""
-    path = checkpoint_path(folder, step)
-    parts = []
-    for rank, optimizer in enumerate(optimizers):
-        copy = HostCopy(optimizer.pieces_to_save(), rank)
-        copy.take()
-        parts.append(copy.write(path))
-    written = merged(parts)
     first = optimizers[0]
     manifest = made_manifest(
         step, run_id, stages=first.stages, replicas=first.replicas, optimizer=first.name, updates=first.updates
     )
+    return write_pieces(folder, [optimizer.pieces_to_save() for optimizer in optimizers], manifest)
+
+
+def write_pieces(folder: Path, ranks: Sequence[Sequence[Piece]], manifest: CheckpointManifest) -> Path:
+    """Write a checkpoint of the pieces of each rank and of this manifest, in one process; returns its path."""
+    path = checkpoint_path(folder, manifest.step)
+    parts = []
+    for rank, pieces in enumerate(ranks):
+        copy = HostCopy(pieces, rank)
+        copy.take()
+        parts.append(copy.write(path))
+    written = merged(parts)
     write_manifest(path, manifest.model_copy(update={"files": written.files, "tensors": written.tensors}))
     return path
 

@@ -14,7 +14,7 @@ from textdata import ROOT, finish, kill_group, start
 
 from megazh import files
 from megazh.errors import BusyError, DataError
-from megazh.files import check_sha256, known_sha256, locked, remember_sha256, sha256_file, write_atomic
+from megazh.files import check_sha256, known_sha256, locked, new_folder, remember_sha256, sha256_file, write_atomic
 
 
 @pytest.fixture(autouse=True)
@@ -265,3 +265,27 @@ def test_unwritable_cache_folder_is_no_error(tmp_path: Path, monkeypatch: pytest
 
 def test_root_is_the_project() -> None:
     assert (ROOT / "megazh" / "files.py").samefile(files.__file__)
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with new_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    with pytest.raises(FileNotFoundError), new_folder(target) as folder:
+        (folder / "nowhere" / "a").write_text("2")
+    assert (target / "a").read_text() == "1"
+    with new_folder(target) as folder:
+        (folder / "b").write_text("3")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_what_an_interrupted_call_left_of_a_folder_is_removed(tmp_path: Path) -> None:
+    for left in (".model.unfinished", ".model.replaced"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "old").write_text("")
+    with new_folder(tmp_path / "model") as folder:
+        assert list(folder.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

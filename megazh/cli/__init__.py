@@ -21,6 +21,7 @@ COMMANDS = {
     "pretrain": "train a model through a pipeline of stages",
     "sample": "continue a text with a trained model",
     "checkpoint": "list, verify, prune and export the checkpoints of a run",
+    "export": "write a trained model as a Hugging Face folder",
     "index": "build, inspect, verify, merge and adopt indexes of tokens",
     "tokenizer": "train a tokenizer, or look at one",
     "mixture": "look at a manifest: shares, epochs, validation side",

@@ -1,5 +1,6 @@
 """Reads a checkpoint into the state of a rank: from each file only the ranges that the rank needs, in any layout."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from megazh.errors import DataError
 from megazh.files import sha256_file
 from megazh.pipeline.state import MASTER, WEIGHT, Piece
 from megazh.tensor_file import DTYPES, TensorReader
-from megazh.training.checkpoint_list import CheckpointManifest, FileEntry, TensorEntry
+from megazh.training.checkpoint_list import CheckpointManifest, FileEntry, PieceEntry, TensorEntry
 from megazh.training.collect import gather
 
 _WEIGHTS = (WEIGHT, MASTER)
@@ -36,6 +37,14 @@ def fault_of(checkpoint: Path, entry: FileEntry, on_bytes: Callable[[int], None]
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror}"
     return "" if found == entry.sha256 else f"{path}: its content has changed since it was written"
+
+
+def shape_in_file(entry: TensorEntry, piece: PieceEntry) -> list[int]:
+    """Shape of a piece in its file: rows of the parameter for a weight, and flat for the optimizer's state."""
+    numbers = piece.end - piece.begin
+    if entry.kind != WEIGHT:
+        return [-(-numbers // entry.block)]
+    return [numbers // math.prod(entry.shape[1:]), *entry.shape[1:]]
 
 
 def load_checkpoint(
@@ -118,7 +127,7 @@ def _read(checkpoint: Path, wanted: Sequence[tuple[Piece, TensorEntry]]) -> None
         with TensorReader(checkpoint / name) as reader:
             for piece, entry, stored in parts:
                 begin, end = max(piece.begin, stored.begin), min(piece.end, stored.end)
-                shape = entry.shape if entry.kind == WEIGHT else [-(-(stored.end - stored.begin) // entry.block)]
+                shape = shape_in_file(entry, stored)
                 first, last = (begin - stored.begin) // entry.block, -(-(end - stored.begin) // entry.block)
                 found = reader.read(stored.key, entry.dtype, shape, first, last)
                 place = (begin - piece.begin) // piece.block

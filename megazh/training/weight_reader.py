@@ -1,0 +1,97 @@
+"""Reads the weights of a checkpoint range by range, so that a model need not fit the memory."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from megazh.errors import DataError
+from megazh.pipeline.state import MASTER, WEIGHT
+from megazh.tensor_file import DTYPES, TensorReader
+from megazh.training.checkpoint_list import MANIFEST, CheckpointManifest, FileEntry, TensorEntry
+from megazh.training.checkpoint_read import fault_of, shape_in_file
+
+_BLOCK = 1 << 22  # numbers that are read at a time
+
+
+class WeightReader:
+    """The weights of a checkpoint, open for reading.
+
+    Args:
+        checkpoint: the checkpoint.
+        manifest: its manifest.
+        masters: whether the fp32 masters are read where there are any, instead of the weights.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+
+    def __init__(self, checkpoint: Path, manifest: CheckpointManifest, masters: bool = False) -> None:
+        self._checkpoint = checkpoint
+        self._entries = {entry.parameter: entry for entry in manifest.tensors if entry.kind == WEIGHT}
+        if masters:
+            self._entries |= {entry.parameter: entry for entry in manifest.tensors if entry.kind == MASTER}
+        names = {piece.file for entry in self._entries.values() for piece in entry.pieces}
+        self.files: list[FileEntry] = [entry for entry in manifest.files if entry.name in names]
+        """The files that are read, as far as their hashes are known."""
+        self._names, self._readers, self._stack = sorted(names), dict[str, TensorReader](), ExitStack()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters by name, without rows that only pad them."""
+        return {name: tuple(entry.shape) for name, entry in self._entries.items()}
+
+    def check(self, on_bytes: Callable[[int], None]) -> None:
+        """Compare the files with their hashes; `on_bytes` is called with the size of each block read.
+
+        Raises:
+            DataError: the content of a file has changed.
+        """
+        for entry in self.files:
+            if fault := fault_of(self._checkpoint, entry, on_bytes):
+                raise DataError(f"{fault}; take another checkpoint")
+
+    def blocks(self, parameter: str, begin: int = 0, end: int | None = None) -> Iterator[torch.Tensor]:
+        """Read a range of a parameter, counted in the flattened parameter; by default all of it.
+
+        Yields:
+            1-D tensors on the CPU, one behind the other, in the dtype of the file.
+
+        Raises:
+            DataError: the file holds something else than the manifest names.
+        """
+        entry = self._entry(parameter)
+        end = math.prod(entry.shape) if end is None else end
+        for piece in sorted(entry.pieces, key=lambda piece: piece.begin):
+            shape = shape_in_file(entry, piece)
+            first, last = max(begin, piece.begin), min(end, piece.end)
+            for start in range(first, last, _BLOCK):
+                stop = min(start + _BLOCK, last)
+                yield self._readers[piece.file].read(
+                    piece.key, entry.dtype, shape, start - piece.begin, stop - piece.begin
+                )
+
+    def dtype(self, parameter: str) -> torch.dtype:
+        """Dtype of a parameter in the file."""
+        name = self._entry(parameter).dtype
+        return next(dtype for dtype, known in DTYPES.items() if known == name)
+
+    def _entry(self, parameter: str) -> TensorEntry:
+        if parameter not in self._entries:
+            raise DataError(f"{self._checkpoint / MANIFEST}: names no {parameter}: it is of another model")
+        return self._entries[parameter]
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._readers = {name: stack.enter_context(TensorReader(self._checkpoint / name)) for name in self._names}
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
