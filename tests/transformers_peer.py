@@ -56,8 +56,10 @@ def ids(folder: str, texts: list[str], fast: bool = True) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=fast)
-    encoded = tokenizer(texts)["input_ids"]
+    made = tokenizer(texts)
+    encoded = made["input_ids"]
     return {
+        "made": sorted(made),
         "class": type(tokenizer).__name__,
         "ids": encoded,
         "texts": [tokenizer.decode(each, skip_special_tokens=True) for each in encoded],

@@ -160,6 +160,7 @@ def _config(settings: dict[str, Any], special: dict[str, Any], family: Family, l
             str(token["id"]): {flag: token.get(flag, False) for flag in flags} for token in settings["added_tokens"]
         },
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # what `generate` takes
     }
     if family is Family.QWEN2:
         config["add_prefix_space"] = False

@@ -10,14 +10,17 @@ import torch
 
 from megazh.errors import DataError, UsageError
 from megazh.exchange.families import Family, choose_family
+from megazh.exchange.generation_config import GENERATION, generation_config
 from megazh.exchange.hf_config import CONFIG, hf_config
 from megazh.exchange.shards import StreamedTensor, write_shards
 from megazh.exchange.tensor_names import HfTensor, hf_tensors
+from megazh.exchange.tokenizer_files import write_tokenizer_files
 from megazh.files import new_folder, write_atomic
 from megazh.pipeline.precision import Dtype
 from megazh.progress import Progress
 from megazh.tokenizer import Tokenizer
 from megazh.training.checkpoint_list import MANIFEST
+from megazh.training.model_card import MODEL_CARD, model_card
 from megazh.training.model_source import ModelSource
 from megazh.training.weight_reader import WeightReader
 from megazh.writing import check_room, check_writable
@@ -63,7 +66,8 @@ def export_to_hf(source: ModelSource, target: Path, options: ExportOptions) -> E
         options: the choices.
 
     Raises:
-        UsageError: no family can express the model, or the folder holds something else.
+        UsageError: no family can express the model, its tokenizer cannot be written with the same ids, or the folder
+            holds something else.
         DataError: a file of the checkpoint is damaged, or does not fit its model.
         WriteError: the folder cannot be written.
     """
@@ -79,9 +83,9 @@ def export_to_hf(source: ModelSource, target: Path, options: ExportOptions) -> E
         streamed = [_streamed(reader, tensor, dtype.torch) for tensor in tensors]
         checked = sum(entry.bytes for entry in reader.files)
         with Progress("export", checked + size) as progress, new_folder(target) as folder:
+            _write_descriptions(folder, source, family, dtype, tokenizer, target.absolute().name)
             reader.check(progress.advance)
             files = write_shards(folder, streamed, options.shard_bytes, progress.advance)
-            _write_descriptions(folder, source, family, dtype, tokenizer)
     return Exported(family, dtype, size // dtype.bytes, size, len(files))
 
 
@@ -127,11 +131,15 @@ def _streamed(reader: WeightReader, tensor: HfTensor, dtype: torch.dtype) -> Str
 
 
 def _write_descriptions(
-    folder: Path, source: ModelSource, family: Family, dtype: Dtype, tokenizer: Tokenizer | None
+    folder: Path, source: ModelSource, family: Family, dtype: Dtype, tokenizer: Tokenizer | None, name: str
 ) -> None:
-    """Write the files beside the weights."""
-    eos = tokenizer.eod_id if tokenizer else None
-    pad = tokenizer.pad_id if tokenizer else None
-    name = str(dtype.torch).removeprefix("torch.")
-    values = hf_config(source.model, family, source.trained_length, name, eos, eos if pad is None else pad)
+    """Write the files beside the weights; those of the tokenizer where the model has one."""
+    generation = generation_config(tokenizer) if tokenizer else {"eos_token_id": None, "pad_token_id": None}
+    eos, pad = generation["eos_token_id"], generation["pad_token_id"]
+    torch_name = str(dtype.torch).removeprefix("torch.")
+    values = hf_config(source.model, family, source.trained_length, torch_name, eos, pad)
     write_atomic(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
+    write_atomic(folder / MODEL_CARD, model_card(source, family, dtype, name).encode())
+    if tokenizer is not None:
+        write_atomic(folder / GENERATION, (json.dumps(generation, indent=2) + "\n").encode())
+        write_tokenizer_files(tokenizer, folder, family, source.trained_length)

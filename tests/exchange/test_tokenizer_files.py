@@ -144,6 +144,7 @@ def test_named_tokens_template_and_length(
         pad = tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id
         assert (found["eos"], found["pad"], found["length"]) == (tokenizer.eod_id, pad, tokenizer.tokens), kind
         assert (found["template"], found["max_length"]) == (TEMPLATE, 4096), kind
+        assert found["made"] == ["attention_mask", "input_ids"], "what a model takes"
 
 
 def test_the_files(folders: dict[tuple[str, Family], tuple[Path, Tokenizer]]) -> None:

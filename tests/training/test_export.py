@@ -117,7 +117,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     target = tmp_path / "hf"
     target.mkdir()
     export(one, target)
-    with pytest.raises(UsageError, match=r"hf: holds config.json already; .*--force"):
+    with pytest.raises(UsageError, match=r"hf: holds README.md already; .*--force"):
         export(other, target)
     (target / "added").write_text("")
     export(other, target, force=True)
