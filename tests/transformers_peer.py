@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ def ask(version: str, folder: Path, questions: list[dict[str, Any]]) -> list[dic
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     """The answer to one question."""
     arguments = {name: value for name, value in question.items() if name != "what"}
-    found: dict[str, Any] = {"ids": ids}[question["what"]](**arguments)
-    return found
+    known: dict[str, Callable[..., dict[str, Any]]] = {
+        "ids": ids, "logits": logits, "generated": generated, "resaved": resaved, "made": made,
+    }  # fmt: skip
+    return known[question["what"]](**arguments)
 
 
 def ids(folder: str, texts: list[str], fast: bool = True) -> dict[str, Any]:
@@ -69,6 +72,72 @@ def ids(folder: str, texts: list[str], fast: bool = True) -> dict[str, Any]:
         "max_length": tokenizer.model_max_length,
         "template": tokenizer.chat_template,
     }
+
+
+def logits(folder: str, tokens: list[list[int]], prefill: int, output: str) -> dict[str, Any]:
+    """Logits of rows of tokens, all at once and with a cache: `prefill` tokens, then one at a time.
+
+    `output` gets both as an array (2, rows, seq, vocab).
+    """
+    import numpy as np
+    import torch
+
+    model, rows = _model(folder), torch.tensor(tokens)
+    with torch.no_grad():
+        whole = model(rows).logits
+        step = model(rows[:, :prefill], use_cache=True)
+        pieces = [step.logits]
+        for at in range(prefill, rows.shape[1]):
+            step = model(rows[:, at : at + 1], past_key_values=step.past_key_values, use_cache=True)
+            pieces.append(step.logits)
+    np.save(output, torch.stack((whole, torch.cat(pieces, 1))).float().numpy())
+    return {"class": type(model).__name__, "dtype": str(whole.dtype)}
+
+
+def generated(folder: str, prompt: str, count: int) -> dict[str, Any]:
+    """The greedy continuation of a prompt, and what generation_config.json gave."""
+    from transformers import AutoTokenizer
+
+    model, tokenizer = _model(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    found = model.generate(**inputs, max_new_tokens=count, do_sample=False, temperature=None, top_p=None, top_k=None)
+    config = model.generation_config
+    return {
+        "text": tokenizer.decode(found[0], skip_special_tokens=True),
+        "tokens": found.shape[1] - inputs["input_ids"].shape[1],
+        "eos": config.eos_token_id,
+        "drawing": [config.do_sample, config.temperature, config.top_k, config.top_p],
+    }
+
+
+def resaved(folder: str, output: str) -> dict[str, Any]:
+    """Load a folder and save it in the form of this version."""
+    from transformers import AutoTokenizer
+
+    _model(folder).save_pretrained(output)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(output)
+    return {}
+
+
+def made(model_type: str, config: dict[str, Any], output: str) -> dict[str, Any]:
+    """Make a model with random weights, none of them small, and save it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape)
+    model.save_pretrained(output)
+    return {}
+
+
+def _model(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto").eval()
 
 
 def main() -> None:
