@@ -1,6 +1,6 @@
 """Text generation token by token, with a cache of the keys and values of earlier tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,10 +187,12 @@ def generate(
     count: int,
     options: SamplingOptions,
     tokenizer_size: int,
-    end_id: int | None,
+    end_ids: Collection[int],
     seed: int,
 ) -> Iterator[int]:
-    """Yield the tokens that follow a prompt, as they are sampled, until `end_id` (not yielded) or `count` tokens.
+    """Yield the tokens that follow a prompt, as they are sampled, up to one of `end_ids`, or `count` tokens.
+
+    The token that ends the text is not yielded.
 
     Args:
         forward: called with the prompt, then with each sampled token; see `cached_forward`.
@@ -198,7 +200,7 @@ def generate(
         count: largest number of tokens to generate.
         options: see `SamplingOptions`.
         tokenizer_size: see `draw`.
-        end_id: token id that ends the text; None for no such id.
+        end_ids: token ids that end the text.
         seed: seed of the random numbers.
 
     Raises:
@@ -212,7 +214,7 @@ def generate(
     new = tokens
     for _ in range(count):
         token = draw(forward(new), options, tokens, tokenizer_size, generator)
-        if token == end_id:
+        if token in end_ids:
             return
         yield token
         tokens = [*tokens, token]

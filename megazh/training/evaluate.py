@@ -160,7 +160,7 @@ def sample_text(
     try:
         forward = pipeline_forward(module, len(ids) + count)
         tokens: list[int] = []
-        for token in generate(forward, ids, count, SAMPLING, tokenizer.vocab_size, tokenizer.eod_id, seed):
+        for token in generate(forward, ids, count, SAMPLING, tokenizer.vocab_size, {tokenizer.eod_id}, seed):
             tokens.append(token)
             if len(tokens) % _TOKENS_PER_POLL == 0 and _agree_in_replica(module, stop()):
                 return None

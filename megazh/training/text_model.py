@@ -23,10 +23,14 @@ class TextModel:
         model: the model.
         tokenizer: its tokenizer.
         trained_length: tokens per sample that the model was trained on.
+        end_ids: ids of the tokens at which texts end. Default: the end-of-document token.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, trained_length: int) -> None:
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, trained_length: int, end_ids: frozenset[int] | None = None
+    ) -> None:
         self.model, self.tokenizer, self.trained_length = model, tokenizer, trained_length
+        self.end_ids = frozenset([tokenizer.eod_id]) if end_ids is None else end_ids
 
     def warning(self, prompt: str) -> str | None:
         """A line about a prompt of more tokens than the model ever saw at once; None for others."""
@@ -59,9 +63,9 @@ class TextModel:
         """
         ids = self.tokenizer.encode(prompt)
         forward = cached_forward(self.model, len(ids) + count) if cached else uncached_forward(self.model)
-        end = self.tokenizer.eod_id if stop_at_end else None
+        ends = self.end_ids if stop_at_end else frozenset[int]()
         text = TextStream(self.tokenizer, ids)
-        for token in generate(forward, ids, count, options, self.tokenizer.vocab_size, end, seed):
+        for token in generate(forward, ids, count, options, self.tokenizer.vocab_size, ends, seed):
             yield text.put(token)
         yield text.end()
 

@@ -44,7 +44,7 @@ def test_cache_gives_the_logits_of_the_whole_text_at_every_position(name: str) -
 def test_without_a_cache_the_text_is_the_same() -> None:
     model = decoder(small(num_key_value_heads=2)).eval()
     with_cache, without = (
-        list(generate(forward, [1, 2, 3], 25, SamplingOptions(0.9, top_k=20), 97, None, 6))
+        list(generate(forward, [1, 2, 3], 25, SamplingOptions(0.9, top_k=20), 97, (), 6))
         for forward in (cached_forward(model, 28), uncached_forward(model))
     )
     assert with_cache == without
@@ -78,7 +78,7 @@ def test_each_position_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Block, "forward", counted)
     model = decoder(small()).eval()
-    assert len(list(generate(cached_forward(model, 40), [1, 2, 3], 10, GREEDY, 97, None, 0))) == 10
+    assert len(list(generate(cached_forward(model, 40), [1, 2, 3], 10, GREEDY, 97, (), 0))) == 10
     assert positions == [3, 3] + [1, 1] * 9, (
         "two layers: the prompt at once, then token by token, without the last token"
     )
@@ -86,10 +86,8 @@ def test_each_position_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_greedy_is_the_most_likely_one_without_a_cache() -> None:
     model = decoder(small()).eval()
-    found = list(generate(cached_forward(model, 30), [5, 6], 12, GREEDY, 97, None, 0))
-    assert found == list(generate(cached_forward(model, 30), [5, 6], 12, GREEDY, 97, None, 1)), (
-        "the seed does not matter"
-    )
+    found = list(generate(cached_forward(model, 30), [5, 6], 12, GREEDY, 97, (), 0))
+    assert found == list(generate(cached_forward(model, 30), [5, 6], 12, GREEDY, 97, (), 1)), "the seed does not matter"
     text = [5, 6]
     with torch.no_grad():
         for _ in range(12):
@@ -101,7 +99,7 @@ def test_seeds_are_reproducible_and_matter() -> None:
     model = decoder(small(initializer_range=0.05)).eval()
 
     def text(seed: int) -> list[int]:
-        return list(generate(cached_forward(model, 40), [1], 30, SamplingOptions(temperature=1.0), 97, None, seed))
+        return list(generate(cached_forward(model, 40), [1], 30, SamplingOptions(temperature=1.0), 97, (), seed))
 
     torch.manual_seed(1)
     first = text(4)
@@ -131,16 +129,16 @@ def test_end_id_ends_and_is_not_given_out() -> None:
         values[len(calls) + 2] = 9.0
         return values
 
-    assert list(generate(counting, [1, 2], 20, GREEDY, 10, 6, 0)) == [3, 4, 5]
+    assert list(generate(counting, [1, 2], 20, GREEDY, 10, {6, 8}, 0)) == [3, 4, 5]
     assert calls == [[1, 2], [3], [4], [5]]
     calls.clear()
-    assert list(generate(counting, [1], 4, GREEDY, 10, None, 0)) == [3, 4, 5, 6]
-    assert list(generate(counting, [1], 0, GREEDY, 10, None, 0)) == []
+    assert list(generate(counting, [1], 4, GREEDY, 10, (), 0)) == [3, 4, 5, 6]
+    assert list(generate(counting, [1], 0, GREEDY, 10, (), 0)) == []
 
 
 def test_no_prompt_is_refused() -> None:
     with pytest.raises(UsageError, match="prompt is empty"):
-        next(generate(fixed(torch.zeros(4)), [], 1, GREEDY, 4, None, 0))
+        next(generate(fixed(torch.zeros(4)), [], 1, GREEDY, 4, (), 0))
 
 
 def shares(options: SamplingOptions, values: torch.Tensor, seen: list[int] | None = None, count: int = 3000) -> Counter:
@@ -222,7 +220,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_once
 def test_repetition_penalty_counts_prompt_and_what_was_drawn() -> None:
     values = torch.tensor([5.0, 4.0, 3.0, 2.9])
     options = SamplingOptions(0.0, repetition_penalty=2.0)
-    assert list(generate(fixed(values), [0], 3, options, 4, None, 0)) == [1, 2, 3]
+    assert list(generate(fixed(values), [0], 3, options, 4, (), 0)) == [1, 2, 3]
 
 
 def test_draw_leaves_the_logits_alone() -> None:

@@ -48,6 +48,6 @@ def test_it_is_what_one_process_finds(stories: Path, tmp_path: Path, stages: int
     ids = tokenizer.encode(PROMPT)
     for seed, text in zip((1, 1, 2), found[0]["texts"], strict=True):
         forward = cached_forward(model, len(ids) + TOKENS)
-        drawn = list(generate(forward, ids, TOKENS, SAMPLING, tokenizer.vocab_size, tokenizer.eod_id, seed))
+        drawn = list(generate(forward, ids, TOKENS, SAMPLING, tokenizer.vocab_size, {tokenizer.eod_id}, seed))
         assert text == decode_whole(tokenizer, [*ids, *drawn])[len(PROMPT) :]
     assert found[0]["texts"][0] != found[0]["texts"][2]
