@@ -167,14 +167,22 @@ def test_two_stages_are_one_gpu_in_fp32(pretrain: Callable[..., Run]) -> None:
     assert_equal(pretrain("pp=2", "dtype=fp32"), pretrain("one", "dtype=fp32"), FP32)
 
 
+@real_gpu
+def test_the_kernel_of_apex_computes_adamw(pretrain: Callable[..., Run]) -> None:
+    pytest.importorskip("amp_C", reason="needs NVIDIA's apex with its CUDA extensions")
+    assert_equal(pretrain("one", "dtype=fp32", "optimizer.name=fused_adam"), pretrain("one", "dtype=fp32"), FP32)
+
+
 @two_gpus
 @pytest.mark.parametrize("layout", ["pp=2", "dp=2"])
-@pytest.mark.parametrize("optimizer", ["muon", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw8bit", "fused_adam"])
 def test_other_optimizers_on_two_gpus_are_one(pretrain: Callable[..., Run], layout: str, optimizer: str) -> None:
     if optimizer == "adamw8bit":
         pytest.importorskip("bitsandbytes")
         if ON_CPU:
             pytest.skip("bitsandbytes computes it on CUDA only")
+    if optimizer == "fused_adam":
+        pytest.importorskip("amp_C", reason="needs NVIDIA's apex with its CUDA extensions")
     settings = ("dtype=fp32", f"optimizer.name={optimizer}")
     assert_equal(pretrain(layout, *settings), pretrain("one", *settings), ROUNDED_STATE, last=10)
 
