@@ -1,4 +1,4 @@
-"""Every command of docs/after.md runs, on a tiny model; what needs a package that is not installed is skipped by name."""
+"""Every command of docs/after.md runs on a tiny model; what needs a package that is not there is skipped by name."""
 
 import json
 import os
@@ -17,11 +17,14 @@ PAGE = (ROOT / "docs" / "after.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.slow
 
 
-def script(section: str) -> str:
+def section_of(heading: str) -> str:
+    """The part of the page below a heading."""
+    return PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def script(heading: str) -> str:
     """The commands below a heading of the page."""
-    text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    found = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert found, section
+    found = re.findall(r"^```bash\n(.*?)^```", section_of(heading), re.MULTILINE | re.DOTALL)
     return "set -euo pipefail\n" + "".join(found)
 
 
@@ -50,15 +53,16 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_no_command_of_the_page_is_left_out() -> None:
-    sections = [heading for heading in re.findall(r"^## (.*)$", PAGE, re.MULTILINE) if "```bash" in PAGE.split(heading)[1]]
-    assert PAGE.count("```bash\n") == sum(
-        PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0].count("```bash\n")
-        for section in ("The folder", "Preference data", "DPO with TRL", "LLaMA-Factory", "A server")
-    ), sections
+    run = ("The folder", "Preference data", "DPO with TRL", "LLaMA-Factory", "A server")
+    assert PAGE.count("```bash\n") == sum(section_of(name).count("```bash\n") for name in run)
 
 
 def test_preference_rows(folder: Path) -> None:
-    assert [row["prompt"] for row in rows(folder / "prefs.jsonl")] == ["写一句话\n春天\n", "写一句话\n秋天\n", "早上好！\n"]
+    assert [row["prompt"] for row in rows(folder / "prefs.jsonl")] == [
+        "写一句话\n春天\n",
+        "写一句话\n秋天\n",
+        "早上好！\n",
+    ]
     assert [row["reason"] for row in rows(folder / "prefs.rejected.jsonl")] == ["empty answer"]
     own = rows(folder / "own.jsonl")
     assert own
@@ -98,7 +102,8 @@ def test_a_server_answers_and_ends(folder: Path) -> None:
     text = script("A server")
     assert text.count("port=8000") == 1
     finished = run_script(text.replace("port=8000", f"port={port}"), folder)
-    answers = [json.loads(part) for part in re.findall(r"\{.*?\}(?=\{\"|$)", finished.stdout, re.DOTALL)]
-    kinds = {answer["object"]: answer["choices"][0] for answer in answers if "choices" in answer}
+    decode = json.JSONDecoder().raw_decode
+    starts = [match.start() for match in re.finditer(r'\{"id":', finished.stdout)]
+    kinds = {answer["object"]: answer["choices"][0] for answer, _ in (decode(finished.stdout, at) for at in starts)}
     assert kinds["text_completion"]["text"]
     assert kinds["chat.completion"]["message"]["content"]
