@@ -21,6 +21,7 @@ COMMANDS = {
     "pretrain": "train a model through a pipeline of stages",
     "sample": "continue a text with a trained model",
     "checkpoint": "list, verify, prune and export the checkpoints of a run",
+    "import": "check a Hugging Face folder, and make a checkpoint of it that runs can begin from",
     "export": "write a trained model as a Hugging Face folder",
     "index": "build, inspect, verify, merge and adopt indexes of tokens",
     "tokenizer": "train a tokenizer, or look at one",
@@ -30,6 +31,9 @@ COMMANDS = {
     "stories": "write Chinese micro-stories made from a seed: a small corpus to try everything with",
     "rank": "one rank of a run (pretrain starts them)",
 }
+
+_MODULES = {"import": "import_model"}
+"""Modules of commands that Python could not import under their own names."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +79,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     called = words[0] if words else None
     for name, help_line in COMMANDS.items():
         if name == called:
-            importlib.import_module(f"megazh.cli.{name}").add_to(commands)
+            importlib.import_module(f"megazh.cli.{_MODULES.get(name, name)}").add_to(commands)
         else:
             commands.add_parser(name, help=help_line)
     options, rest = parser.parse_known_args(words)

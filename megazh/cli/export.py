@@ -1,6 +1,7 @@
 """`megazh export`: a trained model as a Hugging Face folder."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from megazh.cli.options import Subparsers, add_command, amount
@@ -16,7 +17,9 @@ transformers, vLLM, TRL and LLaMA-Factory load the folder; docs/exchange.md says
 def add_to(commands: Subparsers) -> None:
     """Add `export`."""
     parser = add_command(commands, "export", "write a trained model as a Hugging Face folder", EXAMPLES)
-    parser.add_argument("source", type=Path, metavar="RUN", help="run folder, or the folder of one checkpoint")
+    parser.add_argument(
+        "source", type=Path, metavar="RUN", help="run folder, folder of one checkpoint, or imported folder"
+    )
     parser.add_argument("target", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--to", choices=["hf"], default="hf", help="format of the folder (default: hf)")
     which = parser.add_mutually_exclusive_group()
@@ -58,6 +61,8 @@ def _export(options: argparse.Namespace) -> None:
     )  # fmt: skip
     done = export_to_hf(source, options.target, choices)
     files = "1 file" if done.files == 1 else f"{done.files} files"
+    if source.run is None and source.hf_files is None:
+        print(f"warning: {source.path} lies in no run folder: the export has no tokenizer", file=sys.stderr)
     print(
         f"{options.target}: {done.parameters:,} parameters of {source.path} as {done.family}, {done.dtype}, "
         f"{size_text(done.bytes)} in {files}"

@@ -12,6 +12,7 @@ EXAMPLES = """examples:
   megazh sample runs/demo '春天的一个早晨，'
   megazh sample runs/demo '秋天到了，' --temperature 0                  the most likely continuation
   megazh sample runs/demo '秋天到了，' --top-p 0.9 --count 3 --seed 7
+  megazh sample models/Qwen1.5-0.5B '秋天到了，'                         a Hugging Face folder
   megazh sample runs/qwen0.5b_6x3090 '中国的首都是' --checkpoint step_00001000 --device cuda"""
 
 _SEEDS = 1 << 32
@@ -20,9 +21,11 @@ _SEEDS = 1 << 32
 def add_to(commands: Subparsers) -> None:
     """Add `sample`."""
     parser = add_command(commands, "sample", "continue a text with a trained model", EXAMPLES)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run, checkpoint, imported or Hugging Face folder")
     parser.add_argument("prompt", help="the text to continue")
-    parser.add_argument("--checkpoint", metavar="NAME", help="one of RUN/checkpoints (default: the newest)")
+    parser.add_argument(
+        "--checkpoint", metavar="NAME", help="one of RUN/checkpoints, or its path (default: the newest)"
+    )
     parser.add_argument(
         "--max-tokens", type=count, default=200, metavar="N", help="largest number of tokens (default: 200)"
     )

@@ -115,7 +115,7 @@ def plan(recipe: Recipe, settings: Settings, gpus: int, assumed: Assumptions) ->
     any_batch = recipe.model_copy(update={"batch": batch})
     devices = Devices(Device.CUDA, gpus, None, memory=int(card))
     case = planned_case(any_batch, settings, devices, stages=1)
-    warnings_of(case, [fit.length])
+    notes = warnings_of(case, [fit.length, fit.export])
     on_data = _on_data(case)
     choices, refused = [], []
     for stages in range(1, gpus + 1):
@@ -135,7 +135,7 @@ def plan(recipe: Recipe, settings: Settings, gpus: int, assumed: Assumptions) ->
     yield ""
     yield from _describe_choices(choices, limit_gib)
     yield from refused
-    yield from on_data
+    yield from (*on_data, *notes)
     yield ""
     yield from _projection(recipe, choices[0], name, limit_gib, assumed)
     space = space_of(recipe, work_of(recipe, choices[0].layout, recipe.precision.on(Device.CUDA)))

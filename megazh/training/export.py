@@ -5,24 +5,26 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megazh.errors import DataError, UsageError
+from megazh.errors import UsageError
 from megazh.exchange.families import Family, choose_family
 from megazh.exchange.generation_config import GENERATION, generation_config
-from megazh.exchange.hf_config import CONFIG, hf_config
+from megazh.exchange.hf_config import CONFIG, hf_config, read_hf_config
+from megazh.exchange.hf_folder import copy_beside
 from megazh.exchange.shards import StreamedTensor, write_shards
 from megazh.exchange.tensor_names import HfTensor, hf_tensors
 from megazh.exchange.tokenizer_files import write_tokenizer_files
 from megazh.files import new_folder, write_atomic
 from megazh.pipeline.precision import Dtype
+from megazh.pipeline.state import MASTER, WEIGHT
 from megazh.progress import Progress
-from megazh.tokenizer import Tokenizer
-from megazh.training.checkpoint_list import MANIFEST
 from megazh.training.model_card import MODEL_CARD, model_card
 from megazh.training.model_source import ModelSource
 from megazh.training.weight_reader import WeightReader
+from megazh.training.weights import check_shapes
 from megazh.writing import check_room, check_writable
 
 SHARD_BYTES = 5 * 10**9
@@ -77,13 +79,14 @@ def export_to_hf(source: ModelSource, target: Path, options: ExportOptions) -> E
     tensors = hf_tensors(source.model)
     size = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.bytes
     check_room(target, size)
-    tokenizer = source.run.tokenizer() if source.run is not None else None
-    with WeightReader(source.path, source.manifest, masters=dtype is Dtype.FP32) as reader:
-        _check_shapes(source, reader, tensors)
+    check_shapes(source, {tensor.parameter: tensor.parameter_shape for tensor in tensors})
+    kinds = (MASTER, WEIGHT) if dtype is Dtype.FP32 else (WEIGHT,)
+    with WeightReader(source.path, source.manifest, *kinds) as reader:
         streamed = [_streamed(reader, tensor, dtype.torch) for tensor in tensors]
         checked = sum(entry.bytes for entry in reader.files)
         with Progress("export", checked + size) as progress, new_folder(target) as folder:
-            _write_descriptions(folder, source, family, dtype, tokenizer, target.absolute().name)
+            _write_descriptions(folder, source, family, dtype)
+            write_atomic(folder / MODEL_CARD, model_card(source, family, dtype, target.absolute().name).encode())
             reader.check(progress.advance)
             files = write_shards(folder, streamed, options.shard_bytes, progress.advance)
     return Exported(family, dtype, size // dtype.bytes, size, len(files))
@@ -105,21 +108,6 @@ def check_target(target: Path, force: bool) -> None:
     check_writable(target.absolute().parent, "give another folder")
 
 
-def _check_shapes(source: ModelSource, reader: WeightReader, tensors: list[HfTensor]) -> None:
-    wanted = {tensor.parameter: tensor.parameter_shape for tensor in tensors}
-    for name in sorted({*wanted, *reader.shapes}):
-        there, here = reader.shapes.get(name), wanted.get(name)
-        if there != here:
-            raise DataError(
-                f"{source.path / MANIFEST}: {name} has {_shape(there)} in it, and {_shape(here)} in the model that it "
-                "describes: it is damaged; take another checkpoint"
-            )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "no place" if shape is None else f"shape {list(shape)}"
-
-
 def _streamed(reader: WeightReader, tensor: HfTensor, dtype: torch.dtype) -> StreamedTensor:
     row = math.prod(tensor.parameter_shape[1:])
 
@@ -130,16 +118,26 @@ def _streamed(reader: WeightReader, tensor: HfTensor, dtype: torch.dtype) -> Str
     return StreamedTensor(tensor.name, tensor.shape, dtype, blocks)
 
 
-def _write_descriptions(
-    folder: Path, source: ModelSource, family: Family, dtype: Dtype, tokenizer: Tokenizer | None, name: str
-) -> None:
-    """Write the files beside the weights; those of the tokenizer where the model has one."""
-    generation = generation_config(tokenizer) if tokenizer else {"eos_token_id": None, "pad_token_id": None}
-    eos, pad = generation["eos_token_id"], generation["pad_token_id"]
-    torch_name = str(dtype.torch).removeprefix("torch.")
-    values = hf_config(source.model, family, source.trained_length, torch_name, eos, pad)
-    write_atomic(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
-    write_atomic(folder / MODEL_CARD, model_card(source, family, dtype, name).encode())
-    if tokenizer is not None:
-        write_atomic(folder / GENERATION, (json.dumps(generation, indent=2) + "\n").encode())
+def _write_descriptions(folder: Path, source: ModelSource, family: Family, dtype: Dtype) -> None:
+    """Write the files beside the weights: those of a Hugging Face folder as they were there, else new ones."""
+    ids: dict[str, Any] = {"eos_token_id": None, "pad_token_id": None, "bos_token_id": None}
+    if source.hf_files is not None:
+        copy_beside(source.hf_files, folder)
+        before = read_hf_config(source.hf_files)
+        ids = {name: before.get(name) for name in ids}
+    elif source.run is not None:
+        tokenizer = source.run.tokenizer()
         write_tokenizer_files(tokenizer, folder, family, source.trained_length)
+        generation = generation_config(tokenizer)
+        write_atomic(folder / GENERATION, (json.dumps(generation, indent=2) + "\n").encode())
+        ids |= {name: generation.get(name) for name in ids}
+    values = hf_config(
+        source.model,
+        family,
+        source.trained_length,
+        str(dtype.torch).removeprefix("torch."),
+        ids["eos_token_id"],
+        ids["pad_token_id"],
+        ids["bos_token_id"],
+    )
+    write_atomic(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())

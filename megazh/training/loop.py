@@ -161,13 +161,12 @@ class Trainer:
         path, manifest = found
         load_checkpoint(self.engine.optimizer, path, manifest, self.log, weights_only=begins)
         if wrong := find_not_finite(self.engine):
-            raise DataError(
-                f"{path}: {wrong} is not finite: training had diverged; remove this checkpoint to resume from the one "
-                "before it"
-            )
+            remedy = "name other weights" if begins else "remove this checkpoint to resume from the one before it"
+            raise DataError(f"{path}: {wrong} is not finite: training had diverged; {remedy}")
         self._startup.done("checkpoint")
         if begins:
-            self.log(f"weights are those of {path}, step {manifest.step} of run {manifest.run_id}")
+            origin = f", step {manifest.step} of run {manifest.run_id}" if manifest.step else ""
+            self.log(f"weights are those of {path}{origin}")
         else:
             self.log(f"resumed at step {self._step} of {self._steps}")
             if (manifest.stages, manifest.replicas) != (self._layout.stages, self._layout.replicas):

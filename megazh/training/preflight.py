@@ -13,7 +13,7 @@ from pathlib import Path
 from megazh.errors import Collector, MegazhError, UsageError
 from megazh.run.folder import RunFolder
 from megazh.settings import COMMAND_LINE, Settings
-from megazh.training.checks import data, fit, place, resume
+from megazh.training.checks import data, fit, initial, place, resume
 from megazh.training.job import Case, Devices, Job, Request
 from megazh.training.recipe import Device, Recipe, read_recipe
 from megazh.training.recipe_files import recipe_path
@@ -25,14 +25,14 @@ Check = Callable[[Case], Iterator[str]]
 PLACE: tuple[Check, ...] = (place.run_folder, place.inputs)
 """What the command line names is there, and what it would write is in nobody's way."""
 
-FIT: tuple[Check, ...] = (fit.length, fit.layout, fit.dtypes, fit.memory)
+FIT: tuple[Check, ...] = (fit.length, fit.layout, fit.dtypes, fit.memory, fit.export)
 """The recipe works, and fits the devices."""
 
 DATA: tuple[Check, ...] = (data.manifest, data.tokenizers, data.vocabulary, data.epochs, data.validation)
 """The data is there, and fits the model and the length of the run."""
 
-RUN: tuple[Check, ...] = (resume.same_run, place.disk)
-"""The run folder's own run is the same one, and the disk holds its checkpoints."""
+RUN: tuple[Check, ...] = (resume.same_run, initial.initial_checkpoint, place.disk)
+"""The run folder's own run is the same one, the weights to begin with fit, and the disk holds its checkpoints."""
 
 CHECKS = (*PLACE, *FIT, *DATA, *RUN)
 """All checks of a start and of a dry run."""

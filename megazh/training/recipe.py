@@ -22,6 +22,7 @@ from megazh.pipeline.precision import Dtype, Precision
 from megazh.pipeline.role import Role
 from megazh.run.folder import RunFolder
 from megazh.settings import Settings, override, read_layers
+from megazh.training.model_from import split_from, with_model
 from megazh.training.recipe_files import recipes_folder
 
 if TYPE_CHECKING:
@@ -230,8 +231,8 @@ class CheckpointConfig(Config):
     """Checkpoint of this run to resume from: auto, the newest that is whole; never, refuse where there is any; or the
     path of one, such as step_00001000. Later ones get another name then."""
     initial_checkpoint: str | None = None
-    """Path of a checkpoint of another run, whose weights this run begins with: continued pretraining. Its optimizer
-    starts clean, at step 0. Default: random weights."""
+    """Path of a checkpoint of another run, of an imported folder or of a Hugging Face folder, whose weights this run
+    begins with: continued pretraining. The optimizer starts clean, at step 0. Default: random weights."""
     keep_last: Annotated[Every, MAY_CHANGE] = 3
     """Number of newest checkpoints that are kept; 0: all are kept."""
     keep_every: Annotated[Every, MAY_CHANGE] = 0
@@ -274,7 +275,7 @@ class Recipe(Config):
     """A training run, in sections."""
 
     model: ModelConfig
-    """Shape of the model."""
+    """Shape of the model. `from: FOLDER` takes it from a Hugging Face folder, an imported folder or a run."""
     data: DataConfig
     """Training data."""
     batch: BatchConfig
@@ -348,7 +349,8 @@ def read_recipe(path: Path | str, assignments: Sequence[str] = ()) -> tuple[Reci
         MegazhError: keys or values cannot work; a line for each that names the key and the place where it was written.
     """
     layers = read_layers(path, ALTERNATIVES, Recipe.model_fields, library=recipes_folder())
-    settings = override(layers, assignments, Recipe, ALTERNATIVES)
+    folder, others = split_from(list(assignments))
+    settings = with_model(override(layers, others, Recipe, ALTERNATIVES), folder)
     found = Collector()
     for line in all_errors(settings.values, Recipe, str(path), settings.origins):
         found.add(UsageError(line))

@@ -11,6 +11,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megazh.errors import DataError, MegazhError, WorkerError
+from megazh.exchange.hf_config import CONFIG
+from megazh.exchange.hf_folder import HfFolder
 from megazh.training.checkpoint_list import (
     MANIFEST,
     CheckpointManifest,
@@ -23,6 +25,7 @@ from megazh.training.checkpoint_list import (
 )
 from megazh.training.checkpoint_read import find_damage
 from megazh.training.collect import gather, of_rank_0
+from megazh.training.imported import hf_manifest
 
 _SECONDS = 75.0  # NFS clients may show another's files a minute late (acdirmax)
 _POLL_SECONDS = 0.5
@@ -82,19 +85,27 @@ def agree_on_checkpoint(
 
 
 def agree_on_initial(path: Path, seconds: float = _SECONDS) -> Found:
-    """The checkpoint, of any run, that a new run takes its first weights from. All ranks call it.
+    """The checkpoint of any run, or the Hugging Face folder, that a new run takes its first weights from.
+
+    All ranks call it.
 
     Raises:
         DataError: it is missing or damaged.
         WorkerError: a rank does not see what rank 0 sees.
     """
-    choice = of_rank_0(_tried(lambda: _chosen(path.parent, path)) if dist.get_rank() == 0 else None)
+    choice = of_rank_0(_tried(lambda: _initial(path)) if dist.get_rank() == 0 else None)
     if isinstance(choice, MegazhError):
         raise choice
     found = _seen_by_all(path.parent, choice, seconds)
     if fault := find_damage(*found):
         raise DataError(f"{fault}; name another checkpoint with checkpoint.initial_checkpoint")
     return found
+
+
+def _initial(path: Path) -> _Choice:
+    if _is_foreign(path):
+        HfFolder(path).check_head()
+    return _chosen(path.parent, path)
 
 
 def _choice(
@@ -172,7 +183,7 @@ def _await(path: Path, digest: str, seconds: float) -> tuple[CheckpointManifest 
     deadline = time.monotonic() + seconds
     while True:
         try:
-            manifest = read_manifest(path)
+            manifest = hf_manifest(HfFolder(path)) if _is_foreign(path) else read_manifest(path)
             if _digest(path) == digest:
                 return manifest, ""
             fault = f"{path / MANIFEST} has other content"
@@ -184,4 +195,9 @@ def _await(path: Path, digest: str, seconds: float) -> tuple[CheckpointManifest 
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+    return HfFolder(path).digest() if _is_foreign(path) else hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a path is a Hugging Face folder."""
+    return (path / CONFIG).is_file() and not (path / MANIFEST).is_file()

@@ -1,4 +1,4 @@
-"""A trained model, opened from its run folder for generation."""
+"""A trained model, opened from its folder for generation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +8,9 @@ import torch
 from megazh.errors import UsageError
 from megazh.model.decoder import Decoder
 from megazh.model.generate import SamplingOptions, cached_forward, generate, uncached_forward
-from megazh.run.folder import RunFolder
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import TextStream
-from megazh.training.checkpoint_list import check_identity, list_checkpoints, newest_good, read_manifest
-from megazh.training.recipe import run_recipe
+from megazh.training.model_source import find_model
 from megazh.training.weights import load_decoder
 
 
@@ -70,31 +68,21 @@ class TextModel:
         yield text.end()
 
 
-def open_model(run: Path, checkpoint: str | None = None, device: str | None = None) -> TextModel:
-    """Open the model of a run.
+def open_model(path: Path, checkpoint: str | None = None, device: str | None = None) -> TextModel:
+    """Open a model.
 
     Args:
-        run: the run folder.
-        checkpoint: name of one of its checkpoints. Default: the newest.
+        path: a run folder, the folder of one checkpoint, an imported folder, or a Hugging Face folder.
+        checkpoint: of a run, the name or path of one of its checkpoints. Default: the newest.
         device: `cpu` or `cuda`. Default: CUDA where torch can use it.
 
     Raises:
-        UsageError: no run, no such checkpoint, or no usable GPU.
+        UsageError: no model, no such checkpoint, no tokenizer, or no usable GPU.
         DataError: a file is damaged.
     """
-    folder = RunFolder(run)
-    recipe = run_recipe(folder)
-    found = list_checkpoints(folder.checkpoints)
-    if not found:
-        raise UsageError(f"{run}: holds no checkpoint yet")
-    newest = newest_good(folder.checkpoints)
-    path = newest[0] if newest else found[-1]
-    if checkpoint is not None:
-        path = folder.checkpoints / checkpoint
-        if path not in found:
-            raise UsageError(f"{run}: no checkpoint '{checkpoint}'; there are {', '.join(each.name for each in found)}")
-    check_identity(path, read_manifest(path), folder.info().run_id)
+    source = find_model(path, checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch can use no GPU here; leave it out, or give --device cpu")
-    return TextModel(load_decoder(path, recipe, torch.device(device)), folder.tokenizer(), recipe.batch.seq_len)
+    tokenizer = source.tokenizer()
+    return TextModel(load_decoder(source, torch.device(device)), tokenizer, source.trained_length)

@@ -10,7 +10,6 @@ from typing import Self
 import torch
 
 from megazh.errors import DataError
-from megazh.pipeline.state import MASTER, WEIGHT
 from megazh.tensor_file import DTYPES, TensorReader
 from megazh.training.checkpoint_list import MANIFEST, CheckpointManifest, FileEntry, TensorEntry
 from megazh.training.checkpoint_read import fault_of, shape_in_file
@@ -24,17 +23,17 @@ class WeightReader:
     Args:
         checkpoint: the checkpoint.
         manifest: its manifest.
-        masters: whether the fp32 masters are read where there are any, instead of the weights.
+        kinds: kinds of tensors, of which the first is read that a parameter has.
 
     Raises:
         DataError: a file cannot be read.
     """
 
-    def __init__(self, checkpoint: Path, manifest: CheckpointManifest, masters: bool = False) -> None:
+    def __init__(self, checkpoint: Path, manifest: CheckpointManifest, *kinds: str) -> None:
         self._checkpoint = checkpoint
-        self._entries = {entry.parameter: entry for entry in manifest.tensors if entry.kind == WEIGHT}
-        if masters:
-            self._entries |= {entry.parameter: entry for entry in manifest.tensors if entry.kind == MASTER}
+        self._entries: dict[str, TensorEntry] = {}
+        for kind in reversed(kinds):
+            self._entries |= {entry.parameter: entry for entry in manifest.tensors if entry.kind == kind}
         names = {piece.file for entry in self._entries.values() for piece in entry.pieces}
         self.files: list[FileEntry] = [entry for entry in manifest.files if entry.name in names]
         """The files that are read, as far as their hashes are known."""

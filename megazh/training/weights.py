@@ -1,6 +1,6 @@
 """Loads the weights of a checkpoint as one model in one process, and exports them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -10,35 +10,53 @@ from megazh.files import check_sha256
 from megazh.model.decoder import Decoder
 from megazh.model.layers import load_unpadded
 from megazh.pipeline.state import MASTER, WEIGHT
-from megazh.tensor_file import DTYPES, NamedTensor, TensorReader, write_tensor_file
-from megazh.training.checkpoint_list import MANIFEST, CheckpointManifest, TensorEntry, read_manifest
-from megazh.training.recipe import Recipe
+from megazh.tensor_file import NamedTensor, write_tensor_file
+from megazh.training.checkpoint_list import MANIFEST, CheckpointManifest, read_manifest
+from megazh.training.model_source import ModelSource
+from megazh.training.weight_reader import WeightReader
 
 
-def load_decoder(checkpoint: Path, recipe: Recipe, device: torch.device) -> Decoder:
-    """Load the whole model of a checkpoint, in the dtype that it was trained in, for generation (not for training).
+def load_decoder(source: ModelSource, device: torch.device) -> Decoder:
+    """Load a whole model, in the dtype that it was trained in, for generation (not for training).
+
+    Weights in fp16, which only Hugging Face folders have, become fp32.
 
     Raises:
         DataError: a file is missing, damaged, or does not fit the model.
     """
-    manifest = read_manifest(checkpoint)
-    model = Decoder(recipe.model, seed=None)
-    wanted = {
-        name: (getattr(weight, "rows", len(weight)), *weight.shape[1:]) for name, weight in model.named_parameters()
-    }
-    stored = {entry.parameter: tuple(entry.shape) for entry in manifest.tensors if entry.kind == WEIGHT}
-    for name in sorted({**wanted, **stored}):
-        if stored.get(name) != wanted.get(name):
-            raise DataError(
-                f"{checkpoint / MANIFEST}: {name} has {_shape(stored.get(name))} in it, and {_shape(wanted.get(name))} "
-                f"in the model of the run: the checkpoint belongs to another model; remove {checkpoint} to use the one "
-                "before it"
-            )
-    state = {name: values.to(device) for name, values in _tensors(checkpoint, manifest, WEIGHT)}
-    if recipe.model.tie_word_embeddings:
+    config = source.model
+    model = Decoder(config, seed=None)
+    check_shapes(source, unpadded_shapes(model))
+    state = {}
+    for name, values in _tensors(source.path, source.manifest, WEIGHT):
+        state[name] = (values.float() if values.dtype == torch.float16 else values).to(device)
+    if config.tie_word_embeddings:
         state["head.weight"] = state["embedding.weight"]
     load_unpadded(model, state)
     return model.eval()
+
+
+def unpadded_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a model by name, without rows that only pad them."""
+    return {
+        name: (getattr(weight, "rows", len(weight)), *weight.shape[1:]) for name, weight in model.named_parameters()
+    }
+
+
+def check_shapes(source: ModelSource, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a checkpoint holds the parameters of the model that it describes.
+
+    Raises:
+        DataError: it lacks one, has one more, or one of another shape.
+    """
+    stored = {entry.parameter: tuple(entry.shape) for entry in source.manifest.tensors if entry.kind == WEIGHT}
+    for name in sorted({**wanted, **stored}):
+        if stored.get(name) != wanted.get(name):
+            raise DataError(
+                f"{source.path / MANIFEST}: {name} has {_shape(stored.get(name))} in it, and "
+                f"{_shape(wanted.get(name))} in the model that it describes: it is damaged; remove {source.path} to "
+                "use the one before it"
+            )
 
 
 def export_weights(checkpoint: Path, target: Path, dtype: torch.dtype) -> int:
@@ -73,23 +91,11 @@ def export_weights(checkpoint: Path, target: Path, dtype: torch.dtype) -> int:
 
 def _tensors(checkpoint: Path, manifest: CheckpointManifest, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of a kind, whole, after their files' hashes have been checked."""
-    entries = [entry for entry in manifest.tensors if entry.kind == kind]
-    hashes = {entry.name: entry.sha256 for entry in manifest.files}
-    readers: dict[str, TensorReader] = {}
-    for name in {piece.file for entry in entries for piece in entry.pieces}:
-        check_sha256(checkpoint / name, hashes[name])
-        readers[name] = TensorReader(checkpoint / name)
-    for entry in entries:
-        yield entry.parameter, _whole(entry, readers)
-
-
-def _whole(entry: TensorEntry, readers: dict[str, TensorReader]) -> torch.Tensor:
-    dtypes = {name: dtype for dtype, name in DTYPES.items()}
-    parts = []
-    for piece in sorted(entry.pieces, key=lambda piece: piece.begin):
-        shape = entry.shape if entry.kind == WEIGHT else [piece.end - piece.begin]
-        parts.append(readers[piece.file].read(piece.key, entry.dtype, shape))
-    return torch.cat(parts).to(dtypes[entry.dtype]).view(entry.shape)
+    with WeightReader(checkpoint, manifest, kind) as reader:
+        for file in reader.files:
+            check_sha256(checkpoint / file.name, file.sha256)
+        for name, shape in reader.shapes.items():
+            yield name, torch.cat(list(reader.blocks(name))).view(shape)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -61,7 +61,7 @@ def test_a_step_a_name_and_a_path(run: RunFolder, tmp_path: Path) -> None:
     [
         (["run", "--step", 3], "run: no checkpoint 'step_00000003'; there are step_00000002, step_00000006"),
         (["run/checkpoints/step_00000002", "--checkpoint", "step_00000006"], "is one checkpoint; give the folder of"),
-        (["data"], "data: no run (config.yaml is missing) and no checkpoint (manifest.json is missing)"),
+        (["data"], "data: no run (config.yaml is missing), no checkpoint (manifest.json is missing) and"),
         (["run", "--family", "qwen2"], "--family qwen2: cannot express model.qkv_bias=false"),
         (["run", "--shard-size", "5XB"], "--shard-size"),
     ],

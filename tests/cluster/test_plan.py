@@ -117,6 +117,15 @@ def test_what_does_not_fit_is_said_and_comes_last() -> None:
     assert lines[-2].endswith(f": one stage needs {rows[1][5]} GiB and there are 13.0")
 
 
+def test_a_model_that_cannot_be_exported_is_warned_of() -> None:
+    def warnings(*settings: str) -> list[str]:
+        return [line for line in lines_of(settings=list(settings)) if "megazh export will refuse" in line]
+
+    assert warnings() == []
+    (line,) = warnings("model.parallel_residual=true")
+    assert "model.parallel_residual=true" in line
+
+
 def test_nothing_fits() -> None:
     lines = lines_of(memory_gib=8.0)
     rows = table(lines)

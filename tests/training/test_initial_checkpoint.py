@@ -1,4 +1,4 @@
-"""Another run begins with the weights of a checkpoint: continued pretraining."""
+"""Another run begins with the weights of a checkpoint, or of a Hugging Face folder: continued pretraining."""
 
 import json
 import os
@@ -12,6 +12,8 @@ from recipes import in_sections
 
 from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
+from megazh.training.export import ExportOptions, export_to_hf
+from megazh.training.model_source import find_model
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -77,3 +79,8 @@ def test_another_run_begins_with_the_weights_of_a_checkpoint(stories: Path, tmp_
     assert (first.step, first.updates) == (3, 3)
     assert first.run_id != last.run_id
     assert json.loads((tmp_path / "new" / "run.json").read_text())["run_id"] == first.run_id
+    export_to_hf(find_model(whole), tmp_path / "hf", ExportOptions(shard_bytes=20_000))
+    initial = f"initial_checkpoint={tmp_path / 'hf'}"
+    printed = train(recipe, tmp_path / "in stages", 2, 2, initial, "steps=3", "warmup=0")
+    assert f"weights are those of {tmp_path / 'hf'}\n" in printed
+    assert losses(tmp_path / "in stages") == pytest.approx(losses(tmp_path / "new"), rel=1e-5)

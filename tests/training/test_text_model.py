@@ -110,7 +110,7 @@ def test_a_prompt_of_more_tokens_than_a_sample_gets_a_warning(run: RunFolder) ->
 
 
 def test_no_run_no_checkpoint_no_such_checkpoint(run: RunFolder, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="nowhere: not the folder of a run: "):
+    with pytest.raises(UsageError, match="nowhere: no run "):
         open_model(tmp_path / "nowhere")
     add_checkpoint(run, run_recipe(run), 12)
     with pytest.raises(UsageError, match=r"no checkpoint 'step_7'; there are step_00000006, step_00000012$"):

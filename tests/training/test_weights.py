@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from megazh.errors import DataError
 from megazh.model.decoder import Decoder
 from megazh.run.folder import RunFolder
 from megazh.training.checkpoint_list import MANIFEST
-from megazh.training.recipe import Recipe, run_recipe
+from megazh.training.model_source import find_model
+from megazh.training.recipe import run_recipe
 from megazh.training.weights import export_weights, load_decoder
 
 CPU = torch.device("cpu")
@@ -40,7 +42,7 @@ def checkpoint(run: RunFolder) -> Path:
 def test_the_model_is_the_one_that_was_saved(run: RunFolder, tied: bool, dtype: torch.dtype) -> None:
     recipe = run_recipe(run)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"tie_word_embeddings": tied})})
-    found = load_decoder(add_checkpoint(run, recipe, 9, dtype), recipe, CPU)
+    found = load_decoder(find_model(add_checkpoint(run, recipe, 9, dtype)), CPU)
     expected = Decoder(recipe.model, seed=9).to(dtype)
     tensors = dict(found.named_parameters())
     assert tensors.keys() == dict(expected.named_parameters()).keys()
@@ -51,13 +53,13 @@ def test_the_model_is_the_one_that_was_saved(run: RunFolder, tied: bool, dtype: 
     assert not found.training
 
 
-def test_a_file_that_has_changed(checkpoint: Path, run: RunFolder) -> None:
+def test_a_file_that_has_changed(checkpoint: Path) -> None:
     path = checkpoint / "weights" / "blocks.0.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"{path}: wrong content"):
-        load_decoder(checkpoint, run_recipe(run), CPU)
+        load_decoder(find_model(checkpoint), CPU)
 
 
 @pytest.mark.parametrize(
@@ -69,12 +71,12 @@ def test_a_file_that_has_changed(checkpoint: Path, run: RunFolder) -> None:
         ({"num_hidden_layers": 1}, r"blocks.1.attention.o_proj.weight has shape \[32, 32\] in it, and no place"),
     ],
 )
-def test_weights_of_another_model(checkpoint: Path, run: RunFolder, change: dict[str, object], problem: str) -> None:
-    recipe = run_recipe(run)
-    other: Recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=change)})
+def test_weights_of_another_model(checkpoint: Path, change: dict[str, object], problem: str) -> None:
+    source = find_model(checkpoint)
+    other = replace(source, model=source.model.model_copy(update=change))
     with pytest.raises(DataError, match=problem) as refusal:
-        load_decoder(checkpoint, other, CPU)
-    assert "belongs to another model; remove" in str(refusal.value)
+        load_decoder(other, CPU)
+    assert "in the model that it describes: it is damaged; remove" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -89,7 +91,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_code_in_a_file_is_not_run(checkpoint: Path, run: RunFolder, tmp_path: Path, legacy: bool) -> None:
+def test_code_in_a_file_is_not_run(checkpoint: Path, tmp_path: Path, legacy: bool) -> None:
     path, made = checkpoint / "weights" / "embedding.safetensors", tmp_path / "made"
     if legacy:
         path.write_bytes(pickle.dumps({"weight": Harmful(made)}, protocol=2))
@@ -101,7 +103,7 @@ def test_code_in_a_file_is_not_run(checkpoint: Path, run: RunFolder, tmp_path: P
         entry["bytes"], entry["sha256"] = len(data), hashlib.sha256(data).hexdigest()
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=rf"{path}: not a file of tensors: ") as refusal:
-        load_decoder(checkpoint, run_recipe(run), CPU)
+        load_decoder(find_model(checkpoint), CPU)
     assert "\n" not in str(refusal.value)
     assert not made.exists()
 

@@ -4,7 +4,6 @@ To compare something else on resume, add a function to `_COMPARISONS`.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from megazh.errors import Collector, UsageError
@@ -66,7 +65,7 @@ def saved_data(run: RunFolder) -> dict[str, str] | None:
 
 
 def _checkpoint_asked_for(job: Job, found: Collector) -> None:
-    """`checkpoint.resume` and `checkpoint.initial_checkpoint` name what can be used."""
+    """`checkpoint.resume` names what can be used."""
     wanted, folder = job.recipe.checkpoint, job.run.checkpoints
     if wanted.resume is Resume.NEVER and (list_checkpoints(folder) or job.run.exists):
         found.add(UsageError(f"{job.run.path}: holds a run already, and resume=never; give another folder with -r"))
@@ -88,8 +87,6 @@ def _checkpoint_asked_for(job: Job, found: Collector) -> None:
             )
         else:
             check_identity(path, read_manifest(path), job.run.info().run_id)
-    if wanted.initial_checkpoint is not None and not list_checkpoints(folder):
-        read_manifest(Path(wanted.initial_checkpoint))
 
 
 def _checkpoint(job: Job, found: Collector) -> None:

@@ -1,0 +1,84 @@
+"""Weights that a run is to begin with: they are there, of the same model, and of the same tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from cases import make_case
+from made_runs import make_run, write_recipe
+
+from megazh.errors import DataError, SeveralErrors, UsageError
+from megazh.run.folder import RunFolder
+from megazh.training.checks.initial import initial_checkpoint
+from megazh.training.export import ExportOptions, export_to_hf
+from megazh.training.imported import import_folder
+from megazh.training.model_source import find_model
+
+
+@pytest.fixture
+def trained(tmp_path: Path, stories: Path) -> RunFolder:
+    """A run that is done."""
+    return make_run(tmp_path / "trained", write_recipe(tmp_path / "trained.yaml", stories))
+
+
+def found(tmp_path: Path, stories: Path | None, wanted: Path, *settings: str) -> list[str]:
+    """The lines of the check for a new run."""
+    return list(initial_checkpoint(make_case(tmp_path, stories, [f"initial_checkpoint={wanted}", *settings])))
+
+
+def test_a_checkpoint_a_hugging_face_folder_and_an_import(tmp_path: Path, stories: Path, trained: RunFolder) -> None:
+    checkpoint = trained.checkpoints / "step_00000006"
+    export_to_hf(find_model(checkpoint), tmp_path / "hf", ExportOptions())
+    import_folder(tmp_path / "hf", tmp_path / "imported")
+    for path in (checkpoint, tmp_path / "hf", tmp_path / "imported"):
+        assert found(tmp_path, stories, path) == [], path
+        assert found(tmp_path, None, path) == [], "the data is still to be made"
+    with pytest.raises(UsageError, match=r"a run; name one of its checkpoints: .*/step_00000006"):
+        found(tmp_path, stories, trained.path)
+
+
+def test_nothing_and_something_damaged(tmp_path: Path, stories: Path, trained: RunFolder) -> None:
+    with pytest.raises(UsageError, match="nowhere: no run"):
+        found(tmp_path, stories, tmp_path / "nowhere")
+    export_to_hf(find_model(trained.path), tmp_path / "hf", ExportOptions())
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(DataError, match=r"model.safetensors: not a file of tensors"):
+        found(tmp_path, stories, tmp_path / "hf")
+    (trained.checkpoints / "step_00000006" / "weights" / "norm.safetensors").unlink()
+    with pytest.raises(DataError, match=r"norm.safetensors: missing"):
+        found(tmp_path, stories, trained.checkpoints / "step_00000006")
+
+
+def test_another_model(tmp_path: Path, stories: Path, trained: RunFolder) -> None:
+    checkpoint = trained.checkpoints / "step_00000006"
+    with pytest.raises(SeveralErrors) as refusal:
+        found(tmp_path, stories, checkpoint, "hidden_size=64", "model.parallel_residual=true", "residual_dropout=0.1")
+    first, second, third = str(refusal.value).splitlines()
+    assert f"model.hidden_size=64: the weights of {checkpoint} have 32; set model.hidden_size=32" in first
+    assert "hidden_size is set on the command line" in first
+    assert "model.head_dim=16" in second
+    assert "model.parallel_residual=True" in third
+
+
+def test_a_rotation_that_the_weights_do_not_know(tmp_path: Path, stories: Path, trained: RunFolder) -> None:
+    (line,) = found(tmp_path, stories, trained.checkpoints / "step_00000006", "rope_theta=1e6")
+    assert line.startswith("warning: the weights of ")
+    assert "with model.rope_theta=10000.0, and this run has 1000000.0" in line
+
+
+def test_another_tokenizer(tmp_path: Path, stories: Path, trained: RunFolder) -> None:
+    export_to_hf(find_model(trained.path), tmp_path / "hf", ExportOptions())
+    path = tmp_path / "hf" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["merges"].pop()
+    path.write_text(json.dumps(values))
+    (line,) = found(tmp_path, stories, tmp_path / "hf")
+    assert line.startswith(f"WARNING: {tmp_path / 'hf'} has another tokenizer than {stories}")
+    path.unlink()
+    (line,) = found(tmp_path, stories, tmp_path / "hf")
+    assert "its tokenizer is not compared with that of the data: " in line
+    moved = tmp_path / "moved"
+    shutil.copytree(trained.checkpoints / "step_00000006", moved)
+    (line,) = found(tmp_path, stories, moved)
+    assert "its tokenizer is not compared" in line
