@@ -74,7 +74,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         help="files, folders or quoted globs: .json .jsonl (also .gz .bz2 .xz .zst) .parquet .arrow",
     )
     parser.add_argument("--to", type=Path, required=True, metavar="OUT", help=".jsonl file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT, and begin anew")
+    parser.add_argument("--force", action="store_true", help="replace OUT, and begin anew")
     parser.add_argument(
         "--template",
         metavar="TEXT",
@@ -113,7 +113,7 @@ def _convert(options: argparse.Namespace) -> None:
         _template(options),
         _format(options),
         encoding(options),
-        options.overwrite,
+        options.force,
     )
 
 
@@ -135,7 +135,7 @@ def _generate(options: argparse.Namespace) -> None:
             max_tokens=options.max_tokens,
             seed=options.seed,
             limit=options.limit,
-            overwrite=options.overwrite,
+            overwrite=options.force,
         ),
         print,
     )

@@ -50,7 +50,7 @@ class Answers:
         if differing and not replace:
             raise UsageError(
                 f"{self._path}: holds answers that were begun with {differing} {_shown(begun.get(differing))}, and "
-                f"this command has {_shown(settings[differing])}; give the same, another --to, or --overwrite to "
+                f"this command has {_shown(settings[differing])}; give the same, another --to, or --force to "
                 "begin anew"
             )
         if differing:

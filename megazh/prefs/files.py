@@ -35,7 +35,7 @@ def check_output(output: Path, sources: Sequence[Source], overwrite: bool) -> No
         if any(os.path.realpath(path) == os.path.realpath(source.path) for source in sources):
             raise UsageError(f"--to {output}: {path} is one of the inputs; give another name")
     if output.exists() and not overwrite:
-        raise UsageError(f"--to {output}: is there already; give another name, or --overwrite to replace it")
+        raise UsageError(f"--to {output}: is there already; give another name, or --force to replace it")
     check_writable(output.parent, "choose another --to", f"--to {output}")
 
 

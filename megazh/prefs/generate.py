@@ -118,6 +118,7 @@ def _settings(request: Request, model: TextModel, sources: Sequence[Source]) -> 
     return {
         "model": _weights_hash(model),
         "tokenizer": model.tokenizer.fingerprint,
+        "ends": sorted(model.end_ids),
         "input": [[source.name, source.size] for source in sources],
         "template": request.template.text,
         "sampling": asdict(request.sampling),
@@ -182,7 +183,7 @@ def _finish(request: Request, answers: Answers, rejects: Rejects, say: Callable[
         if not rows.rows:
             raise DataError(
                 f"no row to write: {outcomes[_EMPTY]:,} answers are empty, {outcomes[_EQUAL]:,} are equal to the "
-                f"data's, {outcomes[_LONG]:,} prompts are too long for the model; give other rows, or --overwrite with "
+                f"data's, {outcomes[_LONG]:,} prompts are too long for the model; give other rows, or --force with "
                 "another --temperature"
             )
         rejects.commit()

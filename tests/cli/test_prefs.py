@@ -35,8 +35,8 @@ def test_convert_with_a_template_and_in_messages(tmp_path: Path, capfd: pytest.C
     assert json.loads(output.read_text(encoding="utf-8"))["prompt"] == "问：写诗\n春天\n答："
     code, _, err = prefs(capfd, *words)
     assert (code, err.count("\n")) == (2, 1)
-    assert "is there already; give another name, or --overwrite to replace it" in err
-    assert prefs(capfd, *words, "--form", "messages", "--overwrite")[0] == 0
+    assert "is there already; give another name, or --force to replace it" in err
+    assert prefs(capfd, *words, "--form", "messages", "--force")[0] == 0
     assert json.loads(output.read_text(encoding="utf-8"))["prompt"] == [{"role": "user", "content": "写诗\n春天"}]
 
 

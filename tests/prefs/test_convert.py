@@ -170,7 +170,7 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             said(inputs, target)
     output.write_text("kept")
-    with pytest.raises(UsageError, match="is there already; give another name, or --overwrite"):
+    with pytest.raises(UsageError, match="is there already; give another name, or --force"):
         said([source], output)
     assert output.read_text() == "kept"
 

@@ -118,7 +118,7 @@ def test_answers_of_other_settings_are_not_mixed(
             said(request(run, rows, output, **changes))
     other = make_run(tmp_path / "run", run.path.parent / "mini.yaml")
     add_checkpoint(other, run_recipe(other), 12)
-    with pytest.raises(UsageError, match=r"begun with model .*--overwrite to begin anew"):
+    with pytest.raises(UsageError, match=r"begun with model .*--force to begin anew"):
         said(request(other, rows, output))
     said(request(run, rows, output, seed=1, overwrite=True))
     said(request(run, rows, tmp_path / "same.jsonl", seed=1))
