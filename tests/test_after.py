@@ -76,6 +76,7 @@ def test_five_steps_of_dpo(folder: Path) -> None:
     assert len(losses) == 5
     assert losses[0] == pytest.approx(0.6931, abs=1e-4), "model and reference are the same"
     assert losses != [losses[0]] * 5
+    assert "not a prefix" not in finished.stderr, "no token reaches from a prompt into an answer"
     assert (folder / "exported" / "demo-dpo" / "model.safetensors").exists()
 
 
