@@ -1,14 +1,20 @@
-"""Loads folders with transformers and answers what it makes of them: imported for the installed version, or run as a
-script for another one: `transformers_peer.py QUESTIONS ANSWERS`, both JSON files. Imports nothing of megazh.
+"""Loads folders with transformers and answers what it makes of them: the installed version, or another one.
+
+The other one has a process of its own, which this file is as a script: a line of JSON with questions, a line with
+answers. Nothing of megazh is imported.
 """
 
+import atexit
+import functools
 import json
 import os
+import select
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -18,12 +24,11 @@ _TIMEOUT = 300
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no folder needs anything else
 
 
-def ask(version: str, folder: Path, questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answers of a version of transformers, in one process; skips the test where the version is not installed.
+def ask(version: str, questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers of a version of transformers; skips the test where the version is not installed.
 
     Args:
         version: one of `VERSIONS`.
-        folder: an empty folder for files.
         questions: each with `what`, the name of a function below, and its arguments.
     """
     pytest.importorskip("transformers")
@@ -31,18 +36,30 @@ def ask(version: str, folder: Path, questions: list[dict[str, Any]]) -> list[dic
         return [answer(question) for question in questions]
     if not _OLD.is_dir():
         pytest.skip(f"transformers {version} is not installed: {_OLD} is missing (jobs/setup.sh --dev makes it)")
-    asked, answered = folder / "questions.json", folder / "answers.json"
-    asked.write_text(json.dumps(questions))
-    done = subprocess.run(
-        [sys.executable, __file__, asked, answered],
-        env={**os.environ, "PYTHONPATH": str(_OLD)},
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: list[dict[str, Any]] = json.loads(answered.read_text())
+    asked, answered = _other()
+    asked.write(json.dumps(questions) + "\n")
+    asked.flush()
+    assert select.select([answered], [], [], _TIMEOUT)[0], f"transformers {version} did not answer in {_TIMEOUT} s"
+    found = json.loads(answered.readline() or '"it has died"')
+    assert isinstance(found, list), found
     return found
+
+
+@functools.cache
+def _other() -> tuple[IO[str], IO[str]]:
+    """Input and output of the process with the other version, which is started once, since a start takes seconds."""
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        env={**os.environ, "PYTHONPATH": str(_OLD)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    atexit.register(process.kill)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
@@ -141,12 +158,17 @@ def _model(folder: str) -> Any:
 
 
 def main() -> None:
-    """Answer the questions of a file."""
+    """Answer questions until stdin ends."""
     import transformers
 
     assert transformers.__version__.startswith("4.46."), transformers.__version__
-    questions = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps([answer(question) for question in questions]))
+    output, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    for line in sys.stdin:
+        try:
+            found: Any = [answer(question) for question in json.loads(line)]
+        except Exception:
+            found = traceback.format_exc()
+        print(json.dumps(found), file=output, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ _SEEDS = 1 << 32
 def add_to(commands: Subparsers) -> None:
     """Add `sample`."""
     parser = add_command(commands, "sample", "continue a text with a trained model", EXAMPLES)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run, checkpoint, imported or Hugging Face folder")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="run, checkpoint, imported or Hugging Face folder")
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument(
         "--checkpoint", metavar="NAME", help="one of RUN/checkpoints, or its path (default: the newest)"
@@ -64,7 +64,7 @@ def _sample(options: argparse.Namespace) -> None:
         raise UsageError("the prompt is not valid UTF-8: set the terminal to UTF-8")
     if not 0 <= options.seed < _SEEDS:
         raise UsageError(f"--seed {options.seed}: expected a number from 0 to {_SEEDS - 1}")
-    model = open_model(options.run, options.checkpoint, options.device)
+    model = open_model(options.model, options.checkpoint, options.device)
     if warning := model.warning(options.prompt):
         print(warning, file=sys.stderr)
     for number in range(options.count):

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from megazh.errors import UsageError
+from megazh.exchange.generation_config import end_ids
 from megazh.model.decoder import Decoder
 from megazh.model.generate import SamplingOptions, cached_forward, generate, uncached_forward
 from megazh.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ class TextModel:
 
 
 def open_model(path: Path, checkpoint: str | None = None, device: str | None = None) -> TextModel:
-    """Open a model.
+    """Open a model. Texts of a Hugging Face folder end where its generation_config.json says.
 
     Args:
         path: a run folder, the folder of one checkpoint, an imported folder, or a Hugging Face folder.
@@ -85,4 +86,5 @@ def open_model(path: Path, checkpoint: str | None = None, device: str | None = N
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch can use no GPU here; leave it out, or give --device cpu")
     tokenizer = source.tokenizer()
-    return TextModel(load_decoder(source, torch.device(device)), tokenizer, source.trained_length)
+    ends = None if source.run is not None or source.hf_files is None else end_ids(source.hf_files)
+    return TextModel(load_decoder(source, torch.device(device)), tokenizer, source.trained_length, ends)

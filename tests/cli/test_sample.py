@@ -9,6 +9,9 @@ from made_runs import add_checkpoint, make_run, write_recipe
 from megazh.cli import main
 from megazh.index.prepare import prepare
 from megazh.run.folder import RunFolder
+from megazh.training.checkpoint_list import list_checkpoints
+from megazh.training.export import ExportOptions, export_to_hf
+from megazh.training.model_source import find_model
 from megazh.training.recipe import run_recipe
 
 PROMPT = "从前，有一只小兔子。"
@@ -66,6 +69,18 @@ def test_a_model_that_has_learned_nothing_writes_text(run: RunFolder, capfd: pyt
         assert code == 0
         assert out.startswith(prompt)
         assert len(out) > len(prompt) + 20
+
+
+def test_a_checkpoint_and_a_hugging_face_folder(
+    run: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export_to_hf(find_model(run.path), tmp_path / "hf", ExportOptions())
+    (checkpoint,) = list_checkpoints(run.checkpoints)
+    options = (PROMPT, "--temperature", "2", "--max-tokens", "30")
+    one, other, third = (sample(capfd, path, *options) for path in (run.path, checkpoint, tmp_path / "hf"))
+    assert one[:2] == other[:2] == third[:2]
+    code, _, err = sample(capfd, tmp_path / "hf", *options, "--checkpoint", "step_00000006")
+    assert (code, err) == (2, f"error: {tmp_path / 'hf'} is a Hugging Face folder, which has no checkpoints\n")
 
 
 def test_the_newest_checkpoint_or_the_one_that_is_named(

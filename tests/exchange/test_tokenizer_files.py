@@ -92,7 +92,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Family]
 
 @pytest.fixture(scope="module")
 def answers(
-    folders: dict[tuple[str, Family], tuple[Path, Tokenizer]], tmp_path_factory: pytest.TempPathFactory
+    folders: dict[tuple[str, Family], tuple[Path, Tokenizer]],
 ) -> Iterator[Callable[[str], dict[tuple[str, Family, bool], dict[str, Any]]]]:
     """What a version of transformers makes of the folders: also with its slow class, in 4.46."""
 
@@ -106,7 +106,7 @@ def answers(
             path, tokenizer = folders[kind, family]
             words = [*strange(tokenizer), f"a{tokenizer.eod}b"]
             questions.append({"what": "ids", "folder": str(path), "texts": words, "fast": fast})
-        return dict(zip(asked, ask(version, tmp_path_factory.mktemp("asked"), questions), strict=True))
+        return dict(zip(asked, ask(version, questions), strict=True))
 
     return of  # type: ignore[return-value]
 
