@@ -44,7 +44,7 @@ def add_to(commands: Subparsers) -> None:
     generate = add_command(
         below, "generate", "answer instructions with a model: its answers become the rejected side", GENERATE_EXAMPLES
     )
-    generate.add_argument("model", type=Path, metavar="MODEL", help="the model: what `megazh sample` takes")
+    generate.add_argument("model", type=Path, metavar="MODEL", help="run, checkpoint or Hugging Face folder")
     _add_files(generate)
     generate.add_argument("--checkpoint", metavar="NAME", help="a checkpoint of the run (default: the newest)")
     generate.add_argument("--limit", type=count, metavar="N", help="answer the first N rows only")

@@ -11,7 +11,7 @@ import orjson
 
 from megazh.corpus.sources import Source
 from megazh.errors import UsageError
-from megazh.files import NewFile, fsync_directory
+from megazh.files import NewFile, fsync_directory, locked
 from megazh.prefs.messages import RowError
 from megazh.writing import check_writable, writing
 
@@ -37,6 +37,17 @@ def check_output(output: Path, sources: Sequence[Source], overwrite: bool) -> No
     if output.exists() and not overwrite:
         raise UsageError(f"--to {output}: is there already; give another name, or --force to replace it")
     check_writable(output.parent, "choose another --to", f"--to {output}")
+
+
+@contextlib.contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Keep other commands from writing `output` inside the block. Raises BusyError if one does."""
+    lock = output.with_name(f".{output.name}.lock")
+    with locked(lock, f"{output}: another command writes it"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 class RowFile:

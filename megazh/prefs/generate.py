@@ -13,10 +13,9 @@ from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import Source
 from megazh.errors import DataError
-from megazh.files import locked
 from megazh.model.generate import SamplingOptions
 from megazh.prefs.answers import Answers
-from megazh.prefs.files import Rejects, check_output, new_rows
+from megazh.prefs.files import Rejects, check_output, new_rows, only_writer
 from megazh.prefs.forms import Template
 from megazh.prefs.messages import RowError
 from megazh.prefs.reading import find_rows, read_rows
@@ -75,8 +74,7 @@ def generate(request: Request, say: Callable[[str], None]) -> None:
     check_output(request.output, sources, request.overwrite)
     for line in listing.notes():
         say(line)
-    lock = request.output.with_name(f".{request.output.name}.lock")
-    with locked(lock, f"{request.output}: another process writes it"), Rejects(request.output) as rejects:
+    with only_writer(request.output), Rejects(request.output) as rejects:
         total = sum(1 for _ in _instructions(sources, options, request, rejects))
         if not total:
             first = f": {rejects.describe()}; first: {rejects.first}" if rejects.total else ""
@@ -90,7 +88,6 @@ def generate(request: Request, say: Callable[[str], None]) -> None:
         finally:
             answers.close()
         _finish(request, answers, rejects, say)
-        lock.unlink(missing_ok=True)
 
 
 def _instructions(

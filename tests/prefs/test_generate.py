@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from made_runs import add_checkpoint, make_run, write_recipe
 
-from megazh.errors import DataError, UsageError
+from megazh.errors import BusyError, DataError, UsageError
 from megazh.model.generate import SamplingOptions
+from megazh.prefs.files import only_writer
 from megazh.prefs.forms import Template
 from megazh.prefs.generate import Request, generate, row_seed
 from megazh.run.folder import RunFolder
+from megazh.training.export import ExportOptions, export_to_hf
+from megazh.training.model_source import find_model
 from megazh.training.recipe import run_recipe
 from megazh.training.text_model import TextModel, open_model
 
@@ -67,6 +70,20 @@ def test_the_answer_of_the_data_is_chosen_and_the_models_own_is_rejected(
         own = model.stream(row["prompt"], 12, SamplingOptions(top_p=0.95), row_seed(0, number))
         assert row == {"prompt": f"讲故事{number}\n", "chosen": f"从前{number}", "rejected": "".join(own).strip()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prefs.jsonl", "rows.jsonl"]
+
+
+def test_an_exported_folder_gives_the_answers_of_its_run(run: RunFolder, rows: Path, tmp_path: Path) -> None:
+    export_to_hf(find_model(run.path), tmp_path / "hf", ExportOptions())
+    said(request(run, rows, tmp_path / "run.jsonl"))
+    generate(Request(tmp_path / "hf", [str(rows)], tmp_path / "hf.jsonl", max_tokens=12, device="cpu"), print)
+    assert (tmp_path / "hf.jsonl").read_bytes() == (tmp_path / "run.jsonl").read_bytes()
+
+
+def test_another_command_for_the_same_output_is_refused(run: RunFolder, rows: Path, tmp_path: Path) -> None:
+    output = tmp_path / "prefs.jsonl"
+    with only_writer(output), pytest.raises(BusyError, match="another command writes it"):
+        said(request(run, rows, output))
+    said(request(run, rows, output))
 
 
 def test_a_seed_gives_an_answer(run: RunFolder, rows: Path, tmp_path: Path) -> None:
@@ -167,8 +184,10 @@ def test_refused_before_a_model_is_opened(run: RunFolder, rows: Path, tmp_path: 
     (tmp_path / "prefs.jsonl").write_text("kept")
     with pytest.raises(UsageError, match="is there already"):
         said(nothing)
+    with pytest.raises(UsageError, match="no run"):
+        said(Request(tmp_path / "none", [str(rows)], tmp_path / "new.jsonl"))
     array = tmp_path / "rows.json"
     array.write_text(json.dumps(ROWS)[:-30])
     with pytest.raises(DataError, match="broken JSON at record 6"):
         said(Request(tmp_path / "none", [str(array)], tmp_path / "new.jsonl"))
-    assert not (tmp_path / "new.jsonl.partial").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prefs.jsonl", "rows.json", "rows.jsonl"]
