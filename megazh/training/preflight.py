@@ -13,7 +13,7 @@ from pathlib import Path
 from megazh.errors import Collector, MegazhError, UsageError
 from megazh.run.folder import RunFolder
 from megazh.settings import COMMAND_LINE, Settings
-from megazh.training.checks import data, fit, initial, place, resume
+from megazh.training.checks import data, exported, fit, initial, place, resume
 from megazh.training.job import Case, Devices, Job, Request
 from megazh.training.recipe import Device, Recipe, read_recipe
 from megazh.training.recipe_files import recipe_path
@@ -28,7 +28,9 @@ PLACE: tuple[Check, ...] = (place.run_folder, place.inputs)
 FIT: tuple[Check, ...] = (fit.length, fit.layout, fit.dtypes, fit.memory, fit.export)
 """The recipe works, and fits the devices."""
 
-DATA: tuple[Check, ...] = (data.manifest, data.tokenizers, data.vocabulary, data.epochs, data.validation)
+DATA: tuple[Check, ...] = (
+    data.manifest, data.tokenizers, data.vocabulary, data.epochs, data.validation, exported.tokenizer,
+)  # fmt: skip
 """The data is there, and fits the model and the length of the run."""
 
 RUN: tuple[Check, ...] = (resume.same_run, initial.initial_checkpoint, place.disk)

@@ -1,0 +1,48 @@
+"""A tokenizer that cannot be exported with the model is warned of before training, not found out after it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import make_case
+from textdata import json_lines, texts
+from tokenizer_kinds import KINDS
+
+from megazh.cli import main
+from megazh.training.checks import exported
+
+
+def index(folder: Path, kind: str) -> Path:
+    """An index with a tokenizer of a kind; returns its prefix."""
+    (folder / kind).mkdir(parents=True)
+    source = folder / f"{kind}.jsonl"
+    source.write_bytes(json_lines(texts(20)))
+    tokenizer, prefix = KINDS[kind](folder / kind), folder / kind / "corpus"
+    words = ["index", "build", "--input", source, "--tokenizer", tokenizer, "--output", prefix, "--workers", 1]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, words), "--max-lost", "1"])
+    assert not ended.value.code
+    return prefix
+
+
+def warned(folder: Path, prefix: Path, **model: Any) -> list[str]:
+    return list(exported.tokenizer(make_case(folder, prefix, model={"vocab_size": 2048, **model})))
+
+
+def test_qwens_family_takes_qwens_tokenizers_alone(tmp_path: Path) -> None:
+    prefix = index(tmp_path, "BPE with bytes")
+    assert warned(tmp_path, prefix) == []
+    (line,) = warned(tmp_path, prefix, qkv_bias=True)
+    assert line.startswith("warning: megazh export will refuse what comes of this run: ")
+    assert "use a model with model.qkv_bias=false" in line
+    assert warned(tmp_path, index(tmp_path, "byte-level BPE"), qkv_bias=True) == []
+
+
+def test_sentencepiece(tmp_path: Path) -> None:
+    assert warned(tmp_path, index(tmp_path, "SentencePiece BPE")) == []
+    (line,) = warned(tmp_path, index(tmp_path, "SentencePiece Unigram"))
+    assert "cannot be written as a tokenizer.json with the same ids" in line
+
+
+def test_what_no_family_can_express_is_told_elsewhere(tmp_path: Path) -> None:
+    assert warned(tmp_path, index(tmp_path, "SentencePiece Unigram"), norm="layernorm") == []
