@@ -113,6 +113,11 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         values = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"{folder}: no Hugging Face folder: {CONFIG} is missing; give the folder that holds it beside the weights "
+            "(runs and checkpoints are used as they are, without an import)"
+        ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -97,7 +97,7 @@ def test_numbers_that_follow_from_the_config_are_passed_over(folder: Path) -> No
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read: No such file"),
+        (lambda folder: (folder / "config.json").unlink(), "no Hugging Face folder: config.json is missing"),
         (edit("config.json", "model_type", "gpt2"), "config.json: model_type is 'gpt2'"),
         (edit("config.json", "attn_logit_softcapping", 50.0), "may change the computation: attn_logit_softcapping"),
         (edit("config.json", "num_hidden_layers", 3), r"holds no model.layers.2.input_layernorm.weight, .* and 6 more"),
