@@ -134,7 +134,7 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
     assert model_config(without, "x") == model_config(MISTRAL, "x"), "transformers takes 4096"
 
 
-@pytest.mark.parametrize(("content", "problem"), [(b"{", "not valid JSON"), (b"[]", "an object"), (None, "cannot be")])
+@pytest.mark.parametrize(("content", "problem"), [(b"{", "not valid JSON"), (b"[]", "an object"), (None, "is missing")])
 def test_files_that_are_no_config(tmp_path: Path, content: bytes | None, problem: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
