@@ -88,7 +88,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.unfinished")
     replaced = target.with_name(f".{target.name}.replaced")
     with writing(target):
-        for left in (temporary, replaced):  # of an interrupted call
+        if replaced.exists() and not target.exists():  # the last call ended between the two renames below
+            replaced.rename(target)
+        for left in (temporary, replaced):
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
     try:

@@ -282,10 +282,12 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
-def test_what_an_interrupted_call_left_of_a_folder_is_removed(tmp_path: Path) -> None:
-    for left in (".model.unfinished", ".model.replaced"):
-        (tmp_path / left).mkdir()
-        (tmp_path / left / "old").write_text("")
+def test_what_an_interrupted_call_left_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / ".model.unfinished" / "half").mkdir(parents=True)
+    (tmp_path / ".model.replaced" / "old").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "model") as folder:
+        (folder / "nowhere" / "a").write_text("")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["old"], "it is there again"
     with new_folder(tmp_path / "model") as folder:
         assert list(folder.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -13,7 +13,7 @@ from megazh.pipeline.timing import remembered_seconds
 from megazh.pipeline.work import Work
 from megazh.run.peaks import peak_flops
 from megazh.settings import Settings
-from megazh.training.checks import fit
+from megazh.training.checks import exported, fit
 from megazh.training.checks.place import space_of
 from megazh.training.job import Case, Devices
 from megazh.training.layout import Layout
@@ -115,7 +115,7 @@ def plan(recipe: Recipe, settings: Settings, gpus: int, assumed: Assumptions) ->
     any_batch = recipe.model_copy(update={"batch": batch})
     devices = Devices(Device.CUDA, gpus, None, memory=int(card))
     case = planned_case(any_batch, settings, devices, stages=1)
-    notes = warnings_of(case, [fit.length, fit.export])
+    notes = warnings_of(case, [fit.length, exported.model])
     on_data = _on_data(case)
     choices, refused = [], []
     for stages in range(1, gpus + 1):

@@ -159,7 +159,7 @@ def model_config(values: Mapping[str, Any], source: str) -> ModelConfig:
     faults = [f"has no {name}" for name in (*_SHAPE, *_needed(family)) if values.get(name) is None]
     faults += [*_unlike(values, _ONLY), *_sliding(values)]
     layers = values.get("layer_types")
-    if layers is not None and (not isinstance(layers, list) or set(layers) - {"full_attention"}):
+    if layers is not None and (not isinstance(layers, list) or any(each != "full_attention" for each in layers)):
         faults.append("layer_types: only full_attention can be computed")
     rope = _rope(values, faults)
     taken = {

@@ -108,7 +108,8 @@ def _checkpoint_of(run: RunFolder, wanted: str | None) -> Path:
 def _run_of(checkpoint: Path) -> RunFolder | None:
     """The run in whose folder a checkpoint lies."""
     run = RunFolder(checkpoint.absolute().parent.parent)
-    return run if run.exists and (run.path / DESCRIPTION).is_file() else None
+    there = run.exists and (run.path / DESCRIPTION).is_file()
+    return run if there and run.checkpoints == checkpoint.absolute().parent else None
 
 
 def _of_checkpoint(path: Path, run: RunFolder | None) -> ModelSource:

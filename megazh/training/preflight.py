@@ -25,7 +25,7 @@ Check = Callable[[Case], Iterator[str]]
 PLACE: tuple[Check, ...] = (place.run_folder, place.inputs)
 """What the command line names is there, and what it would write is in nobody's way."""
 
-FIT: tuple[Check, ...] = (fit.length, fit.layout, fit.dtypes, fit.memory, fit.export)
+FIT: tuple[Check, ...] = (fit.length, fit.layout, fit.dtypes, fit.memory, exported.model)
 """The recipe works, and fits the devices."""
 
 DATA: tuple[Check, ...] = (

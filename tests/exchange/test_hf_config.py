@@ -114,6 +114,7 @@ TYPE = "rope_type"
         (LLAMA, {"rope_parameters": {TYPE: "default", "rope_theta": 5.0}}, "contradict each other"),
         (LLAMA, {"rope_scaling": {**YARN, "mscale": 2.0}}, "rope_scaling.mscale=2.0 cannot be computed"),
         (LLAMA, {"layer_types": ["sliding_attention"] * 2}, "layer_types: only full_attention"),
+        (LLAMA, {"layer_types": [{}], "architectures": {}, "model_type": "llama"}, "layer_types: only full_attention"),
         (MISTRAL, {"sliding_window": 128}, "sliding_window=128 is shorter than max_position_embeddings=256"),
         (MISTRAL, {"num_key_value_heads": None}, "has no num_key_value_heads"),
         (MISTRAL, {"rope_scaling": {TYPE: "linear", "factor": 2.0}}, "4.46.3 ignores it for mistral"),

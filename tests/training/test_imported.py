@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import decoder, small
+from made_runs import make_run, write_recipe
 from safetensors.torch import load_file, save_file
 from saved_models import as_tensors, save_model
 
@@ -111,6 +112,13 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
         import_folder(first, first)
     (tmp_path / "empty").mkdir()
     import_folder(first, tmp_path / "empty")
+
+
+def test_an_imported_folder_inside_a_run_is_not_that_runs(tmp_path: Path, stories: Path) -> None:
+    run = make_run(tmp_path / "run", write_recipe(tmp_path / "mini.yaml", stories))
+    first = export(save_model(tmp_path, decoder(small())), tmp_path / "hf")
+    import_folder(first, run.path / "models" / "small")
+    assert find_model(run.path / "models" / "small").run is None
 
 
 def test_an_imported_folder_keeps_its_hashes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether the tokenizer of a run can stand in the Hugging Face folder that its model would be exported as."""
+"""Whether what comes of a run could be exported as a Hugging Face folder: better known before the training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from megazh.index.metadata import load_tokenizer_of
 from megazh.tokenizer.encoders import TokenizerFormat
 from megazh.training.checks.data import needed_facts
 from megazh.training.job import Case
+
+
+def model(case: Case) -> Iterator[str]:
+    """A family of Hugging Face models can express the model."""
+    if reasons := inexpressible(case.recipe.model):
+        yield case.settings.with_places(
+            "warning: megazh export will refuse this model: no family of Hugging Face models can express "
+            f"{'; '.join(reasons)}"
+        )
 
 
 def tokenizer(case: Case) -> Iterator[str]:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from megazh.errors import Collector, UsageError
-from megazh.exchange.families import inexpressible
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.precision import Dtype, check_deepspeed_version, check_engine
 from megazh.training.checkpoint_list import newest_good
@@ -76,12 +75,3 @@ def memory(case: Case) -> Iterator[str]:
         if not assumed:
             raise
         yield f"warning: {error}; the memory of the run's GPUs is not known here: this is an RTX 3090's"
-
-
-def export(case: Case) -> Iterator[str]:
-    """A family of Hugging Face models can express the model, so that others can load what comes of the run."""
-    if reasons := inexpressible(case.recipe.model):
-        yield case.settings.with_places(
-            "warning: megazh export will refuse this model: no family of Hugging Face models can express "
-            f"{'; '.join(reasons)}"
-        )

@@ -1,4 +1,4 @@
-"""A tokenizer that cannot be exported with the model is warned of before training, not found out after it."""
+"""A tokenizer or a model that cannot be exported is warned of before training, not found out after it."""
 
 from pathlib import Path
 from typing import Any
@@ -46,3 +46,11 @@ def test_sentencepiece(tmp_path: Path) -> None:
 
 def test_what_no_family_can_express_is_told_elsewhere(tmp_path: Path) -> None:
     assert warned(tmp_path, index(tmp_path, "SentencePiece Unigram"), norm="layernorm") == []
+
+
+def test_a_model_that_no_family_can_express(tmp_path: Path) -> None:
+    assert list(exported.model(make_case(tmp_path))) == []
+    (line,) = exported.model(make_case(tmp_path, None, ["norm=layernorm", "mlp=gelu"]))
+    assert line.startswith("warning: megazh export will refuse this model: ")
+    assert "model.norm=layernorm (only rmsnorm); model.mlp=gelu" in line
+    assert "norm is set on the command line" in line

@@ -54,14 +54,6 @@ def test_a_card_that_is_not_known_is_compared_with_a_3090(tmp_path: Path) -> Non
     assert line.endswith("the memory of the run's GPUs is not known here: this is an RTX 3090's")
 
 
-def test_a_model_that_cannot_be_exported_is_warned_of(tmp_path: Path) -> None:
-    assert list(fit.export(make_case(tmp_path))) == []
-    (line,) = list(fit.export(make_case(tmp_path, None, ["norm=layernorm", "mlp=gelu"])))
-    assert line.startswith("warning: megazh export will refuse this model: ")
-    assert "model.norm=layernorm (only rmsnorm); model.mlp=gelu" in line
-    assert "norm is set on the command line" in line
-
-
 def test_all_errors_come_at_once_each_with_its_place(tmp_path: Path) -> None:
     settings = ["warmup=50", "global_batch_size=7", "zero_stage=2"]
     case = make_case(tmp_path, None, settings, request=Request(stages=1))
