@@ -34,7 +34,9 @@ def add_to(commands: Subparsers) -> None:
         "--shard-size", type=size, default="5GB", metavar="SIZE", help="largest size of a file (default: 5GB)"
     )
     parser.add_argument(
-        "--family", choices=["llama", "qwen2", "mistral"], help="model family (default: the first that fits)"
+        "--family",
+        choices=["llama", "qwen2", "mistral"],
+        help="model family (default: as imported, else the first that fits)",
     )
     parser.add_argument("--force", action="store_true", help="replace the folder of an earlier export")
     parser.set_defaults(call=_export)

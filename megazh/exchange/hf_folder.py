@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from megazh.errors import DataError
 from megazh.exchange.hf_config import CONFIG, model_config, read_hf_config, trained_length
 from megazh.exchange.shards import INDEX, SINGLE
 from megazh.exchange.tensor_names import EMBEDDING, HEAD, HfTensor, hf_tensors
+from megazh.files import write_atomic
 from megazh.tensor_file import TensorReader
 
 DTYPES = ("BF16", "F32", "F16")
@@ -138,10 +138,10 @@ class HfFolder:
 
 
 def copy_beside(folder: Path, target: Path) -> None:
-    """Copy the files of `BESIDE` that a folder has into another, as they are."""
-    for name in BESIDE:
+    """Copy the config and the files of `BESIDE` that a folder has into another, as they are. Raises WriteError."""
+    for name in (CONFIG, *BESIDE):
         if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+            write_atomic(target / name, (folder / name).read_bytes())
 
 
 def _files(path: Path) -> tuple[list[str], dict[str, str] | None]:

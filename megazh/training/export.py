@@ -41,7 +41,7 @@ class ExportOptions:
     shard_bytes: int = SHARD_BYTES
     """Largest size of a file of weights."""
     family: Family | None = None
-    """Family of the exported model. Default: the first that can express it."""
+    """Family of the exported model. Default: the one that it was imported as, else the first that can express it."""
     force: bool = False
     """Whether a folder of an earlier export is replaced."""
 
@@ -73,7 +73,7 @@ def export_to_hf(source: ModelSource, target: Path, options: ExportOptions) -> E
         DataError: a file of the checkpoint is damaged, or does not fit its model.
         WriteError: the folder cannot be written.
     """
-    family = choose_family(source.model, options.family)
+    family = choose_family(source.model, options.family or _family_of(source))
     check_target(target, options.force)
     dtype = options.dtype or Dtype(source.manifest.precision)
     tensors = hf_tensors(source.model)
@@ -106,6 +106,11 @@ def check_target(target: Path, force: bool) -> None:
     if names and (CONFIG not in names or not any(name.endswith(".safetensors") for name in names)):
         raise UsageError(f"{target}: holds {names[0]}, and no exported model: --force does not replace it; remove it")
     check_writable(target.absolute().parent, "give another folder")
+
+
+def _family_of(source: ModelSource) -> Family | None:
+    """Family of a model that comes from a Hugging Face folder; None for others."""
+    return None if source.hf_files is None else Family(read_hf_config(source.hf_files)["model_type"])
 
 
 def _streamed(reader: WeightReader, tensor: HfTensor, dtype: torch.dtype) -> StreamedTensor:

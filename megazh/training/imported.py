@@ -1,7 +1,6 @@
 """A Hugging Face folder as a checkpoint: read in place by any layout, or imported into a folder of its own."""
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import yaml
 
 from megazh import __version__
 from megazh.errors import DataError, UsageError
-from megazh.exchange.hf_config import CONFIG
 from megazh.exchange.hf_folder import HfFolder, copy_beside
 from megazh.exchange.shards import StreamedTensor, write_streamed
 from megazh.files import fsync_directory, new_folder, write_atomic
@@ -146,4 +144,3 @@ def _write_rest(new: Path, folder: HfFolder) -> None:
     write_atomic(new / MODEL_FILE, f"# The model of {folder.path}, for `include` in a recipe.\n{text}".encode())
     (new / HF_FILES).mkdir()
     copy_beside(folder.path, new / HF_FILES)
-    shutil.copyfile(folder.path / CONFIG, new / HF_FILES / CONFIG)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from saved_models import as_tensors, save_model
 
 from megazh.errors import DataError, UsageError
+from megazh.exchange.families import Family
 from megazh.pipeline.precision import Dtype
 from megazh.training.export import ExportOptions, export_to_hf
 from megazh.training.imported import import_folder
@@ -41,6 +42,16 @@ def export(source: Path, target: Path, **options: Any) -> Path:
     """Export what a path names; returns the folder."""
     export_to_hf(find_model(source), target, ExportOptions(**options))
     return target
+
+
+def test_the_family_stays(tmp_path: Path) -> None:
+    model = decoder(small(num_key_value_heads=2))
+    first = export(save_model(tmp_path, model), tmp_path / "hf", family=Family.MISTRAL)
+    import_folder(first, tmp_path / "imported")
+    again = export(tmp_path / "imported", tmp_path / "again")
+    assert json.loads((again / "config.json").read_text()) == json.loads((first / "config.json").read_text())
+    other = export(tmp_path / "imported", tmp_path / "other", family=Family.LLAMA)
+    assert json.loads((other / "config.json").read_text())["model_type"] == "llama"
 
 
 @pytest.mark.parametrize("dtype", [Dtype.BF16, Dtype.FP32, Dtype.FP16])
