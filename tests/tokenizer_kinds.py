@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sentencepiece
 from byte_fallback import write_byte_fallback_json
-from textdata import ranks_of, texts, tokenizer_path, write_ranks
+from textdata import json_lines, ranks_of, texts, tokenizer_path, write_ranks
+
+from megazh.cli import main
 
 CHARACTERS = sorted(set("".join(texts(200))) - set(" \n\r\t") | set("<|>/[]_"))
 """Characters that the vocabularies without bytes know: those of the texts, and those of control tokens."""
@@ -147,3 +150,16 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "rank file": small_ranks,
 }
 """Writes a tokenizer of each kind into a folder, and returns its path."""
+
+
+def index_with(folder: Path, kind: str) -> Path:
+    """An index with a tokenizer of a kind; returns its prefix."""
+    (folder / kind).mkdir(parents=True)
+    source = folder / f"{kind}.jsonl"
+    source.write_bytes(json_lines(texts(20)))
+    tokenizer, prefix = KINDS[kind](folder / kind), folder / kind / "corpus"
+    words = ["index", "build", "--input", source, "--tokenizer", tokenizer, "--output", prefix, "--workers", 1]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, words), "--max-lost", "1"])
+    assert not ended.value.code
+    return prefix

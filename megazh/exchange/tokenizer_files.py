@@ -17,6 +17,7 @@ from megazh.files import write_atomic
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.control import is_bpe
 from megazh.tokenizer.encoders import TokenizerFormat, encode_each
+from megazh.tokenizer.hugging_face import JsonTokenizer
 from megazh.tokenizer.qwen import QWEN_REGEX
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -83,6 +84,18 @@ def tokenizer_settings(tokenizer: Tokenizer, family: Family) -> dict[str, Any]:
             "model.qkv_bias=false, which is exported as llama"
         )
     return settings
+
+
+def exported_fingerprint(tokenizer: Tokenizer) -> str:
+    """Fingerprint of the `tokenizer.json` that a tokenizer is exported as; its own where it cannot be exported.
+
+    Tokenizers for which it is equal give the same ids, though their files may have different formats.
+    """
+    try:
+        settings = tokenizer_settings(tokenizer, Family.LLAMA)
+        return JsonTokenizer(tokenizer.path, TokenizerFormat.HUGGING_FACE, settings, tokenizer.eod).fingerprint
+    except UsageError:
+        return tokenizer.fingerprint
 
 
 def _as_encoded(settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megazh.errors import DataError, UsageError
 from megazh.exchange import tokenizer_files
 from megazh.exchange.families import Family
 from megazh.exchange.odd_strings import odd_strings
-from megazh.exchange.tokenizer_files import tokenizer_settings, write_tokenizer_files
+from megazh.exchange.tokenizer_files import exported_fingerprint, tokenizer_settings, write_tokenizer_files
 from megazh.tokenizer import Tokenizer, load_tokenizer
 from megazh.tokenizer.encoders import encode_each
 from megazh.tokenizer.tokenizer import RankKind
@@ -175,6 +175,16 @@ def test_megazh_reads_what_it_wrote(folders: dict[tuple[str, Family], tuple[Path
         assert (again.eod_id, again.tokens) == (tokenizer.eod_id, tokenizer.tokens), kind
         words = strange(tokenizer)
         assert [*map(again.encode, words)] == [*map(tokenizer.encode, words)], kind
+
+
+def test_an_exported_tokenizer_is_known_as_the_same(
+    folders: dict[tuple[str, Family], tuple[Path, Tokenizer]],
+) -> None:
+    """Also where a SentencePiece model has become a tokenizer.json, or the end token was no added token before."""
+    found = {kind: exported_fingerprint(tokenizer) for (kind, _), (_, tokenizer) in folders.items()}
+    for (kind, _), (path, _) in folders.items():
+        assert exported_fingerprint(load_tokenizer(path)) == found[kind], kind
+    assert len(set(found.values())) == len(found)
 
 
 def test_tokens_in_front_of_sentencepiece(tmp_path: Path) -> None:

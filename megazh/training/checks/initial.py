@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megazh.errors import Collector, UsageError
-from megazh.index.metadata import TokenizerInfo
+from megazh.exchange.tokenizer_files import exported_fingerprint
+from megazh.index.metadata import TokenizerInfo, load_tokenizer_of
 from megazh.tokenizer import Tokenizer, load_tokenizer
 from megazh.training.checkpoint_list import list_checkpoints
 from megazh.training.checks.data import needed_facts
@@ -39,13 +40,16 @@ def _tokenizer(case: Case, source: ModelSource) -> Iterator[str]:
     data = needed_facts(case)
     if data is None:
         return
-    info = data.corpora[0].metadata.tokenizer
+    corpus = data.corpora[0]
+    info = corpus.metadata.tokenizer
     try:
         known = _loaded(source, info)
     except UsageError as error:
         yield f"warning: {source.path}: its tokenizer is not compared with that of the data: {error}"
         return
-    if known.fingerprint != info.fingerprint:
+    if known.fingerprint == info.fingerprint:
+        return
+    if exported_fingerprint(known) != exported_fingerprint(load_tokenizer_of(corpus.prefix, corpus.metadata)):
         yield (
             f"WARNING: {source.path} has another tokenizer than {case.recipe.data.manifest}: ids of the data mean "
             "other tokens than its weights were trained on; index the data with its tokenizer"

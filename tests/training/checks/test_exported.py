@@ -3,26 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from cases import make_case
-from textdata import json_lines, texts
-from tokenizer_kinds import KINDS
+from tokenizer_kinds import index_with
 
-from megazh.cli import main
 from megazh.training.checks import exported
-
-
-def index(folder: Path, kind: str) -> Path:
-    """An index with a tokenizer of a kind; returns its prefix."""
-    (folder / kind).mkdir(parents=True)
-    source = folder / f"{kind}.jsonl"
-    source.write_bytes(json_lines(texts(20)))
-    tokenizer, prefix = KINDS[kind](folder / kind), folder / kind / "corpus"
-    words = ["index", "build", "--input", source, "--tokenizer", tokenizer, "--output", prefix, "--workers", 1]
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, words), "--max-lost", "1"])
-    assert not ended.value.code
-    return prefix
 
 
 def warned(folder: Path, prefix: Path, **model: Any) -> list[str]:
@@ -30,22 +14,22 @@ def warned(folder: Path, prefix: Path, **model: Any) -> list[str]:
 
 
 def test_qwens_family_takes_qwens_tokenizers_alone(tmp_path: Path) -> None:
-    prefix = index(tmp_path, "BPE with bytes")
+    prefix = index_with(tmp_path, "BPE with bytes")
     assert warned(tmp_path, prefix) == []
     (line,) = warned(tmp_path, prefix, qkv_bias=True)
     assert line.startswith("warning: megazh export will refuse what comes of this run: ")
     assert "use a model with model.qkv_bias=false" in line
-    assert warned(tmp_path, index(tmp_path, "byte-level BPE"), qkv_bias=True) == []
+    assert warned(tmp_path, index_with(tmp_path, "byte-level BPE"), qkv_bias=True) == []
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
-    assert warned(tmp_path, index(tmp_path, "SentencePiece BPE")) == []
-    (line,) = warned(tmp_path, index(tmp_path, "SentencePiece Unigram"))
+    assert warned(tmp_path, index_with(tmp_path, "SentencePiece BPE")) == []
+    (line,) = warned(tmp_path, index_with(tmp_path, "SentencePiece Unigram"))
     assert "cannot be written as a tokenizer.json with the same ids" in line
 
 
 def test_what_no_family_can_express_is_told_elsewhere(tmp_path: Path) -> None:
-    assert warned(tmp_path, index(tmp_path, "SentencePiece Unigram"), norm="layernorm") == []
+    assert warned(tmp_path, index_with(tmp_path, "SentencePiece Unigram"), norm="layernorm") == []
 
 
 def test_a_model_that_no_family_can_express(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from cases import make_case
 from made_runs import make_run, write_recipe
+from tokenizer_kinds import index_with
 
 from megazh.errors import DataError, SeveralErrors, UsageError
 from megazh.run.folder import RunFolder
@@ -82,3 +83,13 @@ def test_another_tokenizer(tmp_path: Path, stories: Path, trained: RunFolder) ->
     shutil.copytree(trained.checkpoints / "step_00000006", moved)
     (line,) = found(tmp_path, stories, moved)
     assert "its tokenizer is not compared" in line
+
+
+def test_the_same_tokenizer_in_another_format(tmp_path: Path) -> None:
+    """Data of a SentencePiece model, and weights from the folder that a run of it was exported to."""
+    prefix = index_with(tmp_path, "SentencePiece BPE")
+    model = {"vocab_size": 512}
+    run = make_run(tmp_path / "trained", write_recipe(tmp_path / "trained.yaml", prefix, model=model))
+    export_to_hf(find_model(run.path), tmp_path / "hf", ExportOptions())
+    case = make_case(tmp_path, prefix, [f"initial_checkpoint={tmp_path / 'hf'}"], model=model)
+    assert list(initial_checkpoint(case)) == []
