@@ -1,15 +1,14 @@
 """`megazh export` on a run with three checkpoints."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from made_runs import add_checkpoint, make_run, write_recipe
-from processes import Finished, run_command
 from safetensors.torch import load_file
 
+from megazh.cli import main
 from megazh.cli.export import size
 from megazh.model.decoder import Decoder
 from megazh.run.folder import RunFolder
@@ -24,9 +23,12 @@ def run(stories: Path, tmp_path: Path) -> RunFolder:
     return run
 
 
-def export(*words: object) -> Finished:
-    """Run `megazh export WORDS`."""
-    return run_command([sys.executable, "-m", "megazh", "export", *map(str, words)], 60)
+def export(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `megazh export WORDS`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["export", *map(str, words)])
+    out, err = capfd.readouterr()
+    return int(ended.value.code or 0), out, err
 
 
 def seed_of(run: RunFolder, folder: Path) -> int:
@@ -37,22 +39,22 @@ def seed_of(run: RunFolder, folder: Path) -> int:
     )
 
 
-def test_the_newest_checkpoint_of_a_run(run: RunFolder, tmp_path: Path) -> None:
-    finished = export(run.path, "--to", "hf", tmp_path / "hf")
-    assert finished.returncode == 0, finished
-    assert finished.stdout.startswith(f"{tmp_path / 'hf'}: 37,024 parameters of ")
-    assert "step_00000006 as llama, fp32, " in finished.stdout
+def test_the_newest_checkpoint_of_a_run(run: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = export(capfd, run.path, "--to", "hf", tmp_path / "hf")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{tmp_path / 'hf'}: 37,024 parameters of ")
+    assert "step_00000006 as llama, fp32, " in out
     assert seed_of(run, tmp_path / "hf") == 6
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["eos_token_id"] == run.tokenizer().eod_id
     assert config["max_position_embeddings"] == 32
 
 
-def test_a_step_a_name_and_a_path(run: RunFolder, tmp_path: Path) -> None:
+def test_a_step_a_name_and_a_path(run: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     second = run.checkpoints / "step_00000002"
     for number, words in enumerate([(run.path, "--step", 2), (run.path, "--checkpoint", second.name), (second,)]):
         target = tmp_path / str(number)
-        assert export(*words, target).returncode == 0
+        assert export(capfd, *words, target)[0] == 0
         assert seed_of(run, target) == 2
 
 
@@ -66,12 +68,18 @@ def test_a_step_a_name_and_a_path(run: RunFolder, tmp_path: Path) -> None:
         (["run", "--shard-size", "5XB"], "--shard-size"),
     ],
 )
-def test_what_cannot_be_exported(run: RunFolder, tmp_path: Path, words: list[str], problem: str) -> None:
-    finished = export(
-        *(tmp_path / word if word in ("data", "run") or "/" in str(word) else word for word in words), "hf"
-    )
-    assert finished.returncode == 2
-    assert problem in finished.stderr.splitlines()[-1]
+def test_what_cannot_be_exported(
+    run: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: list[object],
+    problem: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = export(capfd, *words, "hf")
+    assert code == 2
+    assert problem in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("text", "number"), [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2G", 2 * 10**9), ("7", 7)])

@@ -1,12 +1,11 @@
 """`megazh import`, and what the folder is good for: a recipe, a run that begins from it, text, and another export."""
 
-import sys
 from pathlib import Path
 
 import pytest
 from made_runs import make_run, write_recipe
-from processes import Finished, run_command
 
+from megazh.cli import main
 from megazh.run.folder import RunFolder
 
 
@@ -16,44 +15,44 @@ def run(stories: Path, tmp_path: Path) -> RunFolder:
     return make_run(tmp_path / "run", write_recipe(tmp_path / "mini.yaml", stories))
 
 
-def megazh(*words: object) -> Finished:
-    """Run `megazh WORDS`."""
-    return run_command([sys.executable, "-m", "megazh", *map(str, words)], 60)
+def megazh(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `megazh WORDS`."""
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, words)])
+    out, err = capfd.readouterr()
+    return int(ended.value.code or 0), out, err
 
 
-def test_from_a_run_and_back(run: RunFolder, tmp_path: Path) -> None:
+def test_from_a_run_and_back(run: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first, imported, again = tmp_path / "hf", tmp_path / "imported", tmp_path / "again"
-    assert megazh("export", run.path, first).returncode == 0
-    finished = megazh("import", first, "--to", imported)
-    assert finished.returncode == 0, finished
-    assert finished.stdout == (
-        f"{imported}: 37,024 parameters of {first}, 2 layers x 32, trained on 32 tokens at a time\n"
-    )
-    assert megazh("export", imported, again).returncode == 0
+    assert megazh(capfd, "export", run.path, first)[0] == 0
+    said = f"{imported}: 37,024 parameters of {first}, 2 layers x 32, trained on 32 tokens at a time\n"
+    assert megazh(capfd, "import", first, "--to", imported) == (0, said, "")
+    assert megazh(capfd, "export", imported, again)[0] == 0
     for name in ("model.safetensors", "tokenizer.json", "config.json", "generation_config.json"):
         assert (again / name).read_bytes() == (first / name).read_bytes(), name
     texts = {
-        megazh("sample", path, "小猫", "--max-tokens", 5, "--device", "cpu", "--temperature", 0).stdout
+        megazh(capfd, "sample", path, "小猫", "--max-tokens", 5, "--device", "cpu", "--temperature", 0)[1]
         for path in (run.path, run.checkpoints / "step_00000006", first, imported)
     }
     assert len(texts) == 1
     assert texts.pop().startswith("小猫")
 
 
-def test_a_start_from_it_passes_its_checks(run: RunFolder, tmp_path: Path) -> None:
-    assert megazh("export", run.path, tmp_path / "hf").returncode == 0
+def test_a_start_from_it_passes_its_checks(run: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "hf"
+    assert megazh(capfd, "export", run.path, folder)[0] == 0
     settings = (f"model.from={folder}", f"initial_checkpoint={folder}")
     words = ("pretrain", "-c", tmp_path / "mini.yaml", "-r", tmp_path / "new", "--device", "cpu", "--dry-run")
-    finished = megazh(*words, *settings)
-    assert finished.returncode == 0, finished
-    assert str(folder) not in finished.stdout + finished.stderr, "no warning is about it"
-    finished = megazh(*words, *settings, "rope_theta=5e5")
-    assert "trained with model.rope_theta=10000" in finished.stdout + finished.stderr
+    code, out, err = megazh(capfd, *words, *settings)
+    assert code == 0, err
+    assert str(folder) not in out + err, "no warning is about it"
+    code, out, err = megazh(capfd, *words, *settings, "rope_theta=5e5")
+    assert "trained with model.rope_theta=10000" in out + err
 
 
-def test_a_folder_that_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{}")
-    finished = megazh("import", tmp_path, "--to", tmp_path / "out")
-    assert (finished.returncode, finished.stdout) == (3, "")
-    assert finished.stderr.startswith(f"error: {tmp_path / 'config.json'}: model_type is None")
+    code, out, err = megazh(capfd, "import", tmp_path, "--to", tmp_path / "out")
+    assert (code, out) == (3, "")
+    assert err.startswith(f"error: {tmp_path / 'config.json'}: model_type is None")
