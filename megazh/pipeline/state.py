@@ -11,6 +11,18 @@ MASTER = "master"
 
 
 @dataclass(frozen=True)
+class StoredAs:
+    """The form in which another program knows a piece of the weights, which checkpoints keep for it."""
+
+    file: str
+    """Path of the file in a checkpoint."""
+    key: str
+    """Name of the tensor in the file."""
+    shape: tuple[int, ...]
+    """Shape of the tensor: whole rows of the parameter."""
+
+
+@dataclass(frozen=True)
 class Piece:
     """A range of elements of one parameter, or of the optimizer's state for them, in this rank's memory."""
 
@@ -28,3 +40,5 @@ class Piece:
     """1-D view of the rank's memory: one number per `block` elements of the range, rounded up."""
     block: int = 1
     """Elements of the parameter per number: 1, or the block size of block-wise scales."""
+    stored_as: StoredAs | None = None
+    """Form of a piece of the weights in checkpoints. Default: whole parameters, in a file for each layer."""

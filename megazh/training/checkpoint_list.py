@@ -18,9 +18,10 @@ from megazh.errors import DataError, UsageError
 
 MANIFEST = "manifest.json"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
-"""Folders inside a checkpoint: a file for each layer, and a file for each rank."""
+"""Folders inside a checkpoint: a file for each layer, and a file for each rank. With `-t hf`, weights are in a file
+`model.safetensors` beside them."""
 _HIDDEN = (".step_*.unfinished", ".step_*.removed")
-_FILE = re.compile(rf"({WEIGHTS}|{OPTIMIZER})/[A-Za-z0-9_][A-Za-z0-9_.]*\.safetensors")
+_FILE = re.compile(rf"(({WEIGHTS}|{OPTIMIZER})/[A-Za-z0-9_][A-Za-z0-9_.]*|model)\.safetensors")
 
 Whole = Annotated[int, Field(ge=0)]
 
@@ -79,6 +80,8 @@ class CheckpointManifest(Config):
     """Stage bounds; see `megazh.pipeline.split`."""
     precision: str
     """Dtype of weights and activations."""
+    engine: str = "ds_pp"
+    """Engine of the run, as `megazh pretrain -t` names it."""
     optimizer: str = ""
     """Name of the optimizer."""
     updates: Whole = 0

@@ -90,19 +90,25 @@ def merged(parts: Sequence[Written]) -> Written:
 
 
 def _file_of(piece: Piece, rank: int) -> str:
+    if piece.stored_as is not None:
+        return piece.stored_as.file
     if piece.kind == WEIGHT:
         return f"{WEIGHTS}/{layer_of(piece.parameter)}.safetensors"
     return f"{OPTIMIZER}/rank_{rank:05d}.safetensors"
 
 
 def _key_of(piece: Piece) -> str:
-    """Weights are named as in `Decoder`, so that other programs find them."""
+    """Weights are named as in `Decoder`, so that other programs find them, or as those know them."""
+    if piece.stored_as is not None:
+        return piece.stored_as.key
     if piece.kind == WEIGHT:
         return piece.parameter
     return f"{piece.kind}/{piece.parameter}/{piece.begin}"
 
 
 def _shape_in_file(piece: Piece) -> tuple[int, ...]:
+    if piece.stored_as is not None:
+        return piece.stored_as.shape
     if piece.kind != WEIGHT:
         return (piece.values.numel(),)
     if (piece.begin, piece.end) != (0, math.prod(piece.shape)):

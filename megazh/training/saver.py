@@ -70,6 +70,7 @@ class Saver:
         log: prints a line once, on rank 0.
         retain: called on rank 0 with the new checkpoint's path after each save, in a thread: removes those that are no
             longer to be kept, and returns lines to print.
+        complete: called on rank 0 with the folder of a checkpoint whose tensors are written, in a thread: adds files.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class Saver:
         folder: Path,
         log: Callable[[str], None] = print,
         retain: Callable[[Path], list[str]] = lambda path: [],
+        complete: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         self._optimizer, self._folder, self._log, self._retain = optimizer, folder, log, retain
+        self._complete = complete
         self._copy = HostCopy(optimizer.pieces_to_save(), dist.get_rank())  # now: to page-lock memory takes seconds
         self._needed = sum(gather(self._copy.bytes))
         self._manifest: CheckpointManifest | None = None  # of the save under way, and so on all ranks or on none
@@ -236,6 +239,7 @@ class Saver:
         written = merged(parts)
         manifest = self._manifest.model_copy(update={"files": written.files, "tensors": written.tensors})
         with writing(target, kept=KEPT):
+            self._complete(temporary)
             write_manifest(temporary, manifest)
             shutil.rmtree(target, ignore_errors=True)  # left by an earlier attempt that was rolled back past this step
             temporary.rename(target)
