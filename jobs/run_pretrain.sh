@@ -6,7 +6,11 @@ trap '' PIPE
 [[ -e /proc/self/fd/1 ]] || exec > /dev/null
 [[ -e /proc/self/fd/2 ]] || exec 2> /dev/null
 jobs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
-python=$(bash "$jobs/setup.sh")
+extras=()
+case " $* " in
+    *" -t hf "* | *" -thf "* | *" --type hf "* | *" --type=hf "*) extras=(--hf) ;;
+esac
+python=$(bash "$jobs/setup.sh" "${extras[@]}")
 [[ -n ${MEGAZH_PYTHON:-} ]] && export PYTHONPATH=${jobs%/*}${PYTHONPATH:+:$PYTHONPATH}
 MEGAZH_BEGUN=$(date +%s.%N) # the time of the setup is no part of the run's start
 export MEGAZH_BEGUN

@@ -1,6 +1,7 @@
 """Runs `megazh pretrain` on CPU ranks again and again, by forks of one process that has imported everything.
 
-`python fork_server.py` reads a request per line, and writes a line per run that has ended; see `forked_runs`.
+`python fork_server.py MODULE...` reads a request per line, and writes a line per run that has ended; see `forked_runs`.
+It imports the modules first.
 """
 
 import contextlib
@@ -116,6 +117,7 @@ def launch(request: dict[str, Any], feeding: int) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     wanted = Request(
+        engine=request["engine"],
         recipe=request["recipe"],
         num_gpus=request["stages"] * request["replicas"],
         stages=request["stages"],
@@ -171,7 +173,10 @@ def run_rank(job: Job, rank: int, port: int, feeding: int) -> int:
             os.write(feeding, described(batch, first + number // layout.micro_batches, layout))
             yield batch
 
-    with mock.patch.object(loop, "training_feed", reported):
+    with contextlib.ExitStack() as patches:
+        for module in (loop, sys.modules.get("megazh.training.hf.trainer")):
+            if module is not None:
+                patches.enter_context(mock.patch.object(module, "training_feed", reported))
         return worker.work(job.run.path)
 
 
@@ -199,6 +204,6 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    for name in IMPORTED_LATER:
+    for name in (*IMPORTED_LATER, *sys.argv[1:]):
         importlib.import_module(name)
     serve()

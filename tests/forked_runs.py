@@ -54,6 +54,7 @@ class ForkedRuns:
         kill_after: int | None = None,
         delay: float = 0.0,
         limit: float = 60.0,
+        engine: str = "ds_pp",
     ) -> Ended:
         """Start or resume a run in a layout of (stages, replicas), and wait for its end.
 
@@ -62,11 +63,13 @@ class ForkedRuns:
                 counts from the start of the command, None does not kill.
             delay: seconds from then to the kill.
             limit: seconds after which a run that is not to be killed has failed.
+            engine: `-t` of the command.
         """
         name = str(next(self._numbers))
         reply, log = self._folder / f"reply_{name}.json", self._folder / f"log_{name}.txt"
         request = {
             "id": name,
+            "engine": engine,
             "recipe": str(recipe),
             "run": str(run),
             "stages": layout[0],
@@ -103,15 +106,20 @@ class ForkedRuns:
 
 
 @contextlib.contextmanager
-def start_forks(folder: Path) -> Iterator[ForkedRuns]:
-    """Start the process that is forked, with `folder` for its files; all forks end with the block."""
+def start_forks(folder: Path, *modules: str) -> Iterator[ForkedRuns]:
+    """Start the process that is forked, with `folder` for its files; all forks end with the block.
+
+    Args:
+        folder: folder for its files.
+        modules: names of modules that it imports besides, which forks would import later.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}_{folder}"
     path = os.pathsep.join([str(_SERVER.parents[1]), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "MEGAZH_CACHE": str(folder / "cache"), _MARK: mark}
     with open(folder / "server.txt", "wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, str(_SERVER)],
+            [sys.executable, str(_SERVER), *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

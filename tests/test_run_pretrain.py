@@ -50,6 +50,19 @@ def test_without_a_python_it_says_what_setup_says() -> None:
     assert finished.stderr.startswith("error: setup: MEGAZH_PYTHON=/nowhere/python: ")
 
 
+@pytest.mark.parametrize(
+    ("options", "extras"), [("-t hf -c demo", "--hf\n"), ("-c demo --type=hf", "--hf\n"), ("-t ds_pp -c hf", "\n")]
+)
+def test_the_packages_of_an_engine_are_set_up_with_it(tmp_path: Path, options: str, extras: str) -> None:
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    shutil.copy(JOBS / "run_pretrain.sh", jobs)
+    (jobs / "setup.sh").write_text('echo "$@" > extras; echo true\n')
+    finished = run_command(["bash", jobs / "run_pretrain.sh", *options.split()], cwd=tmp_path)
+    assert finished.returncode == 0, finished
+    assert (tmp_path / "extras").read_text() == extras
+
+
 def test_nothing_in_the_current_folder_passes_for_a_module(tmp_path: Path) -> None:
     (tmp_path / "argparse.py").write_text("raise SystemExit('the wrong argparse')")
     shutil.copytree(JOBS.parent / "megazh" / "cli", tmp_path / "megazh")

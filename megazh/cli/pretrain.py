@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   bash jobs/run_pretrain.sh -t ds_pp -g 0-5 -p 1 tokens=10B       one stage, six replicas, another length
   bash jobs/run_pretrain.sh -t ds_pp -c minillm_1.4b -r runs/big  another recipe, another run folder
   bash jobs/run_pretrain.sh -t ds_pp -c qwen0.5b_6x3090 -g 0-5 --dry-run
+  bash jobs/run_pretrain.sh -t hf -g 0-5 -p 1                     the same recipe through Hugging Face's Trainer
 
 Without -c, the recipe is 'qwen0.5b_6x3090' if -g is given without -i, else 'demo'. key=value settings override any
 key of the recipe: 'megazh recipe show NAME' prints them all with their meaning. The same command again resumes an
@@ -26,7 +27,13 @@ interrupted run from its last checkpoint."""
 def add_to(commands: Subparsers) -> None:
     """Add `pretrain`."""
     parser = add_command(commands, "pretrain", "train a model through a pipeline of stages", EXAMPLES)
-    parser.add_argument("-t", "--type", choices=["ds_pp"], default="ds_pp", help="engine; ds_pp: DeepSpeed's pipeline")
+    parser.add_argument(
+        "-t",
+        "--type",
+        choices=["ds_pp", "hf"],
+        default="ds_pp",
+        help="engine; ds_pp: DeepSpeed's pipeline, the default and faster; hf: Hugging Face's Trainer (docs/routes.md)",
+    )
     parser.add_argument("-c", "--config", metavar="RECIPE", help="a name in jobs/recipes/, or the path of a .yaml file")
     parser.add_argument("-g", "--gpus", metavar="IDS", help="GPU ids as nvidia-smi numbers them: 1,2,3 or 0-5")
     parser.add_argument("-n", "--num-gpus", type=count, metavar="N", help="number of GPUs (on the CPU: ranks)")

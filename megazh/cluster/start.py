@@ -22,8 +22,9 @@ from megazh.training.checkpoint_list import remove_unfinished
 from megazh.training.checks.data import checked_mixture, describe_data, makes_data
 from megazh.training.checks.resume import check_resume, is_complete, saved_data, steps_done
 from megazh.training.describe import describe_job
+from megazh.training.hf.deepspeed import zero_config
 from megazh.training.job import Case, Devices, Job, Request
-from megazh.training.preflight import CHECKS, DATA, WITHOUT_DEVICES, preflight, requested_case, warnings_of
+from megazh.training.preflight import CHECKS_OF, DATA, WITHOUT_DEVICES, preflight, requested_case, warnings_of
 from megazh.training.recipe import Device
 from megazh.training.stages import work_of
 from megazh.training.startup import preparing
@@ -42,7 +43,7 @@ def start(request: Request) -> int:
         hosts = read_hostfile(request.hostfile) if request.hostfile else []
     checks = WITHOUT_DEVICES
     with found.collecting():
-        case, checks = replace(case, devices=_devices(case, hosts)), CHECKS
+        case, checks = replace(case, devices=_devices(case, hosts)), CHECKS_OF[request.engine]
     job = preflight(case, checks, found)
     remote = bool(hosts) and not is_this_machine(hosts)
     if remote:
@@ -65,7 +66,9 @@ def start(request: Request) -> int:
     with locked(job.run.lock, f"{job.run.path}: another job is training in this folder"):
         remove_unfinished(job.run.checkpoints)  # first: what follows may need their space
         check_resume(job)
-        _note(job.run.begin(job.recipe.to_yaml(), mixture, saved_data(job.run), job.recipe.data.allow_change))
+        _note(
+            job.run.begin(job.recipe.to_yaml(), mixture, saved_data(job.run), job.recipe.data.allow_change, job.engine)
+        )
         for line in (*describe_job(job), *describe_data(job.recipe)):
             print(line, flush=True)
         code = launcher.launch(job)
@@ -145,10 +148,19 @@ def _dry_run(job: Job, command: list[str]) -> None:
         print(f"{'GPUs':<12}{','.join(job.devices.ids)}")
     for line in describe_data(job.recipe):
         print(line)
-    config = deepspeed_config(work_of(job.recipe, job.layout, job.precision), job.recipe.optimizer.max_grad_norm)
-    print(f"{'DeepSpeed':<12}{json.dumps(config)}")
+    print(f"{'DeepSpeed':<12}{_deepspeed(job)}")
     print(f"{'command':<12}{' '.join([command[0], shlex.join(command[1:])])}")
     print("dry run: nothing was started")
+
+
+def _deepspeed(job: Job) -> str:
+    """DeepSpeed's configuration as text."""
+    if job.engine == "hf":
+        config = zero_config(job.recipe, job.layout, job.precision)
+        return json.dumps(config) if config else "not used"
+    return json.dumps(
+        deepspeed_config(work_of(job.recipe, job.layout, job.precision), job.recipe.optimizer.max_grad_norm)
+    )
 
 
 def _describe_end(job: Job, request: Request) -> None:
@@ -177,7 +189,7 @@ def _command(request: Request) -> str:
     script = Path("jobs") / "run_pretrain.sh"
     if not script.exists():  # called from another folder
         script = Path(__file__).resolve().parents[2] / script
-    words = ["bash", str(script), "-t", request.engine] if script.exists() else ["megazh", "pretrain"]
+    words = [*(["bash", str(script)] if script.exists() else ["megazh", "pretrain"]), "-t", request.engine]
     options = {
         "-c": request.recipe, "-g": request.gpus, "-n": request.num_gpus, "-p": request.stages, "-H": request.hostfile,
         "-r": request.run, "--device": request.device,

@@ -56,6 +56,8 @@ class RunInfo(Config):
     corpora: list[CorpusInfo]
     data: dict[str, str] | None = None
     """Fingerprint of the mixture (see `megazh.index.fingerprint`); None in runs of versions that recorded none."""
+    engine: str = "ds_pp"
+    """Engine of the run, as `megazh pretrain -t` names it."""
     attempts: list[Attempt] = Field(default_factory=list)
     """Starts of the run, oldest first; those of versions that recorded none are missing."""
 
@@ -102,7 +104,12 @@ class RunFolder:
         return load_tokenizer(path, info.eod, info.front_tokens, rank_kind(info.kind))
 
     def begin(
-        self, config: str, mixture: Mixture, saved: Mapping[str, str] | None = None, allow_change: bool = False
+        self,
+        config: str,
+        mixture: Mixture,
+        saved: Mapping[str, str] | None = None,
+        allow_change: bool = False,
+        engine: str = "ds_pp",
     ) -> list[str]:
         """Record an attempt and what the run is made of; for a resume, check first that the data is still the same.
 
@@ -111,6 +118,7 @@ class RunFolder:
             mixture: the data.
             saved: see `check_data`.
             allow_change: see `check_data`.
+            engine: the engine, as `megazh pretrain -t` names it.
 
         Returns:
             Lines to print; see `check_data`.
@@ -119,7 +127,7 @@ class RunFolder:
             UsageError: the run was started with other data.
             WriteError: the folder cannot be written; of a new run, nothing is left in it.
         """
-        info = run_info(mixture)
+        info = run_info(mixture).model_copy(update={"engine": engine})
         if self.exists:
             notes, before = self.check_data(mixture, saved, allow_change), self.info()
             attempts, run_id = [*before.attempts, this_attempt()], before.run_id or _new_id()

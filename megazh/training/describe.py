@@ -12,6 +12,7 @@ from megazh.model.backend import why_not_fused
 from megazh.model.counts import flops_per_token, parameter_counts
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.memory import stage_parameters
+from megazh.training.checks.hf import describe_engine
 from megazh.training.cpu_time import describe_cpu_time
 from megazh.training.recipe import Device, Kernels, Recipe, StageCosts
 from megazh.training.stages import describe_parts, fitting_bounds, memory_by_stage, memory_limit, work_of
@@ -39,11 +40,13 @@ def describe_job(job: Job, detailed: bool = False) -> Iterator[str]:
         f"{'batch':<12}{layout.micro_batch_size} x {layout.micro_batches} micro-batches x {layout.replicas} replicas x "
         f"{recipe.batch.seq_len} = {recipe.batch_tokens:,} tokens per step"
     )
+    if job.engine == "hf":
+        yield f"{'engine':<12}{describe_engine(recipe, layout.ranks)}"
     yield f"{'length':<12}{recipe.total_steps:,} steps, {tokens:,} tokens"
     if job.device is Device.CPU:
         operations = flops_per_token(recipe.model, recipe.batch.seq_len).total * tokens
         yield f"{'time':<12}{describe_cpu_time(operations)}"
-    if detailed:
+    if detailed and job.engine == "ds_pp":
         yield from describe_stages(job)
 
 

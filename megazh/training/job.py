@@ -87,6 +87,8 @@ class Job:
     devices: Devices
     data_folder: Path
     """Folder in which data is prepared where it has to be made first."""
+    engine: str = "ds_pp"
+    """Engine of the ranks, as `megazh pretrain -t` names it."""
     hostfile: Path | None = None
     """Hosts of the ranks; None: this machine."""
     notes: tuple[str, ...] = ()
@@ -136,7 +138,7 @@ def make_job(request: Request, recipe: Recipe, run: Path, data_folder: Path, dev
     )
     notes = tuple(line for line in (note, devices.note) if line)
     recipe = with_dtypes(recipe.model_copy(update={"parallel": parallel}), devices.device)
-    return Job(RunFolder(run), recipe, layout, devices, data_folder, notes=notes)
+    return Job(RunFolder(run), recipe, layout, devices, data_folder, request.engine, notes=notes)
 
 
 def with_dtypes(recipe: Recipe, device: Device) -> Recipe:

@@ -13,7 +13,7 @@ from pathlib import Path
 from megazh.errors import Collector, MegazhError, UsageError
 from megazh.run.folder import RunFolder
 from megazh.settings import COMMAND_LINE, Settings
-from megazh.training.checks import data, exported, fit, initial, place, resume
+from megazh.training.checks import data, exported, fit, hf, initial, place, resume
 from megazh.training.job import Case, Devices, Job, Request
 from megazh.training.recipe import Device, Recipe, read_recipe
 from megazh.training.recipe_files import recipe_path
@@ -37,7 +37,10 @@ RUN: tuple[Check, ...] = (resume.same_run, initial.initial_checkpoint, place.dis
 """The run folder's own run is the same one, the weights to begin with fit, and the disk holds its checkpoints."""
 
 CHECKS = (*PLACE, *FIT, *DATA, *RUN)
-"""All checks of a start and of a dry run."""
+"""All checks of a start and of a dry run of `-t ds_pp`."""
+
+CHECKS_OF = {"ds_pp": CHECKS, "hf": (*PLACE, fit.length, hf.packages, hf.keys, fit.layout, hf.memory, *DATA, *RUN)}
+"""All checks of a start and of a dry run, by engine."""
 
 WITHOUT_DEVICES = (*PLACE, fit.length, *DATA)
 """Those that can be made where the devices could not be chosen, which refuses the run already."""
@@ -51,6 +54,9 @@ def requested_case(request: Request) -> Case:
     """
     if request.inputs is not None and not request.inputs:
         raise UsageError("-i: expected files or folders of text")
+    for setting in request.settings:
+        if "offload" in setting.partition("=")[0]:
+            raise UsageError(f"{setting}: {hf.NO_OFFLOAD}; leave it out")
     name = request.recipe or (DEMO if request.gpus is None or request.inputs else BIG)
     prepared = None
     if request.inputs:

@@ -200,7 +200,8 @@ class ParallelConfig(Config):
     cuda_graph: Annotated[bool, MAY_CHANGE] = True
     """Whether the kernels of each pass of a micro-batch are launched as one CUDA graph; needs Triton kernels."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """ZeRO stage: 1, which shards the optimizer state over the replicas."""
+    """ZeRO stage: 1, which shards the optimizer state over the replicas. With -t hf also 0, which shards nothing, and
+    2, which shards gradients as well."""
     check_tied_every: Annotated[Every, MAY_CHANGE] = 100
     """Steps between comparisons of the two copies of a tied embedding; 0: only at the end."""
 

@@ -49,7 +49,7 @@ def work(run: Path) -> int:
 def _train(run: Path, stop: StopRequest, startup: Startup, notes: _Notes) -> int:
     notes.add(f"process {os.getpid()} on {os.uname().nodename}: {_versions()}")
     try:
-        recipe = run_recipe(RunFolder(run))
+        recipe, engine = run_recipe(RunFolder(run)), RunFolder(run).info().engine
         device_type = recipe.parallel.device.value
         # DeepSpeed's launcher sets neither; both are read when CUDA and DeepSpeed are imported.
         os.environ.setdefault("DS_ACCELERATOR", device_type)
@@ -58,6 +58,9 @@ def _train(run: Path, stop: StopRequest, startup: Startup, notes: _Notes) -> int
             import torch
 
             from megazh.training.loop import Interrupted, train  # imports DeepSpeed, which looks for its accelerator
+
+            if engine == "hf":
+                from megazh.training.hf.loop import train
     except MegazhError as error:
         return notes.fail(f"error: {runnable(str(error))}", error.exit_code)
     startup.done("imports")

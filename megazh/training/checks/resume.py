@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megazh.errors import Collector, UsageError
-from megazh.run.folder import ANOTHER_RUN, RunFolder
+from megazh.run.folder import ANOTHER_RUN, DESCRIPTION, RunFolder
 from megazh.training.checkpoint_list import (
     MANIFEST,
     CheckpointManifest,
@@ -120,6 +120,22 @@ def _length(job: Job, saved: CheckpointManifest, found: Collector) -> None:
     )
 
 
+def _engine(job: Job, found: Collector) -> None:
+    """Engines round and store differently: a run keeps its own."""
+    if not (job.run.path / DESCRIPTION).is_file():
+        return  # a new run, or what is none, which another check refuses
+    began = job.run.info().engine
+    if began != job.engine:
+        newest = newest_good(job.run.checkpoints)
+        take = f"; checkpoint.initial_checkpoint={newest[0]} begins one with its weights" if newest else ""
+        found.add(
+            UsageError(
+                f"{job.run.path}: the run was begun with -t {began}, and this is -t {job.engine}; give -t {began} "
+                f"again, or another folder with -r{take}"
+            )
+        )
+
+
 def _settings(job: Job, found: Collector) -> None:
     if not job.run.exists:
         return
@@ -132,7 +148,7 @@ def _settings(job: Job, found: Collector) -> None:
             )
 
 
-_COMPARISONS: tuple[Callable[[Job, Collector], None], ...] = (_checkpoint_asked_for, _checkpoint, _settings)
+_COMPARISONS: tuple[Callable[[Job, Collector], None], ...] = (_engine, _checkpoint_asked_for, _checkpoint, _settings)
 
 
 def describe_changes(job: Job) -> Iterator[str]:

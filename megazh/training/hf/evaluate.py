@@ -1,0 +1,93 @@
+"""Validation and sampled continuations of a model under Hugging Face's Trainer."""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from megazh.index.mixture import ValidationSamples
+from megazh.model.generate import generate
+from megazh.progress import duration
+from megazh.tokenizer import Tokenizer
+from megazh.tokenizer.stream import decode_whole
+from megazh.training.evaluate import SAMPLING, Validation, count_bytes
+from megazh.training.feed import ValidationFeed
+from megazh.training.hf.model import PackedModel
+from megazh.training.layout import Layout
+
+_POLL_SECONDS, _LOG_SECONDS = 2.0, 30.0
+_TOKENS_PER_POLL = 8
+
+
+class HfValidator:
+    """Validates on the same samples each time; arguments as for `megazh.training.evaluate.Validator`."""
+
+    def __init__(
+        self, samples: ValidationSamples, layout: Layout, replica: int, limit: int | None, tokenizer: Tokenizer
+    ) -> None:
+        self._feed = ValidationFeed(samples, layout, replica, limit)
+        self.samples = len(self._feed.numbers)
+        """Number of samples in a pass."""
+        self._bytes = count_bytes(samples, self._feed.numbers, tokenizer)
+
+    @torch.no_grad()
+    def __call__(self, model: PackedModel, stop: Callable[[], bool], log: Callable[[str], None]) -> Validation | None:
+        """Validate. All ranks call it.
+
+        Args:
+            model: the model.
+            stop: whether any rank was requested to stop; all ranks call it at the same micro-batches.
+            log: prints a line of progress, every half minute.
+
+        Returns:
+            None if it was stopped.
+        """
+        total = torch.zeros((), device=model.device)
+        begun = logged = time.monotonic()
+        piece = 1
+        model.eval()
+        try:
+            for done, ((tokens, document_map), (targets, scale)) in enumerate(self._feed):
+                if done and done % piece == 0:
+                    if stop():
+                        return None
+                    piece = _piece(done, time.monotonic() - begun, model.device)
+                    if time.monotonic() - logged > _LOG_SECONDS:
+                        logged = time.monotonic()
+                        left = (logged - begun) * (self._feed.micro_batches - done) / done
+                        samples = done * self.samples // self._feed.micro_batches
+                        log(f"validation: {samples:,} of {self.samples:,} samples, {duration(left)} left")
+                moved = [each.to(model.device) for each in (tokens, document_map, targets)]
+                total += model(*moved, float(scale))
+        finally:
+            model.train()
+        dist.all_reduce(total)
+        loss = float(total)
+        return Validation(loss, loss * self._feed.valid / math.log(2) / max(self._bytes, 1))
+
+
+def _piece(done: int, seconds: float, device: torch.device) -> int:
+    """Micro-batches until the next question whether to go on, the same on all ranks."""
+    slowest = torch.tensor(seconds, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return max(1, int(done * _POLL_SECONDS / max(float(slowest), 1e-3)))
+
+
+def sample_text(
+    model: PackedModel, tokenizer: Tokenizer, prompt: str, count: int, seed: int, stop: Callable[[], bool]
+) -> str | None:
+    """Sample a continuation; see `megazh.training.evaluate.sample_text`. Ranks draw for themselves."""
+    ids = tokenizer.encode(prompt)
+    model.eval()
+    try:
+        tokens: list[int] = []
+        forward = model.generation(len(ids) + count)
+        for token in generate(forward, ids, count, SAMPLING, tokenizer.vocab_size, {tokenizer.eod_id}, seed):
+            tokens.append(token)
+            if len(tokens) % _TOKENS_PER_POLL == 0 and stop():
+                return None
+    finally:
+        model.train()
+    return decode_whole(tokenizer, [*ids, *tokens])[len(tokenizer.decode(ids)) :]
