@@ -3,8 +3,9 @@
 
     python tools/bench/train.py
 
-megazh runs with its own launcher, engine, loop and loader. The contenders run one after the other, each in a process of
-its own with the GPU to itself; `train_peers.py` says what each of them is and leaves out. Peers that are not installed
+megazh runs with its own launcher, engine, loop and loader; `megazh_hf` is the same recipe with `-t hf`. The contenders
+run one after the other, each in a process of its own with the GPU to itself; `train_peers.py` says what each of the
+peers is and leaves out. Peers that are not installed
 are named.
 """
 
@@ -26,7 +27,7 @@ try:
     import torch
     from train_data import batches, make_mixture
     from train_peers import PEERS
-    from train_report import MEGAZH, Report, Result
+    from train_report import MEGAZH, MEGAZH_HF, Report, Result
 
     from megazh.cli import run
     from megazh.cli.options import count, standalone
@@ -35,6 +36,7 @@ try:
     from megazh.pipeline.costs import LayerCosts
     from megazh.pipeline.timing import remembered_seconds
     from megazh.run.folder import RunFolder
+    from megazh.training.checks.hf import PACKAGES
     from megazh.training.recipe import Recipe, load_recipe, run_recipe
     from megazh.training.recipe_files import recipe_path
     from megazh.training.startup import BEGUN, Startup
@@ -44,6 +46,7 @@ except ModuleNotFoundError as error:
 EXAMPLES = """examples:
   python tools/bench/train.py                                       0.5B, 1024 tokens, one GPU, all peers
   python tools/bench/train.py --contenders megazh litgpt --steps 20 --json bench.json
+  python tools/bench/train.py --contenders megazh megazh_hf         both engines: -t ds_pp and -t hf
   python tools/bench/train.py --num-gpus 2 --stages 1 --stages 2 --contenders megazh
   python tools/bench/train.py --seq-len 8192 --micro-batch-size 2 --document-tokens 20000
 
@@ -53,10 +56,12 @@ parameter in matrix products and 6 x width x tokens per layer for causal attenti
 and the dense bf16 peak of the card (megazh/run/peaks.py). Memory is the largest allocation."""
 
 
-def measure_megazh(folder: Path, recipe: Recipe, stages: int, gpus: int, device: str, warm_up: int) -> Result:
+def measure_megazh(
+    folder: Path, recipe: Recipe, stages: int, gpus: int, device: str, warm_up: int, engine: str = "ds_pp"
+) -> Result:
     """Start ranks that train `recipe` as `megazh pretrain` does, without validation and checkpoints."""
-    path = folder / f"run-{stages}"
-    RunFolder(path).begin(recipe.to_yaml(), recipe.open_mixture())
+    path = folder / f"run-{engine}-{stages}"
+    RunFolder(path).begin(recipe.to_yaml(), recipe.open_mixture(), engine=engine)
     command = [str(Path(__file__).resolve()), "--rank", str(path), "--device", device]
     root = str(Path(__file__).resolve().parents[2])
     env = {BEGUN: str(time.time()), "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
@@ -66,8 +71,9 @@ def measure_megazh(folder: Path, recipe: Recipe, stages: int, gpus: int, device:
     if code:
         raise WorkerError(f"megazh ended with exit code {code}; its output is above")
     found = json.loads((path / "result.json").read_text())
+    name = MEGAZH if engine == "ds_pp" else MEGAZH_HF
     return Result(
-        f"{MEGAZH} pp={stages} dp={gpus // stages}" if gpus > 1 else MEGAZH,
+        f"{name} pp={stages} dp={gpus // stages}" if gpus > 1 else name,
         found["seconds"][warm_up:],
         found["memory_bytes"],
         found["losses"],
@@ -97,6 +103,11 @@ def serve_megazh(path: Path, device_type: str) -> None:
     folder = RunFolder(path)
     recipe = run_recipe(folder)
     layout = make_layout(recipe, dist.get_world_size())
+    if folder.info().engine == "hf":
+        _serve_hf(folder, recipe, device, startup)
+        dist.barrier()
+        dist.destroy_process_group()
+        leave(0)
     trainer = Trainer(folder, recipe, layout, device, StopRequest(), startup)
     seconds = []
     with Metrics(path, 0, quiet=dist.get_rank() != 0) as metrics:
@@ -120,6 +131,30 @@ def serve_megazh(path: Path, device_type: str) -> None:
     dist.barrier()
     dist.destroy_process_group()
     leave(0)
+
+
+def _serve_hf(folder: RunFolder, recipe: Recipe, device: torch.device, startup: Startup) -> None:
+    """One rank that trains with `-t hf`; its steps are timed by the run itself."""
+    import torch.distributed as dist
+
+    from megazh.run.metrics import METRICS
+    from megazh.training.hf.loop import HfRun
+    from megazh.training.layout import make_layout
+    from megazh.training.stop import StopRequest
+
+    HfRun(folder, recipe, make_layout(recipe, dist.get_world_size()), device, StopRequest(), startup).run()
+    if dist.get_rank() == 0:
+        lines = (folder.path / METRICS).read_text().splitlines()
+        records = [record for record in map(json.loads, lines) if record["kind"] == "step"]
+        found = {
+            "seconds": [record["step_seconds"] for record in records],
+            "memory_bytes": records[-1]["memory_bytes"] or 0,
+            "losses": [record["loss"] for record in records],
+            "data_seconds": [record["data_seconds"] for record in records],
+            "bounds": None,
+            "costs": None,
+        }
+        (folder.path / "result.json").write_text(json.dumps(found))
 
 
 def measure_peer(name: str, folder: Path, arguments: argparse.Namespace) -> Result:
@@ -222,7 +257,8 @@ def call(arguments: argparse.Namespace) -> None:
         amount = (arguments.steps + 2) * per_gpu * arguments.num_gpus
         manifest = make_mixture(folder, amount, recipe.model.vocab_size, arguments.document_tokens, arguments.seed)
         for contender in arguments.contenders:
-            missing = [each for each in PEERS[contender].packages if not _installed(each)] if contender in PEERS else []
+            needed = PEERS[contender].packages if contender in PEERS else PACKAGES if contender == MEGAZH_HF else ()
+            missing = [each for each in needed if not _installed(each)]
             try:
                 if contender == MEGAZH:
                     for stages in arguments.stages:
@@ -231,6 +267,14 @@ def call(arguments: argparse.Namespace) -> None:
                         report.add(
                             measure_megazh(folder, own, stages, arguments.num_gpus, arguments.device, arguments.warm_up)
                         )
+                elif contender == MEGAZH_HF and not missing:
+                    settings = (f"data.manifest={manifest}", "stories=null", "sample_prompts=[]")
+                    own = _recipe(arguments, arguments.num_gpus, [*settings, "pipe_parallel_size=1"])
+                    report.add(
+                        measure_megazh(
+                            folder, own, 1, arguments.num_gpus, arguments.device, arguments.warm_up, engine="hf"
+                        )
+                    )
                 elif missing:
                     report.leave_out(contender, f"not installed: pip install {' '.join(missing)}")
                 elif arguments.num_gpus > 1 or arguments.device == "cpu":
@@ -256,10 +300,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--contenders",
         nargs="+",
-        default=[MEGAZH, *PEERS],
-        choices=[MEGAZH, *PEERS],
+        default=[MEGAZH, MEGAZH_HF, *PEERS],
+        choices=[MEGAZH, MEGAZH_HF, *PEERS],
         metavar="NAME",
-        help=", ".join([MEGAZH, *PEERS]),
+        help=", ".join([MEGAZH, MEGAZH_HF, *PEERS]),
     )
     add("--recipe", default="qwen0.5b_6x3090_dp", metavar="NAME", help="model and settings (default: %(default)s)")
     add("--seq-len", type=count, default=1024, metavar="N", help="tokens per row (default: 1024)")

@@ -18,7 +18,8 @@ from megazh.pipeline.passes import makespan
 from megazh.run.peaks import mfu, peak_flops
 from megazh.training.recipe import Recipe
 
-MEGAZH = "megazh"
+MEGAZH, MEGAZH_HF = "megazh", "megazh_hf"
+"""Names of megazh's own engines: `-t ds_pp` and `-t hf`."""
 
 
 @dataclass
@@ -110,7 +111,7 @@ def table(results: Sequence[Result], recipe: Recipe, tokens: int, gpus: int, car
     """One line per contender."""
     peak = peak_flops(card, recipe.logging.peak_tflops)
     flops = flops_per_token(recipe.model, recipe.batch.seq_len).total
-    own = next((each for each in results if each.name.startswith(MEGAZH)), None)
+    own = next((each for each in results if each.name.split()[0] == MEGAZH), None)
     lines = [
         f"{'contender':<16} {'tokens/s/GPU':>12} {'min-max':>17} {'MFU':>6} {'memory':>10} {'megazh is':>10}  notes"
     ]
@@ -134,7 +135,7 @@ def table(results: Sequence[Result], recipe: Recipe, tokens: int, gpus: int, car
 
 def describe_stages(results: Sequence[Result], micro_batches: int) -> list[str]:
     """Speed of each pipeline relative to replicas alone, and the limit that its cut and its bubble set."""
-    flat = next((each for each in results if each.name.startswith(MEGAZH) and each.stages == 1), None)
+    flat = next((each for each in results if each.name.split()[0] == MEGAZH and each.stages == 1), None)
     lines = []
     for each in results:
         if each.stages == 1 or each.costs is None or each.bounds is None:
