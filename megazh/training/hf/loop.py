@@ -1,6 +1,7 @@
 """A run under Hugging Face's Trainer: build or resume, then log, validate, sample and save after its steps."""
 
 import gc
+import logging
 import math
 import time
 from pathlib import Path
@@ -67,6 +68,8 @@ class HfRun(TrainerCallback):
         startup: Startup,
     ) -> None:
         transformers_logging.set_verbosity_error()
+        # It warns that the Trainer tells it of one micro-batch per step, and DeepSpeed's configuration of all of them.
+        logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
         self._folder, self._recipe, self._layout, self._device = run, recipe, layout, device
         self._stop, self._startup = stop, startup
         self._steps = recipe.total_steps
