@@ -15,7 +15,7 @@ from pydantic import Field
 from megazh import __version__
 from megazh.config import Config
 
-_LIBRARIES = ("torch", "deepspeed", "numpy", "triton")
+_LIBRARIES = ("torch", "deepspeed", "numpy", "triton", "transformers", "accelerate")
 _GIT_SECONDS = 10.0
 
 

@@ -38,6 +38,20 @@ def test_both_layouts_train_on_the_same_tokens(tmp_path: Path) -> None:
     assert "MFU = tokens/s x 0.00" in result.stdout
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_both_engines_train_on_the_same_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    written = tmp_path / "bench.json"
+    options = ["--contenders", "megazh", "megazh_hf", "--steps", 3, "--warm-up", 1, "--json", written]
+    result = tool("train.py", *SMALL, *options)
+    assert result.returncode == 0, result.stderr
+    own, other = json.loads(written.read_text())["results"]
+    assert (own["name"], other["name"]) == ("megazh", "megazh_hf")
+    assert other["losses"] == pytest.approx(own["losses"], abs=1e-4)
+    assert len(own["seconds"]) == len(other["seconds"]) == 2
+
+
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     result = tool("train.py", *SMALL, "--steps", 2, "--warm-up", 2)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
