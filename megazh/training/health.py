@@ -63,14 +63,17 @@ def diverged(what: str, optimizer: OptimizerConfig, saved: Path | None) -> Diver
     )
 
 
-def find_not_finite(engine: Any) -> str | None:
+def find_not_finite(optimizer: Any, device: torch.device) -> str | None:
     """Name a weight or an optimizer state that is not finite on any rank; None if all are. All ranks call it.
 
     Each tensor is read once. The name is that of the lowest rank that has one, such as
     `weight of blocks.3.attention.o_proj.weight (rank 1)` or `exp_avg of embedding.weight (rank 0)`.
+
+    Args:
+        optimizer: what holds this rank's pieces: has `pieces_to_load()`.
+        device: this rank's device.
     """
-    own = _find(engine.optimizer.pieces_to_load())
-    device = next(engine.module.parameters()).device
+    own = _find(optimizer.pieces_to_load())
     found = torch.tensor([own is not None], dtype=torch.int32, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     if not int(found):

@@ -160,7 +160,7 @@ class Trainer:
             return
         path, manifest = found
         load_checkpoint(self.engine.optimizer, path, manifest, self.log, weights_only=begins)
-        if wrong := find_not_finite(self.engine):
+        if wrong := find_not_finite(self.engine.optimizer, self._device):
             remedy = "name other weights" if begins else "remove this checkpoint to resume from the one before it"
             raise DataError(f"{path}: {wrong} is not finite: training had diverged; {remedy}")
         self._startup.done("checkpoint")
@@ -432,7 +432,7 @@ class Trainer:
             SaveError: the third save in a row has failed.
         """
         self._saver.wait()
-        if wrong := find_not_finite(self.engine):
+        if wrong := find_not_finite(self.engine.optimizer, self._device):
             raise self._diverged(f"{wrong} is not finite")
         recipe = self._recipe
         manifest = CheckpointManifest(

@@ -128,7 +128,7 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
             weight.view(-1)[5] = math.nan
         import megazh.training.loop as loop
 
-        look, loop.find_not_finite = loop.find_not_finite, lambda engine: None
+        look, loop.find_not_finite = loop.find_not_finite, lambda optimizer, device: None
         own._save()
         loop.find_not_finite = look
     results["resume"] = error_of(trainer)

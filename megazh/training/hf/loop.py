@@ -113,6 +113,7 @@ class HfRun(TrainerCallback):
         self._evaluated: set[str] = set()
         """Evaluations that are done for the current step, see `_evaluate`."""
         self._metrics: Metrics
+        self._state: TrainingState
         self._saver: Saver
 
     def log(self, line: str) -> None:
@@ -133,8 +134,6 @@ class HfRun(TrainerCallback):
         """Load the state, once the Trainer has prepared model and optimizer; evaluate a new run."""
         sharded = zero_config(self._recipe, self._layout, self._precision) is not None
         self._state = TrainingState(self._model, self._trainer.base_optimizer, sharded, dist.get_rank())
-        self.optimizer = self._state  # as `find_not_finite` wants an engine
-        self.module = self._model
         self._startup.done("optimizer")
         self._load()
         self._saver = Saver(self._state, self._folder.checkpoints, self.log, self._retain, self._complete_folder)
@@ -182,7 +181,7 @@ class HfRun(TrainerCallback):
             return
         path, manifest = found
         load_checkpoint(self._state, path, manifest, self.log, weights_only=begins)
-        if wrong := find_not_finite(self):
+        if wrong := find_not_finite(self._state, self._device):
             remedy = "name other weights" if begins else "remove this checkpoint to resume from the one before it"
             raise DataError(f"{path}: {wrong} is not finite: training had diverged; {remedy}")
         self._startup.done("checkpoint")
@@ -326,7 +325,7 @@ class HfRun(TrainerCallback):
     def _save(self, wait: bool = True) -> None:
         """Save the current step. All ranks call it; arguments and errors as in `megazh.training.loop`."""
         self._saver.wait()
-        if wrong := find_not_finite(self):
+        if wrong := find_not_finite(self._state, self._device):
             raise self._diverged(f"{wrong} is not finite")
         recipe = self._recipe
         manifest = CheckpointManifest(
