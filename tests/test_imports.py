@@ -13,6 +13,7 @@ ORDER = [
     ["console", "errors", "writing", "caches", "files", "progress", "program", "config", "settings", "tensor_file"],
     ["corpus", "demo"],
     ["tokenizer"],
+    ["conversation"],
     ["index"],
     ["kernels"],
     ["model"],
