@@ -9,7 +9,7 @@ from megazh.demo.words import COLOURS, FOREST, FRUITS, THINGS, Teller, hanzi
 from megazh.files import write_atomic
 
 Row = dict[str, object]
-"""A row in the alpaca form: `instruction`, `output`, and in some rows `history`, pairs of question and answer before."""
+"""A row in the alpaca form: `instruction`, `output`, and where it goes on `history`, pairs of question and answer."""
 
 
 def question(seed: int, number: int) -> Row:
