@@ -3,14 +3,15 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megazh.conversation.faults import RowError
+from megazh.conversation.rejects import Rejects, RowFile, new_rows, rejected_path
+from megazh.conversation.rows import find_rows, read_rows
 from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import Source
 from megazh.errors import Collector, DataError
-from megazh.prefs.files import Rejects, RowFile, check_output, new_rows
+from megazh.prefs.files import check_output
 from megazh.prefs.forms import Form, Template, trl_row
-from megazh.prefs.messages import RowError
-from megazh.prefs.reading import find_rows, read_rows
 from megazh.prefs.rows import preference_of
 from megazh.progress import Progress
 
@@ -53,7 +54,7 @@ def convert(
     damaged: list[DataError] = []
     with (
         new_rows(output) as rows,
-        Rejects(output) as rejects,
+        Rejects(rejected_path(output)) as rejects,
         Progress("converting", sum(source.size for source in listing.sources)) as progress,
     ):
         for source in listing.sources:
@@ -94,7 +95,7 @@ def _convert_file(
                 raise row.value
             rows.add(trl_row(preference_of(row.value), form, template))
         except RowError as error:
-            rejects.add(source, row.line, error)
+            rejects.add(source.name, row.line, error)
         progress.advance(row.position - before)
         before = row.position
     progress.advance(source.size - before)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
+from megazh.conversation.conversation import Role, Turn
+from megazh.conversation.faults import RowError
 from megazh.errors import UsageError
-from megazh.prefs.messages import Fault, Message, RowError
+from megazh.prefs.messages import PairFault
 from megazh.prefs.rows import Preference, Prompt
 
 DEFAULT_TEMPLATE = "{instruction}\n{input}\n"
@@ -49,7 +51,7 @@ class Template:
         """
         if prompt.before:
             raise RowError(
-                Fault.SEVERAL_MESSAGES,
+                PairFault.SEVERAL_MESSAGES,
                 f"{len(prompt.before) + 1} messages before the answer, and plain text has room for one",
             )
         if prompt.is_whole:
@@ -74,10 +76,10 @@ def trl_row(preference: Preference, form: Form, template: Template) -> dict[str,
         }
     return {
         "prompt": _written(preference.prompt.messages()),
-        "chosen": _written([Message("assistant", preference.chosen)]),
-        "rejected": _written([Message("assistant", preference.rejected)]),
+        "chosen": _written([Turn(Role.ASSISTANT, preference.chosen)]),
+        "rejected": _written([Turn(Role.ASSISTANT, preference.rejected)]),
     }
 
 
-def _written(messages: Sequence[Message]) -> list[dict[str, str]]:
+def _written(messages: Sequence[Turn]) -> list[dict[str, str]]:
     return [{"role": each.role, "content": each.text} for each in messages]

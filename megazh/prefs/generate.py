@@ -9,16 +9,17 @@ from typing import Any
 
 import xxhash
 
+from megazh.conversation.faults import RowError
+from megazh.conversation.rejects import Rejects, new_rows, rejected_path
+from megazh.conversation.rows import find_rows, read_rows
 from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import Source
 from megazh.errors import DataError
 from megazh.model.generate import SamplingOptions
 from megazh.prefs.answers import Answers
-from megazh.prefs.files import Rejects, check_output, new_rows, only_writer
+from megazh.prefs.files import check_output, only_writer
 from megazh.prefs.forms import Template
-from megazh.prefs.messages import RowError
-from megazh.prefs.reading import find_rows, read_rows
 from megazh.prefs.rows import Instruction, instruction_of
 from megazh.progress import Progress
 from megazh.training.text_model import TextModel, open_model
@@ -74,7 +75,7 @@ def generate(request: Request, say: Callable[[str], None]) -> None:
     check_output(request.output, sources, request.overwrite)
     for line in listing.notes():
         say(line)
-    with only_writer(request.output), Rejects(request.output) as rejects:
+    with only_writer(request.output), Rejects(rejected_path(request.output)) as rejects:
         total = sum(1 for _ in _instructions(sources, options, request, rejects))
         if not total:
             first = f": {rejects.describe()}; first: {rejects.first}" if rejects.total else ""
@@ -105,7 +106,7 @@ def _instructions(
                     yield request.template(instruction.prompt), instruction
                 except RowError as error:
                     if rejects:
-                        rejects.add(source, row.line, error)
+                        rejects.add(source.name, row.line, error)
 
     return itertools.islice(found(), request.limit)
 

@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megazh.prefs.messages import Fault, Message, RowError, check_order, message_of, messages_of, text_of
+from megazh.conversation.conversation import Role, Turn
+from megazh.conversation.faults import Fault, RowError, text_of
+from megazh.conversation.turns import turn_of, turns_of
+from megazh.prefs.messages import PairFault, check_order
 
 _FORMS = "instruction, conversations, messages, or prompt"
 
@@ -17,15 +20,15 @@ class Prompt:
     """The last message of the user."""
     input: str = ""
     """What the instruction is about, as in Alpaca's data; often empty."""
-    before: tuple[Message, ...] = ()
+    before: tuple[Turn, ...] = ()
     """A system message and earlier turns."""
     is_whole: bool = False
     """Whether `instruction` is all that a model reads, so that no template applies."""
 
-    def messages(self) -> list[Message]:
+    def messages(self) -> list[Turn]:
         """The prompt as a conversation; instruction and input are one message of two lines."""
         text = f"{self.instruction}\n{self.input}" if self.input else self.instruction
-        return [*self.before, Message("user", text)]
+        return [*self.before, Turn(Role.USER, text)]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def preference_of(row: Mapping[str, Any]) -> Preference:
     values = _pair(row)
     chosen, rejected = (_answer(values[side], side, prompt) for side in ("chosen", "rejected"))
     if chosen.strip() == rejected.strip():
-        raise RowError(Fault.EQUAL_ANSWERS, _beginning(chosen))
+        raise RowError(PairFault.EQUAL_ANSWERS, _beginning(chosen))
     return Preference(prompt, chosen, rejected)
 
 
@@ -73,8 +76,8 @@ def instruction_of(row: Mapping[str, Any]) -> Instruction:
     """
     for name in ("conversations", "messages"):
         if row.get(name) is not None and row.get("instruction") is None:
-            messages = messages_of(row[name], name)
-            if not messages or messages[-1].role != "assistant":
+            messages = turns_of(row[name], name)
+            if not messages or messages[-1].role is not Role.ASSISTANT:
                 raise RowError(Fault.MISSING_KEY, f"'{name}' does not end with an answer")
             return Instruction(_conversation(row, messages[:-1], name), _not_empty(messages[-1].text, name))
     if row.get("instruction") is None or row.get("output") is None:
@@ -88,7 +91,7 @@ def _prompt(row: Mapping[str, Any]) -> Prompt:
         if value is None or row.get("instruction") is not None:
             continue
         if name != "prompt" or isinstance(value, list):
-            return _conversation(row, messages_of(value, name), name)
+            return _conversation(row, turns_of(value, name), name)
         answers = (row.get("chosen"), row.get("rejected"))
         is_whole = not row.get("system") and all(isinstance(answer, str) for answer in answers)
         return Prompt(_asked(value, name), "", _system(row), is_whole)
@@ -105,22 +108,22 @@ def _prompt(row: Mapping[str, Any]) -> Prompt:
     )
 
 
-def _conversation(row: Mapping[str, Any], messages: Sequence[Message], name: str) -> Prompt:
-    if not (messages and messages[0].role == "system"):
+def _conversation(row: Mapping[str, Any], messages: Sequence[Turn], name: str) -> Prompt:
+    if not (messages and messages[0].role is Role.SYSTEM):
         messages = [*_system(row), *messages]
     check_order(messages, name)
     return Prompt(messages[-1].text, "", tuple(messages[:-1]))
 
 
-def _system(row: Mapping[str, Any]) -> tuple[Message, ...]:
+def _system(row: Mapping[str, Any]) -> tuple[Turn, ...]:
     text = row.get("system")
-    return (Message("system", text_of(text, "system")),) if text else ()
+    return (Turn(Role.SYSTEM, text_of(text, "system")),) if text else ()
 
 
-def _turn(value: Any, name: str) -> list[Message]:
+def _turn(value: Any, name: str) -> list[Turn]:
     if not isinstance(value, list) or len(value) != 2:
         raise RowError(Fault.BROKEN_CONVERSATION, f"'{name}': expected a question and its answer")
-    return [Message(role, text_of(text, name)) for role, text in zip(("user", "assistant"), value, strict=True)]
+    return [Turn(role, text_of(text, name)) for role, text in zip((Role.USER, Role.ASSISTANT), value, strict=True)]
 
 
 def _asked(value: Any, name: str) -> str:
@@ -146,11 +149,11 @@ def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
 def _answer(value: Any, name: str, prompt: Prompt) -> str:
     if isinstance(value, str):
         return _not_empty(text_of(value, name), name)
-    messages = messages_of(value, name) if isinstance(value, list) else [message_of(value, name)]
+    messages = turns_of(value, name) if isinstance(value, list) else [turn_of(value, name)]
     asked = prompt.messages()
     if messages[: len(asked)] == asked:
         messages = messages[len(asked) :]
-    if [each.role for each in messages] != ["assistant"]:
+    if [each.role for each in messages] != [Role.ASSISTANT]:
         roles = ", ".join(each.role for each in messages) or "nothing"
         raise RowError(
             Fault.BROKEN_CONVERSATION,

@@ -162,7 +162,7 @@ def test_refusals(tmp_path: Path) -> None:
     output = tmp_path / "prefs.jsonl"
     for inputs, target, message in [
         ([tmp_path / "none.json"], output, "no such file or folder"),
-        ([tmp_path / "a.txt"], output, "text files hold no rows with several answers"),
+        ([tmp_path / "a.txt"], output, "text files hold no rows of questions and answers"),
         ([source], source, "is one of the inputs"),
         ([source], tmp_path, "is a folder; give a file"),
         ([source], tmp_path / "prefs.json", "expected a name that ends in .jsonl"),

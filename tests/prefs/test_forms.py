@@ -2,9 +2,11 @@
 
 import pytest
 
+from megazh.conversation.conversation import Role, Turn
+from megazh.conversation.faults import RowError
 from megazh.errors import UsageError
 from megazh.prefs.forms import Form, Template, trl_row
-from megazh.prefs.messages import Fault, Message, RowError
+from megazh.prefs.messages import PairFault
 from megazh.prefs.rows import Preference, Prompt
 
 
@@ -29,10 +31,10 @@ def test_a_template_needs_the_instruction() -> None:
 
 
 def test_plain_text_has_no_room_for_earlier_messages() -> None:
-    pair = Preference(Prompt("问", before=(Message("system", "短"),)), "好", "坏")
+    pair = Preference(Prompt("问", before=(Turn(Role.SYSTEM, "短"),)), "好", "坏")
     with pytest.raises(RowError) as raised:
         trl_row(pair, Form.TEXT, Template())
-    assert raised.value.fault is Fault.SEVERAL_MESSAGES
+    assert raised.value.fault is PairFault.SEVERAL_MESSAGES
     assert trl_row(pair, Form.MESSAGES, Template()) == {
         "prompt": [{"role": "system", "content": "短"}, {"role": "user", "content": "问"}],
         "chosen": [{"role": "assistant", "content": "好"}],

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from megazh.prefs.messages import Fault, RowError
+from megazh.conversation.faults import Fault, RowError
+from megazh.prefs.messages import PairFault
 from megazh.prefs.rows import instruction_of, preference_of
 
 HUMAN = {"from": "human", "value": "你好"}
@@ -84,7 +85,7 @@ def test_system_and_earlier_turns_come_before_the_question(row: dict[str, Any]) 
         ({"instruction": "问", "output": ["好"]}, Fault.MISSING_KEY, "'output' has 1 answers"),
         ({"instruction": "问", "output": "好"}, Fault.MISSING_KEY, "no 'chosen'"),
         ({"instruction": "问", "chosen": " \n", "rejected": "坏"}, Fault.EMPTY_ANSWER, "'chosen' is empty"),
-        ({"instruction": "问", "chosen": "好", "rejected": "好\n"}, Fault.EQUAL_ANSWERS, "both begin with '好'"),
+        ({"instruction": "问", "chosen": "好", "rejected": "好\n"}, PairFault.EQUAL_ANSWERS, "both begin with '好'"),
         ({"instruction": "问", "chosen": 3, "rejected": "坏"}, Fault.NOT_TEXT, "'chosen' is no message"),
         ({"instruction": 7, "chosen": "好", "rejected": "坏"}, Fault.NOT_TEXT, "'instruction' is a number"),
         ({"instruction": "问", "chosen": "\ud800", "rejected": "坏"}, Fault.NOT_TEXT, "lone surrogate at character 0"),
@@ -96,9 +97,9 @@ def test_system_and_earlier_turns_come_before_the_question(row: dict[str, Any]) 
             "found user, assistant",
         ),
         (
-            {"conversations": [human("tool", "x")], "chosen": "好", "rejected": "坏"},
-            Fault.BROKEN_CONVERSATION,
-            "unknown role 'tool'",
+            {"conversations": [human("narrator", "x")], "chosen": "好", "rejected": "坏"},
+            Fault.UNKNOWN_ROLE,
+            "unknown role 'narrator'",
         ),
         ({"messages": [], "chosen": "好", "rejected": "坏"}, Fault.BROKEN_CONVERSATION, "found none"),
         ({"messages": "你好", "chosen": "好", "rejected": "坏"}, Fault.NOT_TEXT, "'messages' is text, not a list"),
@@ -114,7 +115,7 @@ def test_system_and_earlier_turns_come_before_the_question(row: dict[str, Any]) 
         ),
     ],
 )
-def test_bad_rows_have_a_reason(row: dict[str, Any], fault: Fault, detail: str) -> None:
+def test_bad_rows_have_a_reason(row: dict[str, Any], fault: Fault | PairFault, detail: str) -> None:
     with pytest.raises(RowError) as raised:
         preference_of(row)
     assert raised.value.fault is fault

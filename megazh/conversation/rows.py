@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megazh.conversation.faults import Fault, RowError, type_name
 from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.pieces import ARROW_ERRORS, damaged, open_arrow, open_parquet
@@ -11,7 +12,6 @@ from megazh.corpus.records import RecordError, json_value
 from megazh.corpus.sources import Listing, Source, list_inputs
 from megazh.corpus.streams import json_records
 from megazh.errors import DataError, UsageError
-from megazh.prefs.messages import Fault, RowError, type_name
 
 FORMATS = (Format.JSONL, Format.JSON, Format.PARQUET, Format.ARROW)
 """Formats that hold whole rows, not just a text."""
@@ -45,7 +45,7 @@ def find_rows(inputs: Sequence[str], format: Format | None, encoding: str | None
     for source in listing.sources:
         if source.format not in FORMATS:
             raise UsageError(
-                f"{source.path}: {source.format.value} files hold no rows with several answers; give JSON, JSONL, "
+                f"{source.path}: {source.format.value} files hold no rows of questions and answers; give JSON, JSONL, "
                 "Parquet or Arrow"
             )
     return listing, options
