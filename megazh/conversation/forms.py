@@ -120,13 +120,13 @@ def _alpaca(row: Mapping[str, Any], columns: Columns) -> list[Turn]:
     prompt = text_of(row[columns.prompt], columns.prompt)
     query = "" if row.get(columns.query) is None else text_of(row[columns.query], columns.query).strip("\n")
     answer = Turn(Role.ASSISTANT, text_of(row[columns.response], columns.response))
-    history = row.get(columns.history)
+    history = row.get(columns.history) or []  # some data sets write "" for none
     if not history and not query.strip() and (belle := _belle(prompt)):
         return [*belle, answer]
-    if not isinstance(history, list | None):
+    if not isinstance(history, list):
         raise RowError(Fault.BROKEN_CONVERSATION, f"'{columns.history}' is {type_name(history)}, not a list of pairs")
     asked = "\n".join(part for part in (prompt, query) if part.strip())
-    earlier = [turn for number, pair in enumerate(history or ()) for turn in _pair(pair, f"{columns.history}.{number}")]
+    earlier = [turn for number, pair in enumerate(history) for turn in _pair(pair, f"{columns.history}.{number}")]
     return [*earlier, Turn(Role.USER, asked), answer]
 
 
