@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from textdata import gz, zst
+from textdata import SHARED, gz, zst
 
 from megazh.conversation.reading import DataSets, Sample
 from megazh.conversation.registry import DataSet, sets_of
@@ -170,3 +170,18 @@ def test_refusals(tmp_path: Path) -> None:
         DataSets(sets_of([str(info)]))
     assert f"{info}: set 'one': {tmp_path}/none.json: no such file or folder" in str(raised.value)
     assert f"{info}: set 'two': {tmp_path}/*.parquet: no file matches" in str(raised.value)
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "sft").is_dir(), reason="the sample data is not beside the checkout")
+def test_real_data() -> None:
+    counts = {}
+    for path in sorted((SHARED / "data" / "sft").glob("*.js*")):
+        data = DataSets(sets_of([str(path)]))
+        assert sum(1 for _ in data.read()) == data.counts["files"].kept
+        counts[path.name] = (data.counts["files"].kept, dict(data.counts["files"].rejected))
+    assert counts == {
+        "alpaca_en_demo.json": (999, {}),
+        "alpaca_zh_24k.jsonl.zst": (24_750, {"empty answer": 7, "empty prompt": 1}),
+        "alpaca_zh_demo.json": (1000, {}),
+        "belle_form_from_eval_set.jsonl": (631, {}),
+    }
