@@ -82,9 +82,21 @@ def new_folder(target: Path) -> Iterator[Path]:
     The block gets the temporary folder, and flushes its files itself. A folder of that name is replaced.
 
     Raises:
+        BusyError: another process makes the same folder.
         WriteError: the folder cannot be made; the old one stays.
     """
-    target = target.absolute()
+    target = Path(os.path.realpath(target))  # a link to a folder stays
+    lock = target.with_name(f".{target.name}.lock")
+    with locked(lock, f"{target}: another command writes it"):
+        try:
+            with _new_folder(target) as temporary:
+                yield temporary
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.unfinished")
     replaced = target.with_name(f".{target.name}.replaced")
     with writing(target):

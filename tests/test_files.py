@@ -267,6 +267,16 @@ def test_root_is_the_project() -> None:
     assert (ROOT / "megazh" / "files.py").samefile(files.__file__)
 
 
+def test_a_new_folder_has_one_writer(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with new_folder(target) as folder:
+        (folder / "weights").write_text("first")
+        with pytest.raises(BusyError, match=r"model: another command writes it"), new_folder(target):
+            pass
+    assert (target / "weights").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
     with new_folder(target) as folder:

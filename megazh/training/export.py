@@ -13,8 +13,8 @@ from megazh.errors import UsageError
 from megazh.exchange.families import Family, choose_family
 from megazh.exchange.generation_config import GENERATION, generation_config
 from megazh.exchange.hf_config import CONFIG, hf_config, read_hf_config
-from megazh.exchange.hf_folder import copy_beside
-from megazh.exchange.shards import StreamedTensor, write_shards
+from megazh.exchange.hf_folder import BESIDE, copy_beside
+from megazh.exchange.shards import INDEX, StreamedTensor, write_shards
 from megazh.exchange.tensor_names import HfTensor, hf_tensors
 from megazh.exchange.tokenizer_files import write_tokenizer_files
 from megazh.files import new_folder, write_atomic
@@ -29,6 +29,9 @@ from megazh.writing import check_room, check_writable
 
 SHARD_BYTES = 5 * 10**9
 """Usual size of a file of weights."""
+_WEIGHTS = ".safetensors"
+_WRITTEN = {CONFIG, INDEX, MODEL_CARD, *BESIDE}
+"""Names of what an export writes beside the files of weights."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def export_to_hf(source: ModelSource, target: Path, options: ExportOptions) -> E
     """
     family = choose_family(source.model, options.family or _family_of(source))
     check_target(target, options.force)
+    if source.path.resolve() == target.resolve():
+        raise UsageError(f"{target}: is the model that is read; give another folder")
     dtype = options.dtype or Dtype(source.manifest.precision)
     tensors = hf_tensors(source.model)
     size = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.bytes
@@ -93,7 +98,7 @@ def export_to_hf(source: ModelSource, target: Path, options: ExportOptions) -> E
 
 
 def check_target(target: Path, force: bool) -> None:
-    """Check that a folder can be made, or replaced: an empty one, or with `force` one that holds a model.
+    """Check that a folder can be made, or replaced: an empty one, or with `force` one that holds an export alone.
 
     Raises:
         UsageError: it is a file, holds something, or cannot be written.
@@ -103,8 +108,13 @@ def check_target(target: Path, force: bool) -> None:
     names = sorted(each.name for each in target.iterdir()) if target.exists() else []
     if names and not force:
         raise UsageError(f"{target}: holds {names[0]} already; give another folder, or replace it with --force")
-    if names and (CONFIG not in names or not any(name.endswith(".safetensors") for name in names)):
-        raise UsageError(f"{target}: holds {names[0]}, and no exported model: --force does not replace it; remove it")
+    whole = CONFIG in names and MODEL_CARD in names and any(name.endswith(_WEIGHTS) for name in names)
+    foreign = [name for name in names if name not in _WRITTEN and not name.endswith(_WEIGHTS)]
+    if names and (foreign or not whole):
+        raise UsageError(
+            f"{target}: holds {(foreign or names)[0]}, and no export alone: --force does not replace it; give another "
+            "folder, or remove it"
+        )
     check_writable(target.absolute().parent, "give another folder")
 
 

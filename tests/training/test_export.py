@@ -119,15 +119,26 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     export(one, target)
     with pytest.raises(UsageError, match=r"hf: holds README.md already; .*--force"):
         export(other, target)
-    (target / "added").write_text("")
+    (target / "model-00001-of-00002.safetensors").write_text("")
     export(other, target, force=True)
-    assert not (target / "added").exists()
+    assert not (target / "model-00001-of-00002.safetensors").exists()
     wanted = as_tensors(decoder(small(), seed=4))
     assert all(torch.equal(found, wanted[name].bfloat16()) for name, found in tensors_of(target).items())
-    with pytest.raises(UsageError, match=r"holds manifest.json, and no exported model: --force does not"):
+    with pytest.raises(UsageError, match=r"holds manifest.json, and no export alone: --force does not"):
         export(other, one, force=True)
     with pytest.raises(UsageError, match=r"manifest.json: is a file"):
         export(other, one / "manifest.json", force=True)
+    (target / "optimizer").mkdir()  # as in a checkpoint of -t hf, which has weights and config.json, too
+    with pytest.raises(UsageError, match=r"holds optimizer, and no export alone: --force does not"):
+        export(other, target, force=True)
+    (target / "optimizer").rmdir()
+    with pytest.raises(UsageError, match=r"is the model that is read"):
+        export(target, target, force=True)
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    export(one, link, force=True)
+    assert link.is_symlink()
+    assert target.is_dir()
 
 
 MEMORY = """
