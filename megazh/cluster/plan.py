@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megazh.errors import MegazhError, SeveralErrors, UsageError
-from megazh.model.counts import Flops, flops_per_token, parameter_counts
+from megazh.model.counts import Flops, parameter_counts
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
 from megazh.pipeline.memory import StageMemory, stage_parameters
 from megazh.pipeline.passes import makespan
@@ -209,15 +209,16 @@ def _bytes_moved(work: Work, parameters: int) -> float:
 def _describe_model(
     recipe: Recipe, gpus: int, card: str, peak: float, limit_gib: float, assumed: Assumptions, measured: bool
 ) -> Iterator[str]:
-    counts, flops = parameter_counts(recipe.model), flops_per_token(recipe.model, recipe.batch.seq_len)
+    counts, flops = parameter_counts(recipe.model), recipe.flops_per_token
     tokens, seq_len = recipe.total_steps * recipe.batch_tokens, recipe.batch.seq_len
     yield (
         f"model       {counts.total:,} parameters: embedding {counts.embedding:,}, {counts.blocks} layers x "
         f"{counts.block:,}, last norm {counts.norm:,}, head {_head(counts.head)}"
     )
+    groups = f", in groups of {recipe.attention_group}" if recipe.attention_group else ""
     yield (
-        f"FLOPs       {flops.total / 1e9:.3f} GFLOP per token (forward and backward, causal, {seq_len} tokens): "
-        f"layer {flops.block / 1e6:.1f} M, head {flops.head / 1e6:.1f} M = {_in_blocks(flops):.1f} layers"
+        f"FLOPs       {flops.total / 1e9:.3f} GFLOP per token (forward and backward, causal, {seq_len} tokens"
+        f"{groups}): layer {flops.block / 1e6:.1f} M, head {flops.head / 1e6:.1f} M = {_in_blocks(flops):.1f} layers"
     )
     yield f"run         {recipe.total_steps:,} steps x {recipe.batch_tokens:,} = {tokens:,} tokens"
     as_measured = " (one H100 without a pipeline)" if assumed.mfu == MEASURED_MFU else ""

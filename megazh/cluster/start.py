@@ -14,7 +14,6 @@ from megazh.cluster.launchers import hosts as on_hosts
 from megazh.cluster.launchers import local
 from megazh.errors import Collector, UsageError, WorkerError
 from megazh.files import locked
-from megazh.model.counts import flops_per_token
 from megazh.pipeline.deepspeed_config import deepspeed_config
 from megazh.run.plot import plot_losses
 from megazh.run.summary import describe_end
@@ -173,7 +172,7 @@ def _describe_end(job: Job, request: Request) -> None:
     kept = [text for text in request.settings if _last_name(text) not in ("steps", "tokens", "resume")]
     longer = replace(request, settings=[*kept, f"steps={2 * done}"])
     anew = replace(request, run=run.path.with_name(f"{run.path.name}-2"))
-    flops = flops_per_token(recipe.model, recipe.batch.seq_len).total * recipe.batch_tokens
+    flops = recipe.flops_per_token.total * recipe.batch_tokens
     prompts = recipe.evaluation.sample_prompts
     prompt = prompts[0] if prompts else "从前，"
     for line in describe_end(run, done, flops, prompt, _command(longer), _command(anew)):

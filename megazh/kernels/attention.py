@@ -5,8 +5,9 @@ What this file gains over `torch.nn.attention.varlen`: in the profile of one tra
 rotation and the sums for the bias gradient. And its shapes never change, unlike varlen's list of segments, so that a
 micro-batch can be recorded as a CUDA graph.
 
-Boundaries come as two numbers per token: where its document starts and ends. Blocks of keys that no query of a block
-may attend to are never loaded; blocks that all its queries may attend to need no mask. Usual kernels add to the query
+Boundaries come as two numbers per token: where its document starts and ends. Equal parts of the heads may have
+boundaries of their own. Blocks of keys that no query of a block may attend to are never loaded; blocks that all its
+queries may attend to need no mask. Usual kernels add to the query
 gradient from many blocks at once; here it has a pass of its own, which sums in a fixed order and costs a quarter more
 matrix products.
 """
@@ -62,6 +63,12 @@ def _store_rotated_back(base, partial, rows, width, count, values, cos, sin, DIM
 
 
 @triton.jit
+def _of_part(bounds, head, heads, tokens, PARTS: tl.constexpr):
+    """The row of a (PARTS, tokens) matrix for the part of the heads that `head` is in."""
+    return bounds + head // (heads // PARTS) * tokens if PARTS > 1 else bounds
+
+
+@triton.jit
 def _attend(
     sums, total, largest, query, key, value, begin, end, rows, start, scale, width, head_dim, tokens,
     MASKED: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
@@ -88,10 +95,11 @@ def _attend(
 @triton.jit
 def _attention_forward(
     qkv, starts, out, lse, tokens, width, head_dim, heads, kv_heads, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr,
+    PARTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     # The last blocks of a document have the most keys: start them first.
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    starts = _of_part(starts, head, heads, tokens, PARTS)
     first = block * QUERIES
     rows = first + tl.arange(0, QUERIES)
     start = tl.load(starts + rows, mask=rows < tokens, other=0)
@@ -146,10 +154,11 @@ def _query_gradient(
 @triton.jit
 def _attention_backward_queries(
     qkv, starts, out, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
-    scale, factor, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr,
-    ROTATE_BACK: tl.constexpr, SUMS: tl.constexpr,
+    scale, factor, PARTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    SPLIT: tl.constexpr, ROTATE_BACK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    starts = _of_part(starts, head, heads, tokens, PARTS)
     first = block * QUERIES
     rows = first + tl.arange(0, QUERIES)
     start = tl.load(starts + rows, mask=rows < tokens, other=0)
@@ -213,10 +222,12 @@ def _key_gradient(
 @triton.jit
 def _attention_backward_keys(
     qkv, starts, ends, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
-    scale, factor, KEYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr,
-    ROTATE_BACK: tl.constexpr, SUMS: tl.constexpr,
+    scale, factor, PARTS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr,
+    SPLIT: tl.constexpr, ROTATE_BACK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     block, kv_head = tl.program_id(0), tl.program_id(1)
+    starts = _of_part(starts, kv_head, kv_heads, tokens, PARTS)
+    ends = _of_part(ends, kv_head, kv_heads, tokens, PARTS)
     first = block * KEYS
     column = first + tl.arange(0, KEYS)
     block_end = first + KEYS
@@ -263,26 +274,28 @@ def _attention_backward_keys(
 def document_attention(
     qkv: torch.Tensor, starts: torch.Tensor, heads: int, kv_heads: int, tiles: Tiles | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of each token to its own document, up to and including itself.
+    """Attention of each token to the tokens from its start up to and including itself.
 
     Args:
         qkv: (tokens, (heads + 2 * kv_heads) * head_dim), contiguous: rotated queries, rotated keys, values.
-        starts: (tokens,) int32, index of the first token of each token's document; must not decrease.
-        heads, kv_heads: numbers of query heads, and of key (and value) heads.
+        starts: (parts, tokens) int32, index of the first token that each token attends to, such as the first of its
+            document; must not decrease along a row. Each row is that of an equal part of the heads, in order.
+        heads, kv_heads: numbers of query heads, and of key (and value) heads; both are multiples of `parts`.
         tiles: block sizes; None takes those of `attention_tiles`.
 
     Returns:
         Output, (tokens, heads * head_dim) in the dtype of `qkv`; and base-2 log-sum-exp of each row of scores,
         (heads, tokens) fp32.
     """
-    tokens, width = qkv.shape
+    (tokens, width), parts = qkv.shape, len(starts)
+    assert not kv_heads % parts
     head_dim = width // (heads + 2 * kv_heads)
     out = torch.empty(tokens, heads * head_dim, device=qkv.device, dtype=qkv.dtype)
     lse = torch.empty(heads, tokens, device=qkv.device, dtype=torch.float32)
     tiles = tiles or attention_tiles(capability(qkv.device), head_dim).forward
     _attention_forward[(triton.cdiv(tokens, tiles.queries), heads)](
         qkv, starts, out, lse, tokens, width, head_dim, heads, kv_heads, head_dim**-0.5 * _LOG2_E,
-        tiles.queries, tiles.keys, _dim(head_dim), tiles.split, num_warps=tiles.warps, num_stages=tiles.stages,
+        parts, tiles.queries, tiles.keys, _dim(head_dim), tiles.split, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out, lse
 
@@ -307,7 +320,8 @@ def document_attention_backward(
     Args:
         grad_out: gradient of the output, (tokens, heads * head_dim), contiguous.
         qkv, starts, heads, kv_heads: as in `document_attention`.
-        ends: (tokens,) int32, index one past the last token of each token's document; must not decrease.
+        ends: (parts, tokens) int32, index one past the last token that attends to each token; must not decrease along a
+            row.
         out, lse: results of `document_attention`.
         cos, sin: (tokens, rotary_dim / 2) fp32, the angles by which queries and keys were rotated.
         with_sum: whether to sum the gradient over tokens.
@@ -318,7 +332,8 @@ def document_attention_backward(
         Gradient of queries, keys and values before the rotation, in the shape and dtype of `qkv`; and its sum over all
         tokens, (width,) fp32, which is the gradient of a bias, or None without `with_sum`.
     """
-    tokens, width = qkv.shape
+    (tokens, width), parts = qkv.shape, len(starts)
+    assert not kv_heads % parts
     head_dim = width // (heads + 2 * kv_heads)
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
@@ -333,12 +348,12 @@ def document_attention_backward(
     assert first.queries == second.keys
     _attention_backward_queries[(blocks, heads)](
         qkv, starts, out, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
-        factor * _LOG2_E, factor, first.queries, first.keys, _dim(head_dim), first.split, rotate_back, sums,
+        factor * _LOG2_E, factor, parts, first.queries, first.keys, _dim(head_dim), first.split, rotate_back, sums,
         num_warps=first.warps, num_stages=first.stages,
     )  # fmt: skip
     _attention_backward_keys[(blocks, kv_heads)](
         qkv, starts, ends, grad_out, lse, delta, grad_qkv, cos, sin, partial, tokens, width, head_dim, heads, kv_heads,
-        factor * _LOG2_E, factor, second.keys, second.queries, _dim(head_dim), second.split, rotate_back, sums,
+        factor * _LOG2_E, factor, parts, second.keys, second.queries, _dim(head_dim), second.split, rotate_back, sums,
         num_warps=second.warps, num_stages=second.stages,
     )  # fmt: skip
     if rotate_back:

@@ -54,8 +54,8 @@ class Flops:
     """Floating-point operations per token of a training step, forward and backward, by layer.
 
     A matrix of n parameters takes 2n forward and 4n backward. Causal attention over T tokens takes
-    2 * 2 * width * T / 2 forward and twice that backward: 6 * width * T. Norms, rotation, the embedding look-up and
-    recomputed activations count as zero.
+    2 * 2 * width * T / 2 forward and twice that backward: 6 * width * T. Within groups, T is the mean length of the
+    group of a token. Norms, rotation, the embedding look-up and recomputed activations count as zero.
     """
 
     embedding: float
@@ -73,14 +73,34 @@ class Flops:
         return self.embedding + self.blocks * self.block + self.head
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:
-    """Training operations per token of a causal sequence of `seq_len` tokens; MFU is computed from them."""
+def flops_per_token(config: ModelConfig, seq_len: int, group: int | None = None) -> Flops:
+    """Training operations per token of a causal sequence of `seq_len` tokens; MFU is computed from them.
+
+    Args:
+        config: the model's shape.
+        seq_len: tokens of the sequence, which is one document.
+        group: tokens per group of shifted sparse attention; None: full attention.
+    """
     return Flops(
         embedding=0.0,
-        block=6.0 * block_matrix(config) + 6.0 * config.attention_width * seq_len,
+        block=6.0 * block_matrix(config) + 6.0 * config.attention_width * _group_length(seq_len, group),
         head=6.0 * config.vocab_size * config.hidden_size,
         blocks=config.num_hidden_layers,
     )
+
+
+def _group_length(seq_len: int, group: int | None) -> float:
+    """Mean over tokens and heads of the length of a token's group; see `megazh.model.shifted_groups`."""
+    if group is None or seq_len <= group:
+        return seq_len
+    half = group // 2
+    shifted = half * half + _squares(seq_len - half, group)
+    return (_squares(seq_len, group) + shifted) / 2 / seq_len
+
+
+def _squares(tokens: int, group: int) -> int:
+    """Sum of the squared lengths of the groups of this many tokens, of which the last may be shorter."""
+    return tokens // group * group**2 + (tokens % group) ** 2
 
 
 _CHUNK_LOGITS = 1 << 27

@@ -18,7 +18,13 @@ from megazh.model.loss import summed_cross_entropy
 class Decoder(nn.Module):
     """Embedding, blocks, last norm and head."""
 
-    def __init__(self, config: ModelConfig, seed: int | None = 0, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int | None = 0,
+        activation_checkpointing: bool = False,
+        attention_group: int | None = None,
+    ) -> None:
         """Build the decoder.
 
         Args:
@@ -27,9 +33,11 @@ class Decoder(nn.Module):
                 later, and such a model does not train with dropout.
             activation_checkpointing: in training, keep only the input of each block and recompute its activations in
                 the backward pass.
+            attention_group: in training, tokens per group of shifted sparse attention; None: full attention.
         """
         super().__init__()
         self.config, self._seed = config, seed
+        self._attention_group = attention_group
         self._checkpointing = activation_checkpointing
         last = layer_count(config) - 1
         self.embedding: Embedding = make_layer(config, 0, seed)  # type: ignore[assignment]
@@ -62,7 +70,8 @@ class Decoder(nn.Module):
         backend = choose_backend(self.config, position_ids.device, self.embedding.weight.dtype)
         if self._documents is None or self._documents[0] is not backend:
             self._documents = (backend, Documents(self.config, backend))
-        return self._documents[1](position_ids, cu_seqlens, dropout)
+        group = self._attention_group if self.training else None
+        return self._documents[1](position_ids, cu_seqlens, dropout, group)
 
     def forward(self, tokens: torch.Tensor, attend: Attend | Packed) -> torch.Tensor:
         """Compute the hidden states after the last norm, (batch, seq, hidden), of token ids (batch, seq)."""

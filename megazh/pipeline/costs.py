@@ -46,7 +46,7 @@ class LayerCosts(Config):
 
 def costs_by_flops(work: Work) -> LayerCosts:
     """Costs in floating-point operations; with activation checkpointing a block's forward pass counts twice."""
-    flops = flops_per_token(work.model, work.seq_len)
+    flops = flops_per_token(work.model, work.seq_len, work.attention_group)
     recomputed = 4 / 3 if work.activation_checkpointing else 1.0
     return LayerCosts(
         unit="FLOPs",

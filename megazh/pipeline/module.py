@@ -95,6 +95,7 @@ class DecoderPipeline(PipelineModule):
             specs[0] = specs[last] = _Tied(self._layers)
         super().__init__(specs, num_stages=len(bounds) - 1, loss_fn=self.scaled_loss, partition_method="uniform")
         self._documents, self.fused = Documents(config, work.backend), work.fused
+        self._attention_group = work.attention_group
         self.recordable = work.recordable and cuda_graph
         self.checkpointing, self._z_loss = work.activation_checkpointing, z_loss
         self._last_z_loss = torch.zeros(())  # of the micro-batch that was trained last
@@ -143,7 +144,8 @@ class DecoderPipeline(PipelineModule):
         dropout = None
         if self.training and self.config.has_dropout:
             dropout = Dropout(self.config, self._seed, decode_sample_numbers(document_map))
-        hidden = self.run_layers(states, self._documents(position_ids, cu_seqlens, dropout))
+        group = self._attention_group if self.training else None
+        hidden = self.run_layers(states, self._documents(position_ids, cu_seqlens, dropout, group))
         if self._head is None:
             return hidden, document_map
         return (hidden,)

@@ -65,6 +65,7 @@ def _key(work: Work, card: str) -> dict[str, Any]:
         "dtype": work.precision.compute.value,
         "backend": work.backend.value,
         "checkpointing": work.activation_checkpointing,
+        "attention_group": work.attention_group,
     }
 
 
@@ -93,7 +94,7 @@ def _measure(work: Work, device: "torch.device") -> LayerCosts:
     position_ids = torch.arange(seq_len, device=device).expand(rows, -1)
     cu_seqlens = torch.tensor([[0, seq_len]], dtype=torch.int32, device=device).expand(rows, -1)
     dropout = Dropout(config, 0, torch.arange(rows, device=device)) if config.has_dropout else None
-    attend = Documents(config, work.backend)(position_ids, cu_seqlens, dropout)
+    attend = Documents(config, work.backend)(position_ids, cu_seqlens, dropout, work.attention_group)
     hidden = torch.randn(rows, seq_len, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn_like(hidden)
     if work.fused:  # as in a run, where fused products add to fp32 sums

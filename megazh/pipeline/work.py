@@ -41,6 +41,8 @@ class Work:
     """What computes blocks and loss."""
     optimizer: StateBytes = StateBytes()
     """Bytes of the optimizer's state."""
+    attention_group: int | None = None
+    """Tokens per group of shifted sparse attention; None: full attention."""
 
     @property
     def tokens(self) -> int:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megazh.model.backend import why_not_fused
-from megazh.model.counts import flops_per_token, parameter_counts
+from megazh.model.counts import parameter_counts
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.memory import stage_parameters
 from megazh.training.checks.hf import describe_engine
@@ -42,9 +42,14 @@ def describe_job(job: Job, detailed: bool = False) -> Iterator[str]:
     )
     if job.engine == "hf":
         yield f"{'engine':<12}{describe_engine(recipe, layout.ranks)}"
+    if recipe.attention_group is not None:
+        yield (
+            f"{'attention':<12}in groups of {recipe.attention_group} tokens, shifted by half of one for half of the "
+            "heads; full in validation and sampling"
+        )
     yield f"{'length':<12}{recipe.total_steps:,} steps, {tokens:,} tokens"
     if job.device is Device.CPU:
-        operations = flops_per_token(recipe.model, recipe.batch.seq_len).total * tokens
+        operations = recipe.flops_per_token.total * tokens
         yield f"{'time':<12}{describe_cpu_time(operations)}"
     if detailed and job.engine == "ds_pp":
         yield from describe_stages(job)

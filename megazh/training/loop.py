@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megazh.errors import DataError, DivergedError
 from megazh.model.backend import choose_backend
-from megazh.model.counts import flops_per_token
 from megazh.pipeline.engine import check_tied, make_engine, quiet
 from megazh.pipeline.module import Z_LOSS, DecoderPipeline
 from megazh.run.folder import RunFolder
@@ -119,7 +118,7 @@ class Trainer:
         self._feed = self._make_feed(module)
         self._validator = self._make_validator()
         self._startup.done("validation data")
-        self._flops_per_token = flops_per_token(recipe.model, recipe.batch.seq_len).total
+        self._flops_per_token = recipe.flops_per_token.total
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self._peak_flops = peak_flops(name, recipe.logging.peak_tflops)
         self._stop = stop

@@ -18,6 +18,7 @@ from megazh.errors import Collector, UsageError
 from megazh.index.choices import Packing
 from megazh.index.manifest import Amount
 from megazh.model.config import Count, ModelConfig, Positive, Share
+from megazh.model.counts import Flops, flops_per_token
 from megazh.pipeline.precision import Dtype, Precision
 from megazh.pipeline.role import Role
 from megazh.run.folder import RunFolder
@@ -105,6 +106,27 @@ class BatchConfig(Config):
     """Samples per optimizer step over all GPUs; a multiple of micro_batch_size times the replicas."""
     gradient_accumulation_steps: Annotated[Count | None, MAY_CHANGE] = None
     """Micro-batches per optimizer step and replica. Default: global_batch_size / (micro_batch_size x replicas)."""
+
+
+class AttentionPattern(StrEnum):
+    """Tokens that a token of the same document attends to in training."""
+
+    FULL = "full"
+    """All tokens up to itself."""
+    S2 = "s2"
+    """Those of its group (shifted sparse attention of LongLoRA, arXiv 2309.12307): half of the heads have groups that
+    are shifted by half a group. An approximation, which saves time from about 16,384 tokens per sample on and no
+    memory."""
+
+
+class AttentionConfig(Config):
+    """Attention in training. Validation, sampling and exported models always have full attention."""
+
+    pattern: Annotated[AttentionPattern, choice(AttentionPattern)] = AttentionPattern.FULL
+    """Tokens that a token attends to: full or s2."""
+    group_tokens: Annotated[int, Field(ge=2, multiple_of=2)] = 2048
+    """Tokens per group, where pattern is s2: an even number, whatever the length of a sample. Groups are counted from
+    the start of each document; a document of at most as many tokens has full attention."""
 
 
 class OptimizerName(StrEnum):
@@ -281,6 +303,8 @@ class Recipe(Config):
     """Training data."""
     batch: BatchConfig
     """Size of an optimizer step."""
+    attention: AttentionConfig = AttentionConfig()
+    """Attention in training. Validation, sampling and exported models always have full attention."""
     optimizer: OptimizerConfig
     """The optimizer and the objective that it minimizes."""
     schedule: ScheduleConfig
@@ -300,6 +324,11 @@ class Recipe(Config):
     def _consistent(self) -> "Recipe":
         if (self.schedule.tokens is None) == (self.schedule.steps is None):
             raise ValueError("give one of schedule.tokens and schedule.steps")
+        if self.attention_group is not None and self.model.kv_heads % 2:
+            raise ValueError(
+                f"attention.pattern=s2 halves the heads, and the model has num_key_value_heads={self.model.kv_heads}, "
+                "an odd number; set attention.pattern=full"
+            )
         bounds = self.parallel.stage_bounds
         if bounds is not None:
             parts = self.model.num_hidden_layers + 2
@@ -310,6 +339,16 @@ class Recipe(Config):
                     "head)"
                 )
         return self
+
+    @property
+    def attention_group(self) -> int | None:
+        """Tokens per group of shifted sparse attention; None where attention is full."""
+        return self.attention.group_tokens if self.attention.pattern is AttentionPattern.S2 else None
+
+    @property
+    def flops_per_token(self) -> Flops:
+        """Training operations per token."""
+        return flops_per_token(self.model, self.batch.seq_len, self.attention_group)
 
     @property
     def batch_tokens(self) -> int:

@@ -84,6 +84,7 @@ def work_of(recipe: Recipe, layout: Layout, precision: Precision, backend: Backe
         activation_checkpointing=recipe.parallel.activation_checkpointing,
         backend=backend or usual_backend(recipe, precision),
         optimizer=state_bytes(recipe.optimizer.name),
+        attention_group=recipe.attention_group,
     )
 
 

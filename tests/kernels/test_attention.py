@@ -27,10 +27,10 @@ USUAL = {
 
 
 def extents(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Start and end of each token's document."""
+    """Start and end of each token's document: (1, tokens)."""
     ends = torch.tensor(lengths).cumsum(0)
     sizes = torch.tensor(lengths)
-    return (ends - sizes).repeat_interleave(sizes).int(), ends.repeat_interleave(sizes).int()
+    return (ends - sizes).repeat_interleave(sizes)[None].int(), ends.repeat_interleave(sizes)[None].int()
 
 
 def reference(qkv: torch.Tensor, starts: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
@@ -40,7 +40,8 @@ def reference(qkv: torch.Tensor, starts: torch.Tensor, heads: int, kv_heads: int
     query, key, value = qkv.view(tokens, -1, head_dim).split((heads, kv_heads, kv_heads), 1)
     key, value = (states.repeat_interleave(heads // kv_heads, 1) for states in (key, value))
     place = torch.arange(tokens)
-    seen = (place[None, :] <= place[:, None]) & (place[None, :] >= starts[:, None])
+    seen = (place[None, :] <= place[:, None]) & (place[None, :] >= starts[:, :, None])
+    seen = seen.repeat_interleave(heads // len(starts), 0)
     states = (states.transpose(0, 1) for states in (query, key, value))
     return F.scaled_dot_product_attention(*states, attn_mask=seen).transpose(0, 1).reshape(tokens, -1)
 
@@ -61,13 +62,38 @@ def test_is_what_a_dense_mask_gives_with_the_blocks_of_each_card(name: str, capa
     compare(*USUAL[name], attention_tiles(capability, USUAL[name][3]))
 
 
-def compare(tokens: int, heads: int, kv_heads: int, head_dim: int, lengths: list[int], tiles: AttentionTiles) -> None:
+HALVES = {
+    "grouped heads, groups within and over blocks": (150, 4, 2, 16, [5, 35, 1, 109], [40, 60, 50]),
+    "more heads than keys, blocks without keys": (200, 8, 2, 16, [64, 64, 72], [200]),
+    "no grouped heads": (130, 2, 2, 32, [100, 30], [1, 129]),
+}
+"""As `CASES`, with lengths of the segments of each half of the heads."""
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("name", HALVES)
+def test_halves_of_the_heads_have_segments_of_their_own(name: str, tiles: str) -> None:
+    block, keys, queries = TILES[tiles]
+    first = Tiles(block, keys, 4, 2)
+    compare(*HALVES[name][:5], AttentionTiles(first, first, Tiles(queries, block, 4, 2)), HALVES[name][5])
+
+
+def compare(
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    lengths: list[int],
+    tiles: AttentionTiles,
+    of_second_half: list[int] | None = None,
+) -> None:
     """Compare values and gradients, rotation included, with those of torch."""
     from megazh.kernels.attention import document_attention, document_attention_backward
     from megazh.kernels.rotary import rotate_
 
     generator = torch.Generator().manual_seed(1)
-    starts, ends = extents(lengths)
+    parts = [extents(each) for each in (lengths, of_second_half) if each is not None]
+    starts, ends = (torch.cat(bounds) for bounds in zip(*parts, strict=True))
     plain = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, generator=generator, requires_grad=True)
     gradient = torch.randn(tokens, heads * head_dim, generator=generator)
     angles = torch.rand(tokens, head_dim // 2, generator=generator) * 6

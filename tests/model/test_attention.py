@@ -70,9 +70,9 @@ def test_gradient_reaches_only_what_is_seen() -> None:
 def test_a_row_full_of_documents_and_one_without_any_padding() -> None:
     """Boundaries without padding, as in a sample with the largest number of segments."""
     config = small()
-    cos = sin = torch.zeros(1)
     cu_seqlens = torch.tensor([[0, 1, 3, 4], [0, 4, 4, 4]], dtype=torch.int32)
-    attention = MaskedAttention(cos, sin, cu_seqlens, 4)
+    attention = Documents(config, Backend.MASKED)(torch.zeros(2, 4, dtype=torch.int32), cu_seqlens)
+    assert isinstance(attention, MaskedAttention)
     query = key = torch.zeros(2, 4, 1, 4)
     value = torch.eye(4).expand(2, 4, 4)[:, :, None]
     weights = attention(0, query, key, value)[:, :, 0]
@@ -89,7 +89,7 @@ def test_a_row_full_of_documents_and_one_without_any_padding() -> None:
 def test_attention_dropout_drops_shares_of_attention() -> None:
     cos = sin = torch.zeros(1)
     dropout = Dropout(small(attention_dropout=0.5), 1, torch.tensor([0]))
-    attention = MaskedAttention(cos, sin, torch.tensor([[0, 64]], dtype=torch.int32), 64, dropout)
+    attention = MaskedAttention(cos, sin, torch.zeros(1, 1, 64, dtype=torch.int32), dropout)
     value = torch.eye(64)[None, :, None]
     weights = attention(0, torch.zeros(1, 64, 1, 64), torch.zeros(1, 64, 1, 64), value)[0, :, 0]
     seen = torch.ones(64, 64).tril().bool()
@@ -113,9 +113,12 @@ def test_attention_with_next_to_no_dropout_is_attention(name: str) -> None:
 
 
 @pytest.mark.parametrize("grouped_by_kernel", [False, True], ids=["torch 2.11", "enable_gqa"])
-@pytest.mark.parametrize("name", ["plain", "grouped", "head_dim 44", "one kv head"])
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [*((name, None) for name in ("plain", "grouped", "head_dim 44", "one kv head")), ("plain", 4), ("grouped", 4)],
+)
 def test_segments_given_to_the_kernel_are_the_documents_of_the_mask(
-    monkeypatch: pytest.MonkeyPatch, name: str, grouped_by_kernel: bool
+    monkeypatch: pytest.MonkeyPatch, name: str, group: int | None, grouped_by_kernel: bool
 ) -> None:
     """A kernel that computes segment by segment, as flash attention does, gives the same result as the mask."""
     from torch.nn.attention import varlen
@@ -157,8 +160,8 @@ def test_segments_given_to_the_kernel_are_the_documents_of_the_mask(
         torch.randn(4, 16, heads, config.head_size, generator=generator)
         for heads in (config.num_attention_heads, config.kv_heads, config.kv_heads)
     ]
-    segments = Documents(config, Backend.VARLEN)(positions, cu_seqlens)
-    masked = Documents(config, Backend.MASKED)(positions, cu_seqlens)
+    segments = Documents(config, Backend.VARLEN)(positions, cu_seqlens, group=group)
+    masked = Documents(config, Backend.MASKED)(positions, cu_seqlens, group=group)
     assert isinstance(segments, VarlenAttention)
     torch.testing.assert_close(segments(0, *states), masked(0, *states), rtol=1e-5, atol=1e-5)
     assert torch.equal(segments.cos, masked.cos)

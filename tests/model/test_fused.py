@@ -25,10 +25,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def loss_of(model: Decoder, backend: Backend, checkpointing: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_of(
+    model: Decoder, backend: Backend, checkpointing: bool = False, group: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss and all gradients; returns hidden states and labels."""
     tokens, labels, positions, cu_seqlens = packed(ROWS, 16)
-    attend = Documents(model.config, backend)(positions, cu_seqlens)
+    attend = Documents(model.config, backend)(positions, cu_seqlens, group=group)
     hidden = run_layers(model.embedding, model.blocks, model.norm, tokens, attend, checkpointing)
     fused = backend is Backend.FUSED
     vocab = model.config.vocab_size
@@ -37,11 +39,11 @@ def loss_of(model: Decoder, backend: Backend, checkpointing: bool = False) -> tu
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", SHAPES)
-def test_is_what_plain_blocks_compute(name: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("name", "group"), [*((name, None) for name in SHAPES), ("qwen", 4), ("grouped", 2)])
+def test_is_what_plain_blocks_compute(name: str, group: int | None, checkpointing: bool) -> None:
     plain, fused = decoder(small(**SHAPES[name])), decoder(small(**SHAPES[name]))
-    wanted, _ = loss_of(plain, Backend.MASKED)
-    found, _ = loss_of(fused, Backend.FUSED, checkpointing)
+    wanted, _ = loss_of(plain, Backend.MASKED, group=group)
+    found, _ = loss_of(fused, Backend.FUSED, checkpointing, group)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
     for (key, parameter), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
         assert parameter.grad is not None

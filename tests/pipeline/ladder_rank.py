@@ -45,6 +45,8 @@ class Case:
     learning_rate: float = 1e-3
     recorded: bool = False
     """Whether passes go the way of CUDA graphs, each of which runs Python again here."""
+    attention_group: int | None = None
+    """Tokens per group of shifted sparse attention."""
 
     @property
     def config(self) -> ModelConfig:
@@ -70,6 +72,7 @@ CASES = {
     "recorded": Case(z_loss=0.01, recorded=True),
     "z_loss untied": Case(UNTIED, z_loss=0.01),
     "dropout": Case({"residual_dropout": 0.2, "attention_dropout": 0.1}, checkpointing=True),
+    "groups": Case(checkpointing=True, attention_group=4),
     "tied bf16": Case(compute=Dtype.BF16),
     "bf16 between replicas": Case(compute=Dtype.BF16, communication=Dtype.BF16),
     "untied bf16": Case(UNTIED, compute=Dtype.BF16),
@@ -119,7 +122,7 @@ def optimizers_for(model: Decoder, case: Case) -> list[torch.optim.Optimizer]:
 
 def train_plainly(case: Case) -> dict[str, Any]:
     """Train in fp32 in this process with torch alone; returns losses and gradient norms by step, and the weights."""
-    model = Decoder(case.config, SEED)
+    model = Decoder(case.config, SEED, attention_group=case.attention_group)
     optimizers = optimizers_for(model, case)
     losses, norms = [], []
     for step in range(STEPS):
@@ -165,7 +168,7 @@ def make_pipeline(
     precision = Precision(case.compute, Dtype.FP32, case.communication)
     work = Work(
         case.config, stages, replicas, SEQ, ROWS, MICRO_BATCHES // replicas, precision, case.checkpointing,
-        backend,
+        backend, attention_group=case.attention_group,
     )  # fmt: skip
     costs = costs_by_flops(dataclasses.replace(work, activation_checkpointing=False))
     bounds = best_bounds(costs.parts(case.config.num_hidden_layers), stages)

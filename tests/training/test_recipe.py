@@ -223,3 +223,19 @@ def test_all_keys_that_are_wrong_are_named_at_once_each_with_its_place(tmp_path:
     lines = sorted(str(error).removeprefix(f"{tmp_path}/mine.yaml") for error in refusal.value.errors)
     for line, beginning in zip(lines, [*starts, "command line: key 'optimizer.weight_decay'"], strict=True):
         assert line.startswith(beginning)
+
+
+def test_groups_of_attention_need_an_even_number_of_kv_heads_and_of_tokens() -> None:
+    assert make_recipe(pattern="s2").attention_group == 2048
+    assert make_recipe(group_tokens=64).attention_group is None
+    with pytest.raises(UsageError, match=r"attention\.pattern=s2 .*num_key_value_heads=1, an odd number; set .*=full"):
+        make_recipe(pattern="s2", model={"num_key_value_heads": 1})
+    with pytest.raises(UsageError, match=r"attention\.group_tokens"):
+        make_recipe(pattern="s2", group_tokens=7)
+
+
+def test_groups_count_in_the_operations() -> None:
+    full, grouped = make_recipe(seq_len=64), make_recipe(seq_len=64, pattern="s2", group_tokens=16)
+    assert grouped.flops_per_token.block < full.flops_per_token.block
+    assert not [marked for key, *_, marked in differing_keys(full, grouped) if marked], "fixed on resume"
+    assert len(list(differing_keys(full, grouped))) == 2

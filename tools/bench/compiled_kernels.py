@@ -79,6 +79,7 @@ def launches(head_dims: list[int]) -> dict[str, Callable[[], None]]:
         found[f"head_dim {head_dim}"] = partial(_attention, head_dim, 12, 12)
         found[f"head_dim {head_dim}, grouped"] = partial(_attention, head_dim, 12, 4)
     largest = head_dims[-1]
+    found[f"head_dim {head_dims[0]}, halves apart"] = partial(_attention, head_dims[0], 12, 4, parts=2)
     found[f"head_dim {largest}, fp16, 1 key, no bias"] = partial(_attention, largest, 16, 1, torch.float16, False)
     for width in (1024, 2048):
         found[f"width {width}"] = partial(_rows, width)
@@ -91,13 +92,18 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _attention(
-    head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype = torch.bfloat16, with_sum: bool = True
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    dtype: torch.dtype = torch.bfloat16,
+    with_sum: bool = True,
+    parts: int = 1,
 ) -> None:
     from megazh.kernels.attention import document_attention, document_attention_backward
     from megazh.kernels.rotary import rotate_, rotate_back_
 
     qkv = _tensor(TOKENS, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
-    bounds = _tensor(TOKENS, dtype=torch.int32)
+    bounds = _tensor(parts, TOKENS, dtype=torch.int32)
     angles = _tensor(TOKENS, head_dim // 2, dtype=torch.float32)
     rotate_(qkv, angles, angles, heads + kv_heads, head_dim)
     out, lse = document_attention(qkv, bounds, heads, kv_heads)

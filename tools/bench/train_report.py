@@ -12,7 +12,6 @@ import torch
 
 from megazh.errors import WorkerError
 from megazh.files import write_atomic
-from megazh.model.counts import flops_per_token
 from megazh.pipeline.costs import LayerCosts
 from megazh.pipeline.passes import makespan
 from megazh.run.peaks import mfu, peak_flops
@@ -85,7 +84,7 @@ class Report:
             raise WorkerError(f"megazh was not measured: {self._left_out[MEGAZH]}")
 
     def _formula(self) -> str:
-        flops = flops_per_token(self._recipe.model, self._arguments.seq_len)
+        flops = self._recipe.flops_per_token
         peak = peak_flops(self._card, self._recipe.logging.peak_tflops)
         over = f"{peak / 1e12:g} TFLOP/s" if peak else "the card's peak, which is not known here"
         return (
@@ -110,7 +109,7 @@ class Report:
 def table(results: Sequence[Result], recipe: Recipe, tokens: int, gpus: int, card: str | None) -> list[str]:
     """One line per contender."""
     peak = peak_flops(card, recipe.logging.peak_tflops)
-    flops = flops_per_token(recipe.model, recipe.batch.seq_len).total
+    flops = recipe.flops_per_token.total
     own = next((each for each in results if each.name.split()[0] == MEGAZH), None)
     lines = [
         f"{'contender':<16} {'tokens/s/GPU':>12} {'min-max':>17} {'MFU':>6} {'memory':>10} {'megazh is':>10}  notes"

@@ -13,7 +13,6 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from megazh.errors import DataError, DivergedError, WorkerError
-from megazh.model.counts import flops_per_token
 from megazh.pipeline.engine import quiet
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import VALIDATION, Metrics, StepRecord, sample_of
@@ -105,7 +104,7 @@ class HfRun(TrainerCallback):
             )
             self._trainer = HfTrainer(self._model, arguments, recipe, layout, self._mixture, self._step, self)
         self._startup.done("trainer")
-        self._flops_per_token = flops_per_token(recipe.model, recipe.batch.seq_len).total
+        self._flops_per_token = recipe.flops_per_token.total
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self._peak_flops = peak_flops(name, recipe.logging.peak_tflops)
         self._pace = 0.0
