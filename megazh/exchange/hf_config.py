@@ -217,12 +217,21 @@ def _sliding(values: Mapping[str, Any]) -> list[str]:
     return [f"sliding_window={window!r} is shorter than max_position_embeddings={length!r}: it cannot be computed"]
 
 
+def _scaling_alone(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling in `rope_parameters` or `rope_scaling`, in the same form for both."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    rest = {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
+    return {"rope_type": kind, **{key: value for key, value in rest.items() if value is not None}}
+
+
 def _rope(values: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a `ModelConfig`; adds to `faults` what it cannot have."""
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
     if not all(isinstance(each, dict | None) for each in (new, old)):
         faults.append("rope_parameters and rope_scaling: expected an object or null")
         return {}
+    if new and old and _scaling_alone(new) != _scaling_alone(old):  # transformers 5 merges them, others take one
+        faults.append("rope_parameters and rope_scaling contradict each other")
     given = dict(new or old or {})
     where = "rope_parameters." if new else "rope_scaling."
     thetas = [each for each in (given.pop("rope_theta", None), values.get("rope_theta")) if each is not None]

@@ -86,6 +86,7 @@ def test_the_form_of_transformers_5() -> None:
     found = model_config(new, "config.json")
     assert found.rope_scaling is not None
     assert (found.rope_theta, found.rope_scaling.type, found.rope_scaling.factor) == (1e4, "linear", 2.0)
+    assert model_config({**new, "rope_scaling": {"type": "linear", "factor": 2.0}}, "config.json") == found
 
 
 LLAMA = hf_config(small(), Family.LLAMA, 256, "bfloat16", 0, None)
@@ -112,6 +113,11 @@ TYPE = "rope_type"
         (LLAMA, {"rope_scaling": {TYPE: "linear", "factor": 0.5}}, "key 'rope_scaling.factor'"),
         (LLAMA, {"rope_scaling": {TYPE: "linear", "factor": 2.0, "low": 1}}, "rope_scaling.low is not known"),
         (LLAMA, {"rope_parameters": {TYPE: "default", "rope_theta": 5.0}}, "contradict each other"),
+        (
+            LLAMA,
+            {"rope_parameters": {TYPE: "default", "rope_theta": 1e4}, "rope_scaling": {TYPE: "linear", "factor": 2.0}},
+            "rope_parameters and rope_scaling contradict each other",
+        ),
         (LLAMA, {"rope_scaling": {**YARN, "mscale": 2.0}}, "rope_scaling.mscale=2.0 cannot be computed"),
         (LLAMA, {"layer_types": ["sliding_attention"] * 2}, "layer_types: only full_attention"),
         (LLAMA, {"layer_types": [{}], "architectures": {}, "model_type": "llama"}, "layer_types: only full_attention"),
