@@ -140,20 +140,31 @@ def test_a_model_learns(pretrain: Callable[..., Run]) -> None:
     assert found[1][0] > found[5][0] > found[STEPS][0] + 0.1, found
 
 
+S2 = ("attention.pattern=s2", "attention.group_tokens=16")
+
+
 @real_gpu
-def test_fused_is_torch(pretrain: Callable[..., Run]) -> None:
-    fused, plain = pretrain("one", "dtype=bf16"), pretrain("one", "dtype=bf16", "kernels=torch")
+@pytest.mark.parametrize("pattern", [(), S2], ids=["full", "s2"])
+def test_fused_is_torch(pretrain: Callable[..., Run], pattern: tuple[str, ...]) -> None:
+    fused, plain = (pretrain("one", "dtype=bf16", *more, *pattern) for more in ([], ["kernels=torch"]))
     assert "kernels     Triton, each pass of a micro-batch one CUDA graph" in fused[1]
     assert "kernels     torch (kernels=torch)" in plain[1]
     assert_equal(fused, plain, BF16, last=5)
 
 
 @real_gpu
-def test_a_graph_is_eager(pretrain: Callable[..., Run]) -> None:
-    recorded, eager = pretrain("one", "dtype=bf16"), pretrain("one", "dtype=bf16", "cuda_graph=false")
+@pytest.mark.parametrize("pattern", [(), S2], ids=["full", "s2"])
+def test_a_graph_is_eager(pretrain: Callable[..., Run], pattern: tuple[str, ...]) -> None:
+    recorded, eager = (pretrain("one", "dtype=bf16", *more, *pattern) for more in ([], ["cuda_graph=false"]))
     assert "kernels     Triton, each pass of a micro-batch one CUDA graph" in recorded[1]
     assert "kernels     Triton\n" in eager[1]
     assert_equal(recorded, eager, SAME_BITS)
+
+
+@real_gpu
+def test_s2_is_another_attention(pretrain: Callable[..., Run]) -> None:
+    s2, full = (losses(pretrain("one", "dtype=bf16", *pattern)) for pattern in (S2, ()))
+    assert s2[1] != full[1], "groups of 16 tokens leave out some of the 128"
 
 
 @two_gpus
