@@ -22,6 +22,7 @@ ORDER = [
     ["pipeline"],
     ["training"],
     ["prefs"],
+    ["finetune"],
     ["cluster"],
     ["cli"],
 ]

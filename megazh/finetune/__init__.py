@@ -1,0 +1,1 @@
+"""Fine-tuning: conversations become an index with a mask of trained tokens."""
