@@ -118,7 +118,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from megazh.model.generate import SamplingOptions
+    from megazh.model.sampling import SamplingOptions
     from megazh.prefs.generate import Request, generate
 
     generate(

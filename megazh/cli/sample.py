@@ -43,21 +43,39 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)"
     )
+    parser.add_argument(
+        "--additive-penalty",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="lower the logit of each token by A where it occurred; fades by --penalty-decay a token (default: 0)",
+    )
+    parser.add_argument(
+        "--penalty-decay", type=float, default=0.98, metavar="D", help="see --additive-penalty (default: 0.98)"
+    )
     parser.add_argument("--count", type=count, default=1, metavar="N", help="number of continuations (default: 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same text (default: 0)")
     parser.add_argument("--ignore-end", action="store_true", help="continue after the end of the document")
     parser.add_argument(
         "--no-cache", action="store_true", help="recompute all tokens for each new one (for comparison)"
     )
+    parser.add_argument("--no-graphs", action="store_true", help="on CUDA, launch each kernel by itself (slower)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
     parser.set_defaults(call=_sample)
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from megazh.model.generate import SamplingOptions
+    from megazh.model.sampling import SamplingOptions
     from megazh.training.text_model import open_model
 
-    drawing = SamplingOptions(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
+    drawing = SamplingOptions(
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.repetition_penalty,
+        options.additive_penalty,
+        options.penalty_decay,
+    )
     if not options.prompt:
         raise UsageError("the prompt is empty: give at least one character")
     if any("\udc80" <= each <= "\udcff" for each in options.prompt):  # surrogates stand for bytes that are not UTF-8
@@ -77,6 +95,7 @@ def _sample(options: argparse.Namespace) -> None:
             options.seed + number,
             stop_at_end=not options.ignore_end,
             cached=not options.no_cache,
+            graphs=False if options.no_graphs else None,
         ):
             tokens += 1
             sys.stdout.write(text)

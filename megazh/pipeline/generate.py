@@ -3,7 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from megazh.model.generate import Forward, KeyValueCache
+from megazh.model.generate import Forward
+from megazh.model.kv_cache import KeyValueCache
 from megazh.pipeline.module import DecoderPipeline
 
 
@@ -40,6 +41,6 @@ def pipeline_forward(module: DecoderPipeline, capacity: int) -> Forward:
             logits = module.logits(hidden[0, -1])
         if stages > 1:
             dist.broadcast(logits, ranks[-1], group=group)
-        return logits
+        return logits.cpu()  # where all ranks sample the same token, whatever their cards
 
     return forward

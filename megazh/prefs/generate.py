@@ -16,7 +16,7 @@ from megazh.corpus.formats import Format
 from megazh.corpus.options import ReadOptions
 from megazh.corpus.sources import Source
 from megazh.errors import DataError
-from megazh.model.generate import SamplingOptions
+from megazh.model.sampling import SamplingOptions
 from megazh.prefs.answers import Answers
 from megazh.prefs.files import check_output, only_writer
 from megazh.prefs.forms import Template

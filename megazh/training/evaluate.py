@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megazh.index.mixture import ValidationSamples
-from megazh.model.generate import SamplingOptions, generate
+from megazh.model.generate import generate
+from megazh.model.sampling import SamplingOptions
 from megazh.pipeline.generate import pipeline_forward
 from megazh.progress import duration
 from megazh.tokenizer import Tokenizer

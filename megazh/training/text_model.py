@@ -8,7 +8,8 @@ import torch
 from megazh.errors import UsageError
 from megazh.exchange.generation_config import end_ids
 from megazh.model.decoder import Decoder
-from megazh.model.generate import SamplingOptions, cached_forward, generate, uncached_forward
+from megazh.model.generate import cached_forward, generate, uncached_forward
+from megazh.model.sampling import SamplingOptions
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import TextStream
 from megazh.training.model_source import find_model
@@ -49,6 +50,7 @@ class TextModel:
         seed: int,
         stop_at_end: bool = True,
         cached: bool = True,
+        graphs: bool | None = None,
     ) -> Iterator[str]:
         """Yield a continuation of `prompt`: one piece of text per token, perhaps empty, never half a character.
 
@@ -59,9 +61,11 @@ class TextModel:
             seed: seed of the random draws.
             stop_at_end: whether to stop where the model ends the document.
             cached: whether to keep keys and values of earlier tokens; without them the same text takes longer.
+            graphs: whether to record CUDA graphs; see `megazh.model.decode`. Default: on CUDA.
         """
         ids = self.tokenizer.encode(prompt)
-        forward = cached_forward(self.model, len(ids) + count) if cached else uncached_forward(self.model)
+        capacity = len(ids) + count
+        forward = cached_forward(self.model, capacity, graphs) if cached else uncached_forward(self.model)
         ends = self.end_ids if stop_at_end else frozenset[int]()
         text = TextStream(self.tokenizer, ids)
         for token in generate(forward, ids, count, options, self.tokenizer.vocab_size, ends, seed):

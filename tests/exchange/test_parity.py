@@ -20,7 +20,8 @@ from saved_models import save_model
 from transformers_peer import VERSIONS, ask
 
 from megazh.model.decoder import Decoder
-from megazh.model.generate import SamplingOptions, cached_forward, generate
+from megazh.model.generate import cached_forward, generate
+from megazh.model.sampling import SamplingOptions
 from megazh.pipeline.precision import Dtype
 from megazh.training.export import ExportOptions, export_to_hf
 from megazh.training.imported import import_folder

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from decoders import SHAPES, alone, decoder, logits, small
 
 from megazh.errors import UsageError
-from megazh.model.generate import Forward, SamplingOptions, cached_forward, draw, generate, uncached_forward
+from megazh.model.generate import Forward, cached_forward, generate, generate_batch, uncached_forward
 from megazh.model.layers import Block
+from megazh.model.sampling import Sampler, SamplingOptions
 
 GREEDY = SamplingOptions(temperature=0.0)
 
@@ -116,8 +118,8 @@ def test_seeds_are_reproducible_and_matter() -> None:
 def test_padded_rows_are_never_drawn(options: SamplingOptions) -> None:
     values = torch.linspace(0, 1, 100)
     values[90:] = 1000.0
-    for seed in range(50):
-        assert draw(values, options, [], 90, seeded(seed)) < 90
+    sampler = Sampler(options, [[]] * 50, 90, range(50))
+    assert sampler(values.expand(50, -1)).max() < 90
 
 
 def test_end_id_ends_and_is_not_given_out() -> None:
@@ -142,8 +144,8 @@ def test_no_prompt_is_refused() -> None:
 
 
 def shares(options: SamplingOptions, values: torch.Tensor, seen: list[int] | None = None, count: int = 3000) -> Counter:
-    generator = seeded(3)
-    return Counter(draw(values, options, seen or [], len(values), generator) for _ in range(count))
+    sampler = Sampler(options, [seen or []] * count, len(values), range(count))
+    return Counter(sampler(values.expand(count, -1)).tolist())
 
 
 def near(found: Counter, expected: torch.Tensor) -> None:
@@ -213,8 +215,8 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_once
     expected = torch.tensor([1.0, 3.0 / 1.5, -1.0 * 1.5, 2.5, 2.0, 0.0, 2.9])
     near(shares(SamplingOptions(1.0, repetition_penalty=1.5), VALUES, seen), expected.softmax(0))
     greedy = SamplingOptions(0.0, repetition_penalty=1.5)
-    assert draw(VALUES, greedy, seen, 7, seeded()) == 6
-    assert draw(VALUES, greedy, [], 7, seeded()) == 1
+    assert shares(greedy, VALUES, seen, 1) == {6: 1}
+    assert shares(greedy, VALUES, [], 1) == {1: 1}
 
 
 def test_repetition_penalty_counts_prompt_and_what_was_drawn() -> None:
@@ -225,7 +227,7 @@ def test_repetition_penalty_counts_prompt_and_what_was_drawn() -> None:
 
 def test_draw_leaves_the_logits_alone() -> None:
     values = VALUES.clone()
-    draw(values, SamplingOptions(0.5, 2, 0.5, 1.5), [1, 2], 7, seeded())
+    shares(SamplingOptions(0.5, 2, 0.5, 1.5, 1.0), values, [1, 2], 3)
     assert torch.equal(values, VALUES)
 
 
@@ -238,11 +240,60 @@ def test_draw_leaves_the_logits_alone() -> None:
         (lambda: SamplingOptions(top_p=0.0), "top_p 0.0"),
         (lambda: SamplingOptions(top_p=1.1), "top_p 1.1"),
         (lambda: SamplingOptions(repetition_penalty=0.0), "repetition_penalty 0.0"),
+        (lambda: SamplingOptions(additive_penalty=-1.0), "additive_penalty -1.0"),
+        (lambda: SamplingOptions(penalty_decay=1.5), "penalty_decay 1.5"),
     ],
 )
 def test_options_that_cannot_work_are_refused(make: Callable[[], SamplingOptions], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
+
+
+def test_additive_penalty_fades_by_token() -> None:
+    # Logits 3, 2.5, 0 and a penalty of 1 that halves at each token.
+    values = torch.tensor([3.0, 2.5, 0.0])
+    options = SamplingOptions(0.0, additive_penalty=1.0, penalty_decay=0.5)
+    # Prompt [0]: 2, 2.5 gives 1; then 3 - 0.5, 2.5 - 1 gives 0; then 3 - 1.25, 2.5 - 0.5 gives 1.
+    assert list(generate(fixed(values), [0], 3, options, 3, (), 0)) == [1, 0, 1]
+    near(shares(SamplingOptions(1.0, additive_penalty=1.0, penalty_decay=0.5), values, [0, 1, 1, 0]),
+         torch.tensor([3 - 1.125, 2.5 - 0.75, 0.0]).softmax(0))  # fmt: skip
+
+
+def test_penalties_equal_those_of_transformers() -> None:
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    values = torch.randn(3, 50, generator=seeded(2)) * 4
+    ids = torch.randint(0, 50, (3, 30), generator=seeded(4))
+    expected = processors.RepetitionPenaltyLogitsProcessor(1.4)(ids, values.clone()).argmax(-1)
+    found = Sampler(SamplingOptions(0.0, repetition_penalty=1.4), ids.tolist(), 50, [0, 0, 0])(values)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped", "neox", "yarn"])
+@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(1.0, 20, 0.9, 1.1, 0.5)])
+def test_rows_of_a_batch_are_what_each_is_alone(name: str, options: SamplingOptions) -> None:
+    model = decoder(small(**SHAPES[name])).eval()
+    prompts = [[5], [7, 8, 9, 10, 11], [1, 2, 3], [96] * 9]
+    found = generate_batch(model, prompts, 12, options, 97, {3}, [1, 2, 3, 4])
+    alone = [
+        list(generate(cached_forward(model, 30), prompt, 12, options, 97, {3}, seed))
+        for seed, prompt in enumerate(prompts, start=1)
+    ]
+    assert found == alone
+
+
+def test_the_cache_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    plain = torch.zeros
+
+    def counted(*shape: Any, **options: Any) -> torch.Tensor:
+        found = plain(*shape, **options)
+        if found.dim() == 5:
+            sizes.append(tuple(found.shape))
+        return found
+
+    monkeypatch.setattr(torch, "zeros", counted)
+    generate_batch(decoder(small()).eval(), [[1], [2, 3]], 6, GREEDY, 97, (), [0, 0])
+    assert sizes == [(2, 2, 4, 8, 8)] * 2, "one for each block: keys and values, rows, heads, capacity, dimensions"
 
 
 def test_shares_over_a_large_vocabulary() -> None:

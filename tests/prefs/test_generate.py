@@ -9,7 +9,7 @@ import pytest
 from made_runs import add_checkpoint, make_run, write_recipe
 
 from megazh.errors import BusyError, DataError, UsageError
-from megazh.model.generate import SamplingOptions
+from megazh.model.sampling import SamplingOptions
 from megazh.prefs.files import only_writer
 from megazh.prefs.forms import Template
 from megazh.prefs.generate import Request, generate, row_seed

@@ -9,7 +9,7 @@ import torch
 from made_runs import add_checkpoint, make_run, write_recipe
 
 from megazh.errors import DataError, UsageError
-from megazh.model.generate import SamplingOptions
+from megazh.model.sampling import SamplingOptions
 from megazh.run.folder import RunFolder
 from megazh.training.checkpoint_list import MANIFEST, list_checkpoints
 from megazh.training.recipe import run_recipe

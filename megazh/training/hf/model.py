@@ -16,7 +16,8 @@ from megazh.model.attention import Documents
 from megazh.model.backend import Backend, choose_backend
 from megazh.model.config import ModelConfig
 from megazh.model.document_map import decode_document_map
-from megazh.model.generate import Forward, KeyValueCache
+from megazh.model.generate import Forward
+from megazh.model.kv_cache import KeyValueCache
 from megazh.model.layers import layer_count, make_layer
 from megazh.model.loss import summed_cross_entropy
 from megazh.training.hf.attention import NAME, register
@@ -103,7 +104,7 @@ class PackedModel(nn.Module):
             positions = torch.arange(cache.length, cache.length + len(tokens), device=self.device)[None]
             attend = cache.extend(len(tokens))
             hidden = self._hidden(torch.tensor([tokens], device=self.device), positions, attend)
-            return (hidden[0, -1] @ self.model.lm_head.weight.to(self._dtype).T).float()
+            return (hidden[0, -1] @ self.model.lm_head.weight.to(self._dtype).T).float().cpu()
 
         return forward
 
