@@ -7,6 +7,7 @@ masks those that are empty; there is one graph for each power of two.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ class Decoding:
         self._records = on_cuda if graphs is None else graphs
         self._fused = choose_backend(model.config, weight.device, weight.dtype) is Backend.FUSED
         self._graphs: dict[int, _Graph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # torch has no public name for the type
         self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=weight.device)
         self._slot = torch.zeros(1, dtype=torch.long, device=weight.device)
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measure tokens/s of greedy decoding beside `transformers.generate`, same random weights, in one run.
 
-    python tools/bench/generate.py                              0.5B (`qwen0.5b_6x3090`) in bf16 on a GPU
-    python tools/bench/generate.py --tokens 512 --batches 1 4 16
-    python tools/bench/generate.py --device cpu                 a tiny model in fp32, to try this program
+python tools/bench/generate.py                              0.5B (`qwen0.5b_6x3090`) in bf16 on a GPU
+python tools/bench/generate.py --tokens 512 --batches 1 4 16
+python tools/bench/generate.py --device cpu                 a tiny model in fp32, to try this program
 """
 
 import argparse
@@ -26,10 +26,17 @@ from megazh.model.config import ModelConfig
 from megazh.model.decoder import Decoder
 from megazh.model.generate import generate_batch
 from megazh.model.sampling import SamplingOptions
-from megazh.training.recipe_files import load_recipe
+from megazh.training.recipe import load_recipe
+from megazh.training.recipe_files import recipe_path
 
 GREEDY = SamplingOptions(temperature=0.0)
-TINY = {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+TINY = {
+    "vocab_size": 4096,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+}
 
 
 def main() -> None:
@@ -43,7 +50,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=count, default=3, metavar="N", help="the fastest counts (default: 3)")
     options = parser.parse_args()
     on_cuda = options.device == "cuda"
-    config = load_recipe(options.recipe).model if on_cuda else ModelConfig(**TINY, intermediate_size=256)
+    config = load_recipe(recipe_path(options.recipe)).model if on_cuda else ModelConfig.model_validate(TINY)
     model = Decoder(config).eval().to(options.device, torch.bfloat16 if on_cuda else torch.float32)
     peer = transformers_model(model, options.prompt + options.tokens)
     card = torch.cuda.get_device_name() if on_cuda else "CPU"
@@ -71,7 +78,7 @@ def main() -> None:
         other, expected = measured(theirs, total, options.repeats)
         plain, _ = measured(lambda: ours(False), total, options.repeats)
         fast, found = measured(lambda: ours(None), total, options.repeats)
-        same = sum(a == b for row, wanted in zip(found, expected, strict=True) for a, b in zip(row, wanted, strict=True))
+        same = sum(int((torch.tensor(a) == torch.tensor(b)).sum()) for a, b in zip(found, expected, strict=True))
         print(f"{rows:>5} {other:>13,.1f} {plain:>10,.1f} {fast:>10,.1f} {fast / other:>5.1f}x  {same / total:.1%}")
 
 
@@ -96,7 +103,7 @@ def transformers_model(model: Decoder, length: int) -> Any:
     settings = AutoConfig.for_model(values.pop("model_type"), **values)
     state = model.state_dict()
     with tempfile.TemporaryDirectory() as folder:
-        tensors = {each.name: each.of(state).contiguous().cpu().clone() for each in hf_tensors(config)}
+        tensors = {each.name: state[each.parameter][each.begin : each.end].cpu().clone() for each in hf_tensors(config)}
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
         settings.save_pretrained(folder)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype).to(weight.device).eval()
