@@ -80,6 +80,7 @@ class Decoding:
         padding = [longest - len(prompt) for prompt in prompts]
         if self._cache.padded or any(padding):
             self._graphs.clear()  # they were recorded for the padding of the prompts before
+            self._pool = None  # it ended with them
         self._cache.clear(padding)
         return self.append([[*[0] * empty, *prompt] for empty, prompt in zip(padding, prompts, strict=True)])
 

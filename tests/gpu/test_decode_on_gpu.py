@@ -49,3 +49,15 @@ def test_a_second_prompt_uses_the_graphs_of_the_first() -> None:
         decoding.begin([prompt])
         found = decoding.append([[9]]).clone()
         assert torch.equal(found.argmax(-1), Decoding(model, 64, graphs=False).begin([[*prompt, 9]]).argmax(-1))
+
+
+def test_other_padding_records_other_graphs() -> None:
+    model = decoder(small()).eval().cuda()
+    decoding = Decoding(model, 300, 2)
+    for prompts in ([[1, 2, 3], [4]], [[5], [6, 7]], [[8], [9]], [[1] * 250, [2]]):
+        decoding.begin(prompts)
+        for step in range(10):
+            found = decoding.append([[step], [step + 1]]).argmax(-1)
+            for row, prompt in enumerate(prompts):
+                text = [*prompt, *range(row, row + step + 1)]
+                assert found[row] == Decoding(model, 300, graphs=False).begin([text]).argmax(-1)[0]
