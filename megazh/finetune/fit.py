@@ -43,8 +43,13 @@ class Fitted:
     conversation: Conversation
     """The turns that are left."""
     encoded: Encoded
-    is_cut: bool
-    """Whether turns at its end were left out."""
+    whole: int
+    """Number of tokens of the whole conversation."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether turns at its end were left out."""
+        return len(self.encoded) < self.whole
 
 
 class Fitting:
@@ -101,17 +106,18 @@ class Fitting:
         found, fits, reaches = None, 0, len(ends) - 1  # ends[:fits] fit, ends[reaches:] do not
         while fits < reaches:
             middle = (fits + reaches) // 2
-            fitted = self._encoded(turns[: ends[middle]], is_cut=True)
+            fitted = self._encoded(turns[: ends[middle]])
             if len(fitted.encoded) <= limit:
-                found, fits = fitted, middle + 1
+                found, fits = replace(fitted, whole=length), middle + 1
             else:
                 reaches = middle
         if found is None:
             raise fault
         return found
 
-    def _encoded(self, turns: Sequence[Turn], is_cut: bool = False) -> Fitted:
+    def _encoded(self, turns: Sequence[Turn]) -> Fitted:
         if self._train is Train.LAST_TURN:
             turns = [*(replace(turn, trained=False) for turn in turns[:-1]), turns[-1]]
         left = Conversation(tuple(turns))
-        return Fitted(left, encode(left, self.template, self.tokenizer), is_cut)
+        encoded = encode(left, self.template, self.tokenizer)
+        return Fitted(left, encoded, len(encoded))
