@@ -14,16 +14,24 @@ VOCAB = 1000
 
 
 def write_index(
-    prefix: Path, documents: Sequence[Sequence[int]], fingerprint: str = "f" * 64, dtype: type = np.uint16
+    prefix: Path,
+    documents: Sequence[Sequence[int]],
+    fingerprint: str = "f" * 64,
+    dtype: type = np.uint16,
+    masks: Sequence[Sequence[bool]] | None = None,
 ) -> Path:
-    """Write `documents` (ids, the end id included) as an index with a description; hashes are of the ids."""
+    """Write `documents` (ids, the end id included) as an index with a description; hashes are of the ids.
+
+    `masks`: for each document, whether each of its tokens is trained.
+    """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(f"{prefix}.build")
-    writer = IndexWriter(folder, dtype)
-    for document in documents:
+    writer = IndexWriter(folder, dtype, masked=masks is not None)
+    for number, document in enumerate(documents):
         tokens = np.array(document, dtype)
         digest = xxhash.xxh3_64_intdigest(np.array(document, np.int64).tobytes())
-        writer.append(tokens, np.array([len(tokens)]), np.array([digest], np.uint64))
+        trained = None if masks is None else np.array(masks[number], np.bool_)
+        writer.append(tokens, np.array([len(tokens)]), np.array([digest], np.uint64), trained)
     files = writer.finish()
     metadata = Metadata(
         tokenizer=TokenizerInfo(
@@ -52,6 +60,16 @@ def write_index(
     writer.commit(prefix, files, {".json": folder / "index.json"})
     folder.rmdir()
     return prefix
+
+
+def random_masks(seed: int, documents: Sequence[Sequence[int]]) -> list[list[bool]]:
+    """Masks of runs of trained tokens, as answers are; the first token of a document is not trained."""
+    random = np.random.default_rng(seed)
+    masks = []
+    for document in documents:
+        trained = np.repeat(random.random(len(document)) < 0.4, random.integers(1, 12, len(document)))
+        masks.append([False, *trained[: len(document) - 1].tolist()])
+    return masks
 
 
 def random_documents(seed: int, count: int, longest: int = 60) -> list[list[int]]:

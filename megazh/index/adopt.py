@@ -94,7 +94,7 @@ def adopt_index(
             ),
         )
         _write(prefix, {info.file: loaded.path.read_bytes(), ".docs": docs, ".json": metadata.to_bytes()})
-    for suffix, file in ((".bin", metadata.files.bin), (".idx", metadata.files.idx), (".docs", metadata.files.docs)):
+    for suffix, file in metadata.files.by_suffix().items():
         remember_sha256(Path(f"{prefix}{suffix}"), file.sha256)
     return metadata
 

@@ -53,9 +53,8 @@ def fingerprint_of(mixture: "Mixture") -> Fingerprint:
                 parts[f"{name}.{amount}"] = str(exact(value)) if exact(value).denominator == 1 else str(value)
         parts[f"{name}.share"] = str(mixture.blend.share(number))
         parts[f"{name}.on_exhausted"] = OnExhausted(entry.on_exhausted or manifest.on_exhausted).value
-        files = corpus.metadata.files
-        for suffix, file in (("idx", files.idx), ("bin", files.bin), ("docs", files.docs)):
-            parts[f"{name}.{suffix}"] = file.sha256
+        for suffix, file in corpus.metadata.files.by_suffix().items():
+            parts[f"{name}{suffix}"] = file.sha256
     return parts
 
 

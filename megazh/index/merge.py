@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megazh.errors import DataError, UsageError
 from megazh.files import locked, write_atomic
+from megazh.index.mask import unpack
 from megazh.index.metadata import Metadata, Rejected, load_tokenizer_of, sum_coverage
 from megazh.index.plan import PLAN
 from megazh.index.reader import IndexedDataset
@@ -39,21 +40,24 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
     inputs = [_metadata(prefix, index) for prefix, index in zip(prefixes, indexes, strict=True)]
     for prefix, data in zip(prefixes[1:], inputs[1:], strict=True):
         _check_tokenizer(prefixes[0], inputs[0], prefix, data)
+        _check_masks(prefixes[0], inputs[0], prefix, data)
     dtypes = {index.dtype for index in indexes}
     dtype = dtypes.pop() if len(dtypes) == 1 else dtype_for(inputs[0].tokenizer.vocab_size)
     folder = Path(f"{output}.build")
     with locked(folder / "lock", busy=f"{output}: another process builds this index"), temporary_folder(folder):
         size = sum(len(index.tokens) * dtype.itemsize + len(index) * _BYTES_PER_DOCUMENT for index in indexes)
         check_room(output, size)
-        writer = IndexWriter(folder, dtype)
+        writer = IndexWriter(folder, dtype, masked=inputs[0].files.mask is not None)
         with Progress("merging", sum(index.tokens.nbytes for index in indexes)) as progress:
             for index in indexes:
                 hashes = index.document_hashes()
                 for at in range(0, len(index), _DOCUMENTS):
                     end = min(at + _DOCUMENTS, len(index))
-                    tokens = index.tokens[index.starts[at] : index.starts[end]].astype(dtype, copy=False)
+                    begin, stop = int(index.starts[at]), int(index.starts[end])
+                    tokens = index.tokens[begin:stop].astype(dtype, copy=False)
                     lengths = index.starts[at + 1 : end + 1] - index.starts[at:end]
-                    writer.append(tokens, lengths, hashes[at:end])
+                    trained = unpack(index.mask, begin, stop) if len(index.mask) else None
+                    writer.append(tokens, lengths, hashes[at:end], trained)
                     progress.advance(tokens.nbytes)
         files = writer.finish()
         first = inputs[0]
@@ -63,6 +67,7 @@ def merge_indexes(prefixes: Sequence[str], output: Path) -> Metadata:
                 reasons[reason] = reasons.get(reason, 0) + number
         metadata = Metadata(
             tokenizer=first.tokenizer,
+            template=first.template,
             dtype=dtype.name,
             documents=writer.documents,
             tokens=writer.tokens,
@@ -99,6 +104,22 @@ def _check_tokenizer(first: str, expected: Metadata, prefix: str, found: Metadat
     if different:
         raise UsageError(
             f"{prefix}: its tokenizer differs from that of {first}: {different}; index both with the same tokenizer"
+        )
+
+
+def _check_masks(first: str, expected: Metadata, prefix: str, found: Metadata) -> None:
+    """Raises UsageError if only one of the indexes has a mask, or their chat templates differ."""
+    if (found.files.mask is None) != (expected.files.mask is None):
+        with_mask, without = (prefix, first) if expected.files.mask is None else (first, prefix)
+        raise UsageError(
+            f"{with_mask}: has a mask of trained tokens, {without} has none; mix them by a manifest instead, each with "
+            "its weight"
+        )
+    if found.template != expected.template:
+        names = [data.template.name if data.template else "none" for data in (found, expected)]
+        raise UsageError(
+            f"{prefix}: its chat template ({names[0]}) differs from that of {first} ({names[1]}); convert both with "
+            "the same --template"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from megazh.config import Config, from_mapping
 from megazh.errors import DataError, UsageError
@@ -20,7 +21,7 @@ from megazh.tokenizer.tokenizer import rank_kind
 FORMAT_VERSION = 1
 CORE_SUFFIXES = (".idx", ".bin", ".docs", ".json")
 """Suffixes of the files that every index has. `.idx` comes first: once it is deleted, the rest counts as no index."""
-INDEX_SUFFIXES = (*CORE_SUFFIXES, ".tokenizer.json", ".log", ".rejected.jsonl")
+INDEX_SUFFIXES = (*CORE_SUFFIXES, ".mask", ".tokenizer.json", ".log", ".rejected.jsonl")
 """Suffixes of all files that a build may write at a prefix and that could be taken for input or are in its way."""
 
 
@@ -64,6 +65,22 @@ class Files(Config):
     bin: FileInfo
     idx: FileInfo
     docs: FileInfo
+    mask: FileInfo | None = Field(default=None, exclude_if=lambda mask: mask is None)
+    """Which tokens are trained; absent if there is no `PREFIX.mask`, and all are. See `megazh.index.mask`."""
+
+    def by_suffix(self) -> dict[str, FileInfo]:
+        """The files that there are, by suffix."""
+        found = {".idx": self.idx, ".bin": self.bin, ".docs": self.docs}
+        return found if self.mask is None else {**found, ".mask": self.mask}
+
+
+class TemplateInfo(Config):
+    """The chat template that made the documents from conversations."""
+
+    name: str
+    jinja: str
+    stop: str
+    """Control token that ends an answer."""
 
 
 class Options(Config):
@@ -108,6 +125,8 @@ class Metadata(Config):
     format: Literal["megazh-index"] = "megazh-index"
     format_version: Literal[1] = 1
     tokenizer: TokenizerInfo
+    template: TemplateInfo | None = Field(default=None, exclude_if=lambda template: template is None)
+    """Absent for an index of plain text."""
     dtype: str
     documents: int
     tokens: int

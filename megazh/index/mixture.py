@@ -84,6 +84,10 @@ class Mixture:
         self._samples = [self._pack(corpus, corpus.training, "training") for corpus in self.corpora]
         for corpus, samples in zip(self.corpora, self._samples, strict=True):
             if len(samples) == 0:
+                if samples.table.untrained[0]:
+                    raise UsageError(
+                        f"corpus '{corpus.entry.name}': {corpus.prefix}.mask trains no token; leave it out"
+                    )
                 raise UsageError(
                     f"corpus '{corpus.entry.name}': no full sample of {seq_len} tokens; lower seq_len, or leave it out"
                 )
@@ -283,7 +287,12 @@ class Mixture:
         if not self.manifest.validation or not self.manifest.validation.fraction:
             raise UsageError(f"{self.path}: keeps no documents for validation; add 'validation: {{fraction: 0.01}}'")
         kept = [corpus for corpus in self.corpora if len(corpus.validation)]
-        return ValidationSamples([self._pack(corpus, corpus.validation, "validation") for corpus in kept], self.shape)
+        samples = ValidationSamples(
+            [self._pack(corpus, corpus.validation, "validation") for corpus in kept], self.shape
+        )
+        if not len(samples):
+            raise UsageError(f"{self.path}: masks train no token of the validation side; give a larger fraction")
+        return samples
 
 
 class ValidationSamples:

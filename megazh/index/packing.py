@@ -9,7 +9,7 @@ A sample has at most `max_docs` segments. Padding counts as a segment: a sample 
 `max_docs - 1` pieces and is closed before it would get more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ class SampleTable:
         length: (pieces,) number of tokens of the piece.
         first_piece: (samples + 1,) number of the first piece of each sample, and the number of pieces.
         valid_labels: (samples,) number of labels that are not -100.
+        untrained: (1,) number of samples that were left out because a mask trains none of their labels.
     """
 
     document: Int64s
@@ -37,6 +38,7 @@ class SampleTable:
     length: Int64s
     first_piece: Int64s
     valid_labels: Int64s
+    untrained: Int64s = field(default_factory=lambda: np.zeros(1, np.int64))
 
     def __len__(self) -> int:
         """The number of samples."""

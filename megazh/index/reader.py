@@ -8,6 +8,7 @@ import numpy.typing as npt
 from megazh.errors import DataError, UsageError
 from megazh.files import check_sha256
 from megazh.index.format import Header, read_header
+from megazh.index.mask import read_mask
 from megazh.index.metadata import Metadata, read_metadata
 
 _STEP = 1 << 22  # sequences per step of the check
@@ -26,6 +27,7 @@ class IndexedDataset:
         metadata: contents of `PREFIX.json`; None for an index that Megatron-LM wrote.
         tokens: (tokens,) all tokens, memory-mapped, read-only.
         starts: (documents + 1,) int64, offset of each document in `tokens`, and the number of tokens.
+        mask: which tokens are trained, as in `megazh.index.mask`; empty without a `PREFIX.mask`: all of them are.
 
     Raises:
         UsageError: there is no such index.
@@ -62,6 +64,7 @@ class IndexedDataset:
         self.starts = self._document_starts(total)
         if self.metadata is not None:
             self._check_against(self.metadata)
+        self.mask = read_mask(prefix, self.metadata)
 
     def __len__(self) -> int:
         """The number of documents."""

@@ -78,8 +78,23 @@ def _side(corpus: Corpus, training: bool) -> str:
 def describe_packing(
     path: Path, seq_len: int, packings: list[Packing], max_docs: int | None = None, seed: int | None = None
 ) -> Iterator[str]:
-    """Lines about the packing of each corpus's training side: tokens in, out, dropped, padding, and documents cut."""
-    heads = ("tokens in", "tokens out", "dropped", "padding", "padded", "samples", "documents", "cut", "fit, but cut")
+    """Lines about the packing of each corpus's training side: tokens in, out, dropped, padding, and documents cut.
+
+    Labels are those that are not -100; `untrained` counts samples that were left out because a mask trains none.
+    """
+    heads = (
+        "tokens in",
+        "tokens out",
+        "dropped",
+        "padding",
+        "padded",
+        "samples",
+        "documents",
+        "cut",
+        "fit, but cut",
+        "labels",
+        "untrained",
+    )
     for packing in packings:
         mixture = Mixture(path, seq_len, packing, max_docs, seed)
         yield f"{packing.value}, {seq_len:,} tokens per sample, at most {mixture.shape.max_docs} segments"
@@ -101,6 +116,8 @@ def describe_packing(
                 f"{len(corpus.training):,}",
                 f"{len(cut):,}",
                 f"{short:,}",
+                f"{int(table.valid_labels.sum()):,}",
+                f"{int(table.untrained[0]):,}",
             )
             yield f"{corpus.entry.name:<20} " + " ".join(f"{value:>13}" for value in values)
         yield ""

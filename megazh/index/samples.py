@@ -17,13 +17,15 @@ from megazh.caches import cache_dir, warn_not_kept
 from megazh.errors import WorkerError
 from megazh.files import fsync_directory, locked
 from megazh.index.compiled import compiled
+from megazh.index.mask import Mask
 from megazh.index.order import permutation, stream_key
 from megazh.index.packing import Packing, SampleTable, pack
 from megazh.index.reader import IndexedDataset
+from megazh.index.trained import keep_trained
 from megazh.writing import writing
 
 IGNORED = -100
-"""Label of tokens without a successor to predict: the last token of a document, and padding."""
+"""Label of tokens without a successor to predict: the last token of a document, padding, and what a mask leaves out."""
 _CACHE_VERSION = 1
 Int32s = npt.NDArray[np.int32]
 
@@ -101,6 +103,7 @@ class CorpusSamples:
         _gather(
             self.index.tokens,
             self.index.starts,
+            self.index.mask,
             table.document,
             table.offset,
             table.length,
@@ -119,6 +122,7 @@ class CorpusSamples:
 def _gather(
     stored: npt.NDArray,
     starts: npt.NDArray[np.int64],
+    mask: Mask,
     document: npt.NDArray[np.int64],
     offset: npt.NDArray[np.int64],
     length: npt.NDArray[np.int64],
@@ -149,6 +153,8 @@ def _gather(
             _copy(stored[begin + 1 : begin + size], row_labels[filled : end - 1])
             ends = begin + size == starts[document[piece] + 1]
             row_labels[end - 1] = IGNORED if ends else stored[begin + size]
+            if len(mask):
+                _ignore_untrained(mask, begin + 1, row_labels[filled : end - 1 if ends else end])
             _count_from(offset[piece] if running else 0, positions[filled:end])
             filled = end
             boundaries[piece - first + 1] = filled
@@ -161,6 +167,15 @@ def _gather(
 def _copy(source: npt.NDArray, out: Int32s) -> None:
     for at in range(len(out)):
         out[at] = source[at]
+
+
+@compiled(nogil=True)
+def _ignore_untrained(mask: Mask, first: int, labels: Int32s) -> None:
+    """Drop the labels that are not trained; `first` is the token that the first label is."""
+    for at in range(len(labels)):
+        token = first + at
+        if not (mask[token >> 3] >> (token & 7)) & 1:
+            labels[at] = IGNORED
 
 
 @compiled(nogil=True)
@@ -203,17 +218,20 @@ def _pack(
     order = permutation(len(documents), stream_key("documents", seed))
     shuffled = documents[order]
     lengths = index.starts[shuffled + 1] - index.starts[shuffled]
-    return pack(shuffled, lengths, shape.seq_len, shape.packing, shape.max_docs, keep_tail)
+    table = pack(shuffled, lengths, shape.seq_len, shape.packing, shape.max_docs, keep_tail)
+    return keep_trained(table, index.starts, index.mask) if len(index.mask) else table
 
 
 def _cache_key(
     index: IndexedDataset, documents: npt.NDArray[np.int64], shape: SampleShape, seed: object, keep_tail: bool
 ) -> str:
-    """Hash of everything that determines the table: document lengths and numbers, shape, seed."""
+    """Hash of everything that determines the table: document lengths and numbers, mask, shape, seed."""
     digest = hashlib.sha256()
     digest.update(np.ascontiguousarray(documents).data)
     if index.metadata is not None:
         digest.update(index.metadata.files.idx.sha256.encode())
+        if index.metadata.files.mask is not None:
+            digest.update(index.metadata.files.mask.sha256.encode())
     else:
         digest.update(index.starts.data)
     settings = [_CACHE_VERSION, shape.seq_len, shape.packing.value, shape.max_docs, str(seed), keep_tail]
@@ -253,6 +271,7 @@ def _load(folder: Path) -> SampleTable | None:
             all(array.dtype == np.int64 and array.ndim == 1 for array in arrays.values())
             and len(table.offset) == len(table.length) == pieces
             and len(table.first_piece) == samples + 1
+            and len(table.untrained) == 1
             and int(table.first_piece[-1]) == pieces
         )
         return table if complete else None

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from megazh.errors import DataError
 from megazh.files import HashedFile, fsync_directory, remember_sha256
 from megazh.index.format import CODES, Header
+from megazh.index.mask import MaskWriter
 from megazh.index.metadata import FileInfo, Files, length_histogram
 from megazh.writing import writing
 
@@ -25,9 +26,10 @@ class IndexWriter:
     Args:
         folder: working folder of the unfinished files; created if missing.
         dtype: dtype of the tokens, one that MMIDIDX has a code for.
+        masked: whether the index gets a mask; see `megazh.index.mask`.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype | type[np.generic]) -> None:
+    def __init__(self, folder: Path, dtype: np.dtype | type[np.generic], masked: bool = False) -> None:
         self.dtype = np.dtype(dtype)
         if self.dtype not in CODES:
             raise DataError(
@@ -39,6 +41,7 @@ class IndexWriter:
         self._files: list[HashedFile] = []
         self._bin, self._docs = self._new("index.bin"), self._new("index.docs")
         self._lengths = self._new("index.lengths")
+        self._mask = MaskWriter(self._new("index.mask")) if masked else None
         self.documents = 0
         self.tokens = 0
         self.histogram: dict[int, int] = {}
@@ -58,6 +61,7 @@ class IndexWriter:
         tokens: npt.NDArray[np.integer],
         lengths: npt.NDArray[np.integer],
         hashes: npt.NDArray[np.uint64],
+        trained: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         """Add documents.
 
@@ -65,6 +69,7 @@ class IndexWriter:
             tokens: (tokens,) the documents' tokens, one document after the other, in the writer's dtype.
             lengths: (documents,) number of tokens of each document.
             hashes: (documents,) uint64 content hash of each document.
+            trained: (tokens,) whether the loss covers each token; for an index with a mask, and only then.
 
         Raises:
             DataError: the dtype is another one, or the array lengths do not fit together.
@@ -77,9 +82,13 @@ class IndexWriter:
                 f"{len(lengths)} lengths with a sum of {int(lengths.sum())}, {len(hashes)} hashes and {len(tokens)} "
                 "tokens do not fit together"
             )
+        if (trained is None) != (self._mask is None) or (trained is not None and len(trained) != len(tokens)):
+            raise DataError(f"a mask of {'no' if trained is None else len(trained)} tokens for {len(tokens)} tokens")
         self._bin.write(np.ascontiguousarray(tokens, self.dtype.newbyteorder("<")).data)
         self._lengths.write(np.ascontiguousarray(lengths, "<i4").data)
         self._docs.write(np.ascontiguousarray(hashes, "<u8").data)
+        if self._mask is not None and trained is not None:
+            self._mask.append(trained)
         self.documents += len(lengths)
         self.tokens += len(tokens)
         for edge, count in length_histogram(lengths).items() if len(lengths) else ():
@@ -117,13 +126,14 @@ class IndexWriter:
             idx.write(np.arange(at, min(at + _STEP, self.documents + 1), dtype="<i8").tobytes())
         del lengths
         self._lengths.discard()  # a scratch file
-        return Files(bin=_closed(self._bin), idx=_closed(idx), docs=_closed(self._docs))
+        mask = None if self._mask is None else self._mask.finish()
+        return Files(bin=_closed(self._bin), idx=_closed(idx), docs=_closed(self._docs), mask=mask)
 
     def commit(self, prefix: Path, files: Files, beside: dict[str, Path], absent: Sequence[str] = ()) -> None:
         """Move the finished files to `prefix`. They become an index with the last rename, that of the `.idx`.
 
         The `.idx` of an older index at `prefix` is deleted first: another process that opens the prefix in between
-        finds no index, never files of two.
+        finds no index, never files of two. A mask of an older index is deleted if this one has none.
 
         Args:
             prefix: path of the index without suffix.
@@ -136,7 +146,7 @@ class IndexWriter:
         """
         with writing(prefix):
             self._commit(prefix, beside, absent)
-        for suffix, info in ((".bin", files.bin), (".idx", files.idx), (".docs", files.docs)):
+        for suffix, info in files.by_suffix().items():
             remember_sha256(Path(f"{prefix}{suffix}"), info.sha256)
 
     def _commit(self, prefix: Path, beside: dict[str, Path], absent: Sequence[str]) -> None:
@@ -147,12 +157,14 @@ class IndexWriter:
         if target.exists():
             target.unlink()
             fsync_directory(prefix.parent)
-        for suffix in absent:
+        for suffix in absent if self._mask is not None else (*absent, ".mask"):
             Path(f"{prefix}{suffix}").unlink(missing_ok=True)
         for suffix, path in beside.items():
             os.rename(path, f"{prefix}{suffix}")
         os.rename(self._bin.path, f"{prefix}.bin")
         os.rename(self._docs.path, f"{prefix}.docs")
+        if self._mask is not None:
+            os.rename(self._mask.path, f"{prefix}.mask")
         fsync_directory(prefix.parent)
         os.rename(self._folder / "index.idx", target)
         fsync_directory(prefix.parent)

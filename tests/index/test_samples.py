@@ -103,7 +103,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, monkeypatch: pytest.Monkey
 
     expected = build()
     files = sorted((tmp_path / "cache" / "samples").glob("*/*.npy"))
-    assert len(files) == 5
+    assert len(files) == 6
     for file in files:
         for damage in (b"", file.read_bytes()[:100], b"\x80\x04pickle"):
             file.write_bytes(damage)
