@@ -98,7 +98,9 @@ class ModelConfig(Config):
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each head's dimensions that is rotated."""
     rope_scaling: RopeScaling | None = None
-    """Scaling of rotary positions beyond the length the model was trained at. Default: none."""
+    """Scaling of rotary positions beyond the length the model was trained at. Default: that of the model in `from`.
+    A recipe that begins with trained weights may have one word here: linear, yarn or theta (a larger rope_theta), by
+    the factor seq_len / context of those weights, or none; also `{type: yarn, factor: auto}`."""
     parallel_residual: bool = False
     """Parallel residual branches: attention and MLP read the same hidden state (GPT-NeoX) instead of in sequence."""
     tie_word_embeddings: bool = True

@@ -12,6 +12,7 @@ from megazh.pipeline.precision import Dtype
 from megazh.run.folder import RunInfo
 from megazh.run.metrics import METRICS, read_metrics
 from megazh.training.model_source import ModelSource
+from megazh.training.rope_choice import rope_text
 
 MODEL_CARD = "README.md"
 
@@ -59,14 +60,9 @@ def _head(source: ModelSource, family: Family, dtype: Dtype, name: str) -> Itera
         ("attention", f"{model.num_attention_heads} heads of {model.head_size}, {model.kv_heads} for keys{bias}"),
         ("vocabulary", f"{model.vocab_size:,} rows, {tied}"),
         ("context", f"{source.trained_length:,} tokens, the length of the samples that it was last trained on"),
-        ("positions", f"rotary, theta {model.rope_theta:g}{_scaling(source)}"),
+        ("positions", f"rotary, {rope_text(model)}"),
     ]
     yield from _table(("", ""), rows)
-
-
-def _scaling(source: ModelSource) -> str:
-    scaling = source.model.rope_scaling
-    return "" if scaling is None else f", {scaling.type.value} scaling by {scaling.factor:g}"
 
 
 def _training(source: ModelSource) -> Iterator[str]:

@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from megazh.errors import Collector, UsageError
-from megazh.exchange.hf_config import CONFIG, model_config, read_hf_config
 from megazh.model.config import ModelConfig
 from megazh.settings import COMMAND_LINE, Settings
-from megazh.training.checkpoint_list import MANIFEST
-from megazh.training.model_source import find_model
+from megazh.training.model_source import read_shape
+from megazh.training.rope_choice import with_rope_choice
 
-FREE = {
-    "rope_scaling", "residual_dropout", "attention_dropout", "initializer_range", "scale_residual_init",
-}  # fmt: skip
+FREE = {"residual_dropout", "attention_dropout", "initializer_range", "scale_residual_init"}
 """Keys that may differ from those that weights were trained with."""
-COMPUTED_WITH = {"rope_theta", "norm_eps"}
+COMPUTED_WITH = {"norm_eps"}
 """Keys that change what trained weights compute, and that one may want to change all the same."""
+POSITIONS = {"rope_theta", "rope_scaling"}
+"""Keys of rotary positions, which one may want to change for longer texts."""
 
 _KEY = "model.from"
 
@@ -28,7 +27,8 @@ def split_from(assignments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def with_model(settings: Settings, on_command_line: str | None) -> Settings:
-    """Fill the section `model` from the folder that its key `from` names, if it has that key.
+    """Fill the section `model` from the folder that its key `from` names, if it has that key, and write out its choice
+    of rotary positions (see `with_rope_choice`).
 
     The folder is a Hugging Face folder, an imported folder, a checkpoint or a run, relative to the current folder. Keys
     that stand beside `from` override those of the folder where they are in `FREE` or `COMPUTED_WITH`.
@@ -43,25 +43,27 @@ def with_model(settings: Settings, on_command_line: str | None) -> Settings:
     """
     section = settings.values.get("model", {})
     if not isinstance(section, dict) or ("from" not in section and on_command_line is None):
-        return settings
+        return with_rope_choice(settings, None)
     beside = {key: value for key, value in section.items() if key != "from"}
     folder = on_command_line or section["from"]
     origin = COMMAND_LINE if on_command_line else settings.origin(_KEY)
     if not isinstance(folder, str) or not folder:
         raise UsageError(f"{origin}: {_KEY}: expected the path of a folder, found {folder!r}")
-    there = _model_of(Path(folder))
+    there, _ = read_shape(Path(folder))
     model = _written(there)
     found = Collector()
     for key, value in beside.items():
-        if key in model and key not in FREE | COMPUTED_WITH and value != model[key]:
+        if key in model and key not in FREE | COMPUTED_WITH | POSITIONS and value != model[key]:
             where = settings.origin(f"model.{key}")
             found.add(
                 UsageError(f"{where}: model.{key}={value}, and {_KEY}={folder} has {model[key]}; leave one of them out")
             )
     found.raise_all()
     shape = there.model_dump(mode="json", exclude_none=True)
-    origins = {f"model.{key}": folder for key in shape if key not in beside}
-    return Settings({**settings.values, "model": {**shape, **beside}}, {**settings.origins, **origins})
+    # rope_scaling has an origin where somebody chose it.
+    origins = {f"model.{key}": folder for key in shape if key not in {*beside, "rope_scaling"}}
+    filled = Settings({**settings.values, "model": {**shape, **beside}}, {**settings.origins, **origins})
+    return with_rope_choice(filled, Path(folder))
 
 
 def differences(one: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -70,12 +72,6 @@ def differences(one: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, Any
     for key, value in _written(one).items():
         if value != second[key]:
             yield key, value, second[key]
-
-
-def _model_of(folder: Path) -> ModelConfig:
-    if (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file():
-        return model_config(read_hf_config(folder), str(folder / CONFIG))  # its weights are not looked at
-    return find_model(folder).model
 
 
 def _written(model: ModelConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megazh.config import from_mapping
 from megazh.errors import DataError, UsageError
-from megazh.exchange.hf_config import CONFIG
+from megazh.exchange.hf_config import CONFIG, model_config, read_hf_config, trained_length
 from megazh.model.config import ModelConfig
 from megazh.run.folder import DESCRIPTION, RunFolder
 from megazh.tokenizer import Tokenizer, load_tokenizer
@@ -78,6 +78,20 @@ def find_model(path: Path, checkpoint: str | None = None) -> ModelSource:
             f"folder ({CONFIG} is missing)"
         )
     return _of_checkpoint(_checkpoint_of(run, checkpoint), run)
+
+
+def read_shape(path: Path) -> tuple[ModelConfig, int]:
+    """The model in a folder that `find_model` takes, and its trained length; weights are not looked at.
+
+    Raises:
+        UsageError: there is no model.
+        DataError: a file is damaged, or the model cannot be computed.
+    """
+    if (path / CONFIG).is_file() and not (path / MANIFEST).is_file():
+        values, name = read_hf_config(path), str(path / CONFIG)
+        return model_config(values, name), trained_length(values, name)
+    source = find_model(path)
+    return source.model, source.trained_length
 
 
 def _of_hf_folder(path: Path, checkpoint: str | None) -> ModelSource:

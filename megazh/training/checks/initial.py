@@ -10,8 +10,9 @@ from megazh.tokenizer import Tokenizer, load_tokenizer
 from megazh.training.checkpoint_list import list_checkpoints
 from megazh.training.checks.data import needed_facts
 from megazh.training.job import Case
-from megazh.training.model_from import COMPUTED_WITH, FREE, differences
+from megazh.training.model_from import COMPUTED_WITH, FREE, POSITIONS, differences
 from megazh.training.model_source import ModelSource, find_model
+from megazh.training.rope_choice import KEY, context_length, rope_text, rotations
 
 
 def initial_checkpoint(case: Case) -> Iterator[str]:
@@ -22,17 +23,39 @@ def initial_checkpoint(case: Case) -> Iterator[str]:
     source = find_model(Path(wanted))
     if source.path != Path(wanted):
         raise UsageError(f"checkpoint.initial_checkpoint={wanted}: a run; name one of its checkpoints: {source.path}")
+    yield from _positions(case, source)
     found = Collector()
     for key, there, here in differences(source.model, case.recipe.model):
         if key in COMPUTED_WITH:
             yield case.settings.with_places(
                 f"warning: the weights of {wanted} were trained with model.{key}={there}, and this run has {here}"
             )
-        elif key not in FREE:
+        elif key not in FREE | POSITIONS:
             message = f"model.{key}={here}: the weights of {wanted} have {there}; set model.{key}={there}"
             found.add(UsageError(case.settings.with_places(message)))
     found.raise_all()
     yield from _tokenizer(case, source)
+
+
+def _positions(case: Case, source: ModelSource) -> Iterator[str]:
+    """A line where positions are others than those that the weights were trained with, or go beyond them."""
+    wanted, model, length = case.recipe.checkpoint.initial_checkpoint, case.recipe.model, case.recipe.batch.seq_len
+    context = context_length(source.model, source.trained_length)
+    there, here = rope_text(source.model), rope_text(model)
+    same = rotations(source.model) == rotations(model)
+    if not same and length > context:
+        yield f"{wanted}: positions of {context:,} tokens ({there}) are extended to {length:,} ({here})"
+    elif not same:
+        yield case.settings.with_places(
+            f"warning: {wanted}: the weights were trained with positions of {there}, and this run has {here} "
+            "(model.rope_theta, model.rope_scaling)"
+        )
+    elif length > context and case.settings.origin(KEY) is None:
+        yield case.settings.with_places(
+            f"warning: {wanted}: the weights were trained on {context:,} tokens at a time, and batch.seq_len={length} "
+            "has positions that they never met; set model.rope_scaling to linear, yarn or theta, or to none if the run "
+            "is long enough to learn them"
+        )
 
 
 def _tokenizer(case: Case, source: ModelSource) -> Iterator[str]:

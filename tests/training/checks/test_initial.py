@@ -62,10 +62,22 @@ def test_another_model(tmp_path: Path, stories: Path, trained: RunFolder) -> Non
     assert "model.parallel_residual=True" in third
 
 
-def test_a_rotation_that_the_weights_do_not_know(tmp_path: Path, stories: Path, trained: RunFolder) -> None:
-    (line,) = found(tmp_path, stories, trained.checkpoints / "step_00000006", "rope_theta=1e6")
-    assert line.startswith("warning: the weights of ")
-    assert "with model.rope_theta=10000.0, and this run has 1000000.0" in line
+def test_positions_that_the_weights_do_not_know(tmp_path: Path, stories: Path, trained: RunFolder) -> None:
+    checkpoint = trained.checkpoints / "step_00000006"
+    (line,) = found(tmp_path, stories, checkpoint, "rope_theta=1e6")
+    assert line.startswith(f"warning: {checkpoint}: the weights were trained with positions of theta 10000, and this")
+    assert "and this run has theta 1e+06" in line
+    assert "rope_theta is set on the command line" in line
+    (line,) = found(tmp_path, stories, checkpoint, "seq_len=64")
+    assert f"{checkpoint}: the weights were trained on 32 tokens at a time, and batch.seq_len=64" in line
+    assert "set model.rope_scaling to linear, yarn or theta, or to none" in line
+    assert found(tmp_path, stories, checkpoint, "seq_len=64", "rope_scaling=none") == []
+    assert found(tmp_path, stories, checkpoint, "seq_len=16", "rope_scaling=yarn") == [], "nothing to extend"
+    (line,) = found(tmp_path, stories, checkpoint, "seq_len=80", "rope_scaling=yarn")
+    said = "positions of 32 tokens (theta 10000) are extended to 80 (theta 10000, yarn scaling by 3)"
+    assert line == f"{checkpoint}: {said}"
+    (line,) = found(tmp_path, stories, checkpoint, "seq_len=64", "rope_scaling=theta")
+    assert "extended to 64 (theta 25198.4)" in line  # 10000 * 2^(8 / 6)
 
 
 def test_another_tokenizer(tmp_path: Path, stories: Path, trained: RunFolder) -> None:
