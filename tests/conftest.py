@@ -11,8 +11,17 @@ import pytest
 from slurm_cluster import SlurmCluster, why_unavailable
 
 # Run Triton's kernels on the CPU, in Triton's interpreter, so that their results (not their speed) are tested on every
-# machine. Triton reads the variable when it is imported, so it is set before any test imports Triton.
-os.environ["TRITON_INTERPRET"] = "1"
+# machine. Triton reads the variable when it is imported, so it is set before any test imports Triton. Tests on a GPU,
+# by `-m gpu`, compile them.
+INTERPRETED = "TRITON_INTERPRET"
+os.environ[INTERPRETED] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Triton compile its kernels where the tests on a GPU alone are run."""
+    if config.option.markexpr == "gpu":
+        del os.environ[INTERPRETED]
+
 
 _COMMON = (
     "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面而方后多定行学法所民得经十三之进着等"

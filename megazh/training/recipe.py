@@ -115,8 +115,8 @@ class AttentionPattern(StrEnum):
     """All tokens up to itself."""
     S2 = "s2"
     """Those of its group (shifted sparse attention of LongLoRA, arXiv 2309.12307): half of the heads have groups that
-    are shifted by half a group. An approximation, which saves time from about 16,384 tokens per sample on and no
-    memory."""
+    are shifted by half a group. An approximation, which saves time where documents are longer than a group (on an
+    H100, steps of 8,192 tokens per sample are 1.5 times as fast, of 16,384 2.2 times), and no memory."""
 
 
 class AttentionConfig(Config):
