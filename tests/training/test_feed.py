@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from indexes import random_documents, write_index
+from indexes import random_documents, random_masks, write_index
 
 from megazh.index.loader import training_batches
 from megazh.index.mixture import Mixture
@@ -23,6 +23,19 @@ def mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mixture:
     write_index(tmp_path / "a", random_documents(1, 300))
     path = tmp_path / "mix.yaml"
     path.write_text("validation: {fraction: 0.2}\ncorpora:\n  - {name: a, prefix: a, weight: 1}\n")
+    return Mixture(path, SEQ)
+
+
+@pytest.fixture
+def replay(mixture: Mixture) -> Mixture:
+    """Conversations of which some tokens are trained, and plain text."""
+    documents = random_documents(2, 200)
+    write_index(mixture.path.with_name("chat"), documents, masks=random_masks(2, documents))
+    path = mixture.path.with_name("replay.yaml")
+    path.write_text(
+        "validation: {fraction: 0.2}\ncorpora:\n"
+        "  - {name: chat, prefix: chat, weight: 3}\n  - {name: a, prefix: a, weight: 1}\n"
+    )
     return Mixture(path, SEQ)
 
 
@@ -66,9 +79,12 @@ def test_a_step_is_the_same_samples_in_every_layout(mixture: Mixture, layout: La
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.replicas}x{layout.micro_batch_size}")
-def test_the_sum_of_scaled_sums_is_the_mean_over_tokens(mixture: Mixture, layout: Layout) -> None:
+@pytest.mark.parametrize("name", ["mixture", "replay"])
+def test_the_sum_of_scaled_sums_is_the_mean_over_tokens(
+    request: pytest.FixtureRequest, name: str, layout: Layout
+) -> None:
     scales = set()
-    for batches in steps(mixture, layout, 0, 3):
+    for batches in steps(request.getfixturevalue(name), layout, 0, 3):
         losses = [torch.where(labels >= 0, labels.double().square() + 1, 0) for _, (labels, _) in batches]
         scaled = [loss.sum() * scale.double() for loss, (_, (_, scale)) in zip(losses, batches, strict=True)]
         valid = sum(int((labels >= 0).sum()) for _, (labels, _) in batches)
@@ -119,8 +135,11 @@ def test_a_feed_ends_with_the_last_whole_step_of_a_mixture_that_stops(tmp_path: 
 
 @pytest.mark.parametrize("limit", [None, 1, 5, 7, 10_000])
 @pytest.mark.parametrize(("replicas", "size"), [(1, 1), (1, 4), (2, 3), (3, 2), (5, 1), (3, 50)])
-def test_validation_counts_each_label_once(mixture: Mixture, replicas: int, size: int, limit: int | None) -> None:
-    samples = mixture.validation
+@pytest.mark.parametrize("name", ["mixture", "replay"])
+def test_validation_counts_each_label_once(
+    request: pytest.FixtureRequest, name: str, replicas: int, size: int, limit: int | None
+) -> None:
+    samples = request.getfixturevalue(name).validation
     count = min(limit or len(samples), len(samples))
     layout = Layout(replicas, 1, replicas, size, 1)
     feeds = [ValidationFeed(samples, layout, replica, limit) for replica in range(replicas)]
