@@ -8,6 +8,7 @@ from recipes import make_recipe
 
 from megazh.errors import SeveralErrors, UsageError
 from megazh.training.layout import make_layout
+from megazh.training.learning_rate import learning_rate
 from megazh.training.recipe import MAY_CHANGE, Recipe, differing_keys, keys, load_recipe
 from megazh.training.recipe_files import recipe_names, recipe_path
 
@@ -41,6 +42,7 @@ def test_recipes_that_come_along_work(name: str) -> None:
         ("microstories_44m", 262_144, (1, 1, 1, 32, 16), 5_723),
         ("llama_28x704", 61_440, (1, 1, 1, 16, 20), 14_649),
         ("minillm_1.4b", 245_760, (6, 2, 3, 8, 20), 32_553),
+        ("longlora_qwen0.5b_6x3090", 393_216, (6, 1, 6, 1, 8), 1000),
     ],
 )
 def test_numbers_of_the_recipes(name: str, tokens: int, layout: tuple[int, ...], steps: int) -> None:
@@ -64,6 +66,19 @@ def test_settings_of_the_half_billion_run() -> None:
         None,
         30_000_000_000,
     )
+
+
+def test_settings_of_longlora() -> None:
+    """Learning rate, weight decay, warm-up and interpolation as in LongLoRA; attention that is not approximated."""
+    recipe = load_recipe(recipe_path("longlora_qwen0.5b_6x3090"))
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.weight_decay, recipe.schedule.warmup) == (2e-5, 0, 20)
+    rates = [learning_rate(step, 1000, 2e-5, 20, recipe.schedule.min_lr_ratio) for step in (20, 500, 999)]
+    assert rates == pytest.approx([2e-5] * 3)
+    assert (recipe.batch.seq_len, recipe.attention_group) == (8192, None)
+    scaling = recipe.model.rope_scaling
+    assert scaling is not None
+    assert (scaling.type, scaling.factor * (scaling.original_max_position_embeddings or 0)) == ("linear", 8192)
+    assert recipe.model.model_copy(update={"rope_scaling": None}) == load_recipe(recipe_path("qwen0.5b_6x3090")).model
 
 
 @pytest.mark.parametrize("name", NAMES)
