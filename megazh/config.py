@@ -238,7 +238,7 @@ def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
         section, _, name = key.rpartition(".")
         return f"key '{key}': in a file, write '{name}' inside of '{section}:'"
     if error["type"] == "extra_forbidden":
-        return unknown_key(key, model, keys_beside(model, location))
+        return unknown_key(key, model, keys_beside(model, location), isinstance(error["input"], dict))
     if error["type"] == "missing":
         return f"key '{key}' is missing"
     if error["type"] == "model_type":
@@ -250,18 +250,22 @@ def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
     return f"key '{key}': {message}{found}" if key else message
 
 
-def unknown_key(key: str, model: type[BaseModel], beside: list[str]) -> str:
+def unknown_key(key: str, model: type[BaseModel], beside: list[str], is_section: bool = False) -> str:
     """Message for a key that `model` lacks: names the same key elsewhere, else the nearest one.
 
     Args:
         key: the dotted key as it was given.
         model: the model at the root.
         beside: the keys known at that place; empty where they cannot be named.
+        is_section: whether the key's value is a mapping; only then can a section be meant.
     """
     parent, dot, last = key.rpartition(".")
-    known = [name for name, _ in dotted_fields(model)]
+    fields = dict(dotted_fields(model))
+    sections = set() if is_section else {name for name, field in fields.items() if _is_section(field)}
+    known = [name for name in fields if name not in sections]
     near = [name for name in known if name.rpartition(".")[2] == last]
-    near = near or [f"{parent}{dot}{name}" for name in difflib.get_close_matches(last, beside, n=1)]
+    names = [name for name in beside if f"{parent}{dot}{name}" not in sections]
+    near = near or [f"{parent}{dot}{name}" for name in difflib.get_close_matches(last, names, n=1)]
     if not near:
         by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
         near = [by_last[name] for name in difflib.get_close_matches(last.lower(), by_last, n=1)]
@@ -270,6 +274,10 @@ def unknown_key(key: str, model: type[BaseModel], beside: list[str]) -> str:
         candidates = "' or '".join(near)
         return f"unknown key '{key}'; did you mean '{candidates}'?"
     return f"unknown key '{key}'" + (f"; known keys: {', '.join(beside)}" if beside else "")
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and nested_model(field.annotation) is field.annotation
 
 
 def _abbreviates(word: str, name: str) -> bool:

@@ -29,8 +29,9 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    grad_normed, x, rstd, weight, grad_total, grad_x, partial, rows, width, HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad_normed, x, rstd, weight, grad_total, grad_x, partial, rows, width,
+    HAS_TOTAL: tl.constexpr, FOR_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -41,7 +42,8 @@ def _norm_backward(
         at = row * wide + column
         unit = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * tl.load(rstd + row)
         gradient = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
-        grad_gain += gradient * unit
+        if FOR_WEIGHT:
+            grad_gain += gradient * unit
         gradient *= gain
         # dx = rstd * (g - unit * mean(g * unit)), where g is the gradient times the weight.
         inner = tl.sum(gradient * unit, 0) / width
@@ -49,7 +51,8 @@ def _norm_backward(
         if HAS_TOTAL:
             result += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask=inside)
-    tl.store(partial + program * width + column, grad_gain, mask=inside)
+    if FOR_WEIGHT:
+        tl.store(partial + program * width + column, grad_gain, mask=inside)
 
 
 def add_norm(
@@ -83,7 +86,8 @@ def norm_backward(
     rstd: torch.Tensor,
     weight: torch.Tensor,
     grad_total: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    for_weight: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of `add_norm`.
 
     Args:
@@ -91,18 +95,19 @@ def norm_backward(
         x, rstd: first and third result of `add_norm`.
         weight: (width,).
         grad_total: gradient of the sum from its other uses, (tokens, width); None if it has none.
+        for_weight: whether the gradient of the weight is computed.
 
     Returns:
         Gradient of the sum, which is also that of `residual` and of `delta`, (tokens, width); and gradient of the
-        weight, (width,) fp32.
+        weight, (width,) fp32, or None.
     """
     rows, width = x.shape
     grad_x = torch.empty_like(x)
     count = min(rows, programs(x.device, 8))
-    partial = torch.empty(count, width, device=x.device, dtype=torch.float32)
+    partial = torch.empty(count, width, device=x.device, dtype=torch.float32) if for_weight else None
     block = triton.next_power_of_2(width)
     _norm_backward[(count,)](
-        grad_normed, x, rstd, weight, grad_total, grad_x, partial, rows, width, grad_total is not None, block,
-        num_warps=warps_for(block),
+        grad_normed, x, rstd, weight, grad_total, grad_x, partial, rows, width, grad_total is not None, for_weight,
+        block, num_warps=warps_for(block),
     )  # fmt: skip
-    return grad_x, sum_rows(partial)
+    return grad_x, None if partial is None else sum_rows(partial)

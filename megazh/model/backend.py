@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megazh.errors import UsageError
 from megazh.model.config import Mlp, ModelConfig, Norm
+from megazh.model.lora_config import LoraConfig
 
 if TYPE_CHECKING:
     import torch
@@ -28,26 +29,35 @@ class Backend(StrEnum):
     """torch modules with `scaled_dot_product_attention` and a boolean mask (batch, 1, seq, seq); any device."""
 
 
-def unfit_for_kernels(config: ModelConfig) -> str | None:
+def unfit_for_kernels(config: ModelConfig, lora: LoraConfig | None = None) -> str | None:
     """The reason why blocks of this model run fused on no card; None where they can."""
     unfit = {
         "layernorm has no kernel": config.norm is not Norm.RMSNORM,
         "only swiglu has a kernel": config.mlp is not Mlp.SWIGLU,
         "parallel_residual has no kernel": config.parallel_residual,
         "dropout has no kernel": config.has_dropout,
+        "lora.dropout has no kernel": lora is not None and lora.dropout > 0,
         f"heads of more than {_LARGEST_HEAD_DIM} dimensions have no kernel": config.head_size > _LARGEST_HEAD_DIM,
     }
     return next((reason for reason, applies in unfit.items() if applies), None)
 
 
-def why_not_fused(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_fused(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, lora: LoraConfig | None = None
+) -> str | None:
     """The reason why blocks of this model do not run fused on this device; None where they do."""
     from megazh.kernels.support import why_not
 
-    return unfit_for_kernels(config) or why_not(device, dtype)
+    return unfit_for_kernels(config, lora) or why_not(device, dtype)
 
 
-def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: bool = True) -> Backend:
+def choose_backend(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: bool = True,
+    lora: LoraConfig | None = None,
+) -> Backend:
     """The backend for a model on this device in this dtype.
 
     Args:
@@ -55,13 +65,14 @@ def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype
         device: where the blocks run.
         dtype: dtype of weights and activations.
         kernels: whether Triton kernels may be used.
+        lora: LoRA, where the model is trained with it.
 
     Raises:
         UsageError: the model has attention dropout, which flash attention lacks.
     """
     import torch
 
-    if kernels and device.type == "cuda" and why_not_fused(config, device, dtype) is None:
+    if kernels and device.type == "cuda" and why_not_fused(config, device, dtype, lora) is None:
         return Backend.FUSED
     half = dtype in (torch.bfloat16, torch.float16)
     if device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0):

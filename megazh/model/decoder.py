@@ -12,6 +12,7 @@ from megazh.model.config import ModelConfig
 from megazh.model.dropout import Dropout
 from megazh.model.fused import run_fused
 from megazh.model.layers import Embedding, Head, layer_count, make_layer
+from megazh.model.lora_config import LoraConfig
 from megazh.model.loss import summed_cross_entropy
 
 
@@ -24,6 +25,7 @@ class Decoder(nn.Module):
         seed: int | None = 0,
         activation_checkpointing: bool = False,
         attention_group: int | None = None,
+        lora: LoraConfig | None = None,
     ) -> None:
         """Build the decoder.
 
@@ -34,16 +36,17 @@ class Decoder(nn.Module):
             activation_checkpointing: in training, keep only the input of each block and recompute its activations in
                 the backward pass.
             attention_group: in training, tokens per group of shifted sparse attention; None: full attention.
+            lora: see `make_layer`.
         """
         super().__init__()
-        self.config, self._seed = config, seed
+        self.config, self._seed, self._lora = config, seed, lora
         self._attention_group = attention_group
         self._checkpointing = activation_checkpointing
         last = layer_count(config) - 1
-        self.embedding: Embedding = make_layer(config, 0, seed)  # type: ignore[assignment]
-        self.blocks = nn.ModuleList([make_layer(config, number, seed) for number in range(1, last - 1)])
-        self.norm = make_layer(config, last - 1, seed)
-        head = self.embedding if config.tie_word_embeddings else make_layer(config, last, seed)
+        self.embedding: Embedding = make_layer(config, 0, seed, lora)  # type: ignore[assignment]
+        self.blocks = nn.ModuleList([make_layer(config, number, seed, lora) for number in range(1, last - 1)])
+        self.norm = make_layer(config, last - 1, seed, lora)
+        head = self.embedding if config.tie_word_embeddings else make_layer(config, last, seed, lora)
         self.head: Embedding | Head = head  # type: ignore[assignment]
         self._documents: tuple[Backend, Documents] | None = None
 
@@ -62,12 +65,12 @@ class Decoder(nn.Module):
         Raises:
             ValueError: a model with dropout is trained without sample numbers or seed.
         """
-        dropout = None
-        if self.training and self.config.has_dropout:
+        dropout, of_pairs = None, self._lora.dropout if self._lora else 0.0
+        if self.training and (self.config.has_dropout or of_pairs):
             if sample_numbers is None or self._seed is None:
                 raise ValueError("a model with dropout trains with a seed and numbered samples: pass sample_numbers")
-            dropout = Dropout(self.config, self._seed, sample_numbers)
-        backend = choose_backend(self.config, position_ids.device, self.embedding.weight.dtype)
+            dropout = Dropout(self.config, self._seed, sample_numbers, of_pairs)
+        backend = choose_backend(self.config, position_ids.device, self.embedding.weight.dtype, lora=self._lora)
         if self._documents is None or self._documents[0] is not backend:
             self._documents = (backend, Documents(self.config, backend))
         group = self._attention_group if self.training else None

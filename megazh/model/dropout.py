@@ -29,18 +29,19 @@ class Site(StrEnum):
 class Dropout:
     """Dropout of the samples of one micro-batch."""
 
-    def __init__(self, config: ModelConfig, seed: int, sample_numbers: torch.Tensor) -> None:
+    def __init__(self, config: ModelConfig, seed: int, sample_numbers: torch.Tensor, of_pairs: float = 0.0) -> None:
         """Prepare the dropout of a micro-batch; on CUDA this waits for the GPU.
 
         Args:
             config: shape of the model, with the probabilities.
             seed: seed of the run.
             sample_numbers: (batch,) int64, number of each sample in the run, on the device of the hidden states.
+            of_pairs: probability at the input of low-rank pairs (`megazh.model.lora_config`).
 
         Raises:
             ValueError: a number is negative: the micro-batch is not made for training.
         """
-        self._config, self._seed = config, seed
+        self._config, self._seed, self._of_pairs = config, seed, of_pairs
         self._samples: list[int] = sample_numbers.tolist()
         if min(self._samples) < 0:
             raise ValueError("a model with dropout trains on numbered samples only: pass their sample_numbers")
@@ -61,6 +62,13 @@ class Dropout:
         """
         config = self._config
         dropped = config.attention_dropout if site is Site.WEIGHTS else config.residual_dropout
+        return self._drop(states, dropped, site, block)
+
+    def of_pair(self, states: torch.Tensor, target: str, block: int) -> torch.Tensor:
+        """Drop elements of the input of the low-rank pair of a target, like `__call__`; each target has its masks."""
+        return self._drop(states, self._of_pairs, f"low-rank pair of {target}", block)
+
+    def _drop(self, states: torch.Tensor, dropped: float, site: str, block: int) -> torch.Tensor:
         if not dropped:
             return states
         kept = torch.empty(states.shape, dtype=torch.bool, device=states.device)
@@ -68,7 +76,7 @@ class Dropout:
             row.bernoulli_(1 - dropped, generator=self._generator.manual_seed(self._key(sample, site, block)))
         return torch.where(kept, states / (1 - dropped), 0.0)
 
-    def _key(self, sample: int, site: Site, block: int) -> int:
+    def _key(self, sample: int, site: str, block: int) -> int:
         """Seed of one mask: the first 8 bytes of the SHA-256 of its name."""
         name = f"megazh dropout of seed {self._seed}: sample {sample}, block {block}, {site}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)

@@ -2,7 +2,8 @@
 
 A block returns two tensors whose sum is its output, so that the next norm kernel adds them as it reads them. The
 backward pass computes input gradients in the order in which they are needed. It adds weight gradients to `main_grad`
-where a weight has one (see `megazh.model.main_grad`).
+where a weight has one (see `megazh.model.main_grad`). Frozen weights cost no product, and inputs of products are kept
+only where a weight or a low-rank pair is trained on them.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from megazh.model.attention import Packed
-from megazh.model.layers import Block, Embedding
+from megazh.model.layers import Block, Embedding, Linear
 from megazh.model.main_grad import main_grad, product_gradient, vector_gradient
 
 
@@ -56,20 +57,17 @@ def run_fused(
     return out.view(batch, seq, -1)
 
 
-_Weights = tuple[torch.Tensor | None, ...]
+_Weights = tuple[torch.Tensor, ...]
 
 
 def _weights(block: Block) -> _Weights:
-    attention, mlp = block.attention, block.mlp
-    return (
-        block.attention_norm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias, attention.o_proj.weight,
-        block.mlp_norm.weight, mlp.up_proj.weight, mlp.down_proj.weight,
-    )  # type: ignore[return-value]  # fmt: skip
+    """All parameters of a block, those of low-rank pairs included."""
+    return tuple(block.parameters())
 
 
 def _in_place(weights: _Weights) -> bool:
     """Whether gradients of a layer are added to `main_grad`. Frozen weights have none, whatever the others have."""
-    return any(weight is not None and main_grad(weight) is not None for weight in weights)
+    return any(main_grad(weight) is not None for weight in weights)
 
 
 def _for_autograd(weights: _Weights) -> _Weights:
@@ -106,8 +104,8 @@ class _Saved:
     """Input of the block."""
     x_rstd: torch.Tensor
     """Reciprocal root mean square of each row of `x`; likewise `middle_rstd`."""
-    x_normed: torch.Tensor
-    """Normed input of the attention; likewise `middle_normed` of the MLP."""
+    x_normed: torch.Tensor | None
+    """Normed input of the attention; likewise `middle_normed` of the MLP. None where nothing is trained on it."""
     qkv: torch.Tensor
     """Rotated queries and keys, and values."""
     attended: torch.Tensor
@@ -117,11 +115,46 @@ class _Saved:
     middle: torch.Tensor
     """Hidden state between attention and MLP."""
     middle_rstd: torch.Tensor
-    middle_normed: torch.Tensor
+    middle_normed: torch.Tensor | None
     gate_up: torch.Tensor
     """Gate and up projection of the MLP, side by side."""
-    product: torch.Tensor
-    """Input of the down projection: silu(gate) * up."""
+    product: torch.Tensor | None
+    """Input of the down projection: silu(gate) * up. None where nothing is trained on it."""
+
+
+def _project(linear: Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """A product with its low-rank pairs: (tokens, inputs) to (tokens, rows)."""
+    out = nn.functional.linear(inputs, linear.weight, linear.bias)
+    for pair in linear.pairs:
+        pair.add_(out, inputs)
+    return out
+
+
+def _if_trained(linear: Linear, inputs: torch.Tensor) -> torch.Tensor | None:
+    """The input of a product, if its backward pass needs it."""
+    return inputs if linear.weight.requires_grad or linear.pairs else None
+
+
+_Gradients = dict[torch.Tensor, torch.Tensor | None]
+
+
+def _project_backward(
+    linear: Linear, grad: torch.Tensor, inputs: torch.Tensor | None, found: _Gradients
+) -> torch.Tensor:
+    """Backward pass of `_project`; returns the gradient of its input.
+
+    Args:
+        linear: the product.
+        grad: gradient of its output; the caller must not overwrite it.
+        inputs: its input; None where nothing is trained on it.
+        found: takes the gradients of the matrices that have no `main_grad`.
+    """
+    grad_inputs = grad @ linear.weight
+    if inputs is not None:
+        found[linear.weight] = product_gradient(linear.weight, grad, inputs)
+        for pair in linear.pairs:
+            found.update(pair.backward_(grad_inputs, grad, inputs))
+    return grad_inputs
 
 
 def _forward(
@@ -135,17 +168,18 @@ def _forward(
 
     attention, mlp = block.attention, block.mlp
     x, x_normed, x_rstd = add_norm(residual, delta, *_weight_and_eps(block.attention_norm))
-    qkv = nn.functional.linear(x_normed, attention.qkv_proj.weight, attention.qkv_proj.bias)
+    qkv = _project(attention.qkv_proj, x_normed)
     rotate_(qkv, packed.cos, packed.sin, attention.heads + attention.kv_heads, attention.head_dim)
     attended, lse = document_attention(qkv, packed.starts, attention.heads, attention.kv_heads)
-    projected = attended @ attention.o_proj.weight.T
+    projected = _project(attention.o_proj, attended)
     middle, middle_normed, middle_rstd = add_norm(x, projected, *_weight_and_eps(block.mlp_norm))
-    gate_up = middle_normed @ mlp.up_proj.weight.T
+    gate_up = _project(mlp.up_proj, middle_normed)
     product = swiglu(gate_up)
     kept = _Saved(
-        x, x_rstd, x_normed, qkv, attended, lse, middle, middle_rstd, middle_normed, gate_up, product
+        x, x_rstd, _if_trained(attention.qkv_proj, x_normed), qkv, attended, lse, middle, middle_rstd,
+        _if_trained(mlp.up_proj, middle_normed), gate_up, _if_trained(mlp.down_proj, product),
     )  # fmt: skip
-    return kept, product @ mlp.down_proj.weight.T
+    return kept, _project(mlp.down_proj, product)
 
 
 class _Block(torch.autograd.Function):
@@ -159,7 +193,7 @@ class _Block(torch.autograd.Function):
         block: Block,
         packed: Packed,
         recompute: bool,
-        *weights: torch.Tensor | None,
+        *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kept, mlp_out = _forward(residual, delta, block, packed)
         ctx.block, ctx.packed, ctx.recompute = block, packed, recompute
@@ -185,31 +219,33 @@ class _Block(torch.autograd.Function):
         saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
         kept = _forward(saved[0], None, block, packed)[0] if ctx.recompute else _Saved(*saved)
         attention_gain, mlp_gain = block.attention_norm.weight, block.mlp_norm.weight
+        found: _Gradients = {}
 
-        grad_product = grad_mlp_out @ mlp.down_proj.weight
-        grad_down = product_gradient(mlp.down_proj.weight, grad_mlp_out, kept.product)
+        grad_product = _project_backward(mlp.down_proj, grad_mlp_out, kept.product, found)
         grad_gate_up = swiglu_backward_(kept.gate_up, grad_product)
-        grad_normed = grad_gate_up @ mlp.up_proj.weight
-        grad_up = product_gradient(mlp.up_proj.weight, grad_gate_up, kept.middle_normed)
-        grad_middle, gain = norm_backward(grad_normed, kept.middle, kept.middle_rstd, mlp_gain, grad_middle)
-        grad_mlp_norm = vector_gradient(mlp_gain, gain)
+        grad_normed = _project_backward(mlp.up_proj, grad_gate_up, kept.middle_normed, found)
+        grad_middle, gain = norm_backward(
+            grad_normed, kept.middle, kept.middle_rstd, mlp_gain, grad_middle, mlp_gain.requires_grad
+        )
+        if gain is not None:
+            found[mlp_gain] = vector_gradient(mlp_gain, gain)
 
-        grad_attended = grad_middle @ attention.o_proj.weight
-        grad_o = product_gradient(attention.o_proj.weight, grad_middle, kept.attended)
+        grad_attended = _project_backward(attention.o_proj, grad_middle, kept.attended, found)
         bias = attention.qkv_proj.bias
         grad_qkv, summed = document_attention_backward(
             grad_attended, kept.qkv, packed.starts, packed.ends, kept.attended, kept.lse, attention.heads,
             attention.kv_heads, packed.cos, packed.sin, bias is not None and bias.requires_grad,
         )  # fmt: skip
-        grad_bias = None if bias is None or summed is None else vector_gradient(bias, summed)
-        grad_normed = grad_qkv @ attention.qkv_proj.weight
-        grad_weight = product_gradient(attention.qkv_proj.weight, grad_qkv, kept.x_normed)
-        grad_x, gain = norm_backward(grad_normed, kept.x, kept.x_rstd, attention_gain, grad_middle)
-        grad_attention_norm = vector_gradient(attention_gain, gain)
-        weight_gradients = (
-            grad_attention_norm, grad_weight, grad_bias, grad_o, grad_mlp_norm, grad_up, grad_down,
-        )  # fmt: skip
-        return grad_x, grad_x if ctx.has_delta else None, None, None, None, *weight_gradients[: ctx.weight_count]
+        if summed is not None:
+            found[bias] = vector_gradient(bias, summed)
+        grad_normed = _project_backward(attention.qkv_proj, grad_qkv, kept.x_normed, found)
+        grad_x, gain = norm_backward(
+            grad_normed, kept.x, kept.x_rstd, attention_gain, grad_middle, attention_gain.requires_grad
+        )
+        if gain is not None:
+            found[attention_gain] = vector_gradient(attention_gain, gain)
+        gradients_of_weights = [found.get(weight) for weight in _weights(block)][: ctx.weight_count]
+        return grad_x, grad_x if ctx.has_delta else None, None, None, None, *gradients_of_weights
 
 
 class _Norm(torch.autograd.Function):
@@ -217,7 +253,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, residual: torch.Tensor, delta: torch.Tensor | None, norm: nn.Module, *weights: torch.Tensor | None
+        ctx: Any, residual: torch.Tensor, delta: torch.Tensor | None, norm: nn.Module, *weights: torch.Tensor
     ) -> torch.Tensor:
         from megazh.kernels.norm import add_norm
 
@@ -231,8 +267,8 @@ class _Norm(torch.autograd.Function):
         from megazh.kernels.norm import norm_backward
 
         total, rstd = ctx.saved_tensors
-        grad_x, gain = norm_backward(gradients[0].contiguous(), total, rstd, ctx.weight, None)
-        grad_weight = vector_gradient(ctx.weight, gain)
+        grad_x, gain = norm_backward(gradients[0].contiguous(), total, rstd, ctx.weight, None, ctx.weight.requires_grad)
+        grad_weight = None if gain is None else vector_gradient(ctx.weight, gain)
         return grad_x, grad_x if ctx.has_delta else None, None, *(grad_weight,)[: ctx.weight_count]
 
 

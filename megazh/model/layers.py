@@ -12,6 +12,8 @@ from torch import nn
 from megazh.model.attention import Attend
 from megazh.model.config import Mlp, ModelConfig, Norm
 from megazh.model.dropout import Dropout, Site
+from megazh.model.lora import Pair, Pairs, add_pairs, freeze
+from megazh.model.lora_config import LoraConfig
 from megazh.model.rope import rotate
 
 
@@ -53,11 +55,31 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.RMSNorm(config.hidden_size, config.norm_eps)
 
 
-class _Linear(nn.Linear):
-    """A linear layer whose weights `initialize` sets; torch would draw others first, from the global generator."""
+class Linear(nn.Linear):
+    """A linear layer, with low-rank pairs beside it where LoRA trains them.
+
+    `initialize` sets its weights; torch would draw others first, from the global generator.
+    """
+
+    lora: Pairs | None
+    """The pairs; None without LoRA."""
+
+    def __init__(self, inputs: int, rows: int, bias: bool) -> None:
+        super().__init__(inputs, rows, bias)
+        self.register_module("lora", None)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The low-rank pairs."""
+        return [] if self.lora is None else self.lora.all
 
     def reset_parameters(self) -> None:
         """Leave the weights as they are."""
+
+    def forward(self, inputs: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
+        """Compute the product: (..., inputs) to (..., rows); `dropout` acts on the input of low-rank pairs."""
+        out = super().forward(inputs)
+        return out if self.lora is None else self.lora(out, inputs, dropout)
 
 
 class SelfAttention(nn.Module):
@@ -68,17 +90,17 @@ class SelfAttention(nn.Module):
         self._layer = layer
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_size
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv_proj = _Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.o_proj = _Linear(config.attention_width, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.o_proj = Linear(config.attention_width, config.hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Attend within documents: (batch, seq, hidden) to (batch, seq, hidden)."""
         batch, seq, _ = hidden.shape
-        heads = self.qkv_proj(hidden).view(batch, seq, self.heads + 2 * self.kv_heads, self.head_dim)
+        heads = self.qkv_proj(hidden, attend.dropout).view(batch, seq, self.heads + 2 * self.kv_heads, self.head_dim)
         query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
         query, key = rotate(query, attend.cos, attend.sin), rotate(key, attend.cos, attend.sin)
         attended = attend(self._layer, query, key, value)
-        return self.o_proj(attended.reshape(batch, seq, self.heads * self.head_dim))
+        return self.o_proj(attended.reshape(batch, seq, self.heads * self.head_dim), attend.dropout)
 
 
 class FeedForward(nn.Module):
@@ -88,16 +110,16 @@ class FeedForward(nn.Module):
         super().__init__()
         self._gated = config.mlp is Mlp.SWIGLU
         width = config.intermediate_size
-        self.up_proj = _Linear(config.hidden_size, 2 * width if self._gated else width, bias=False)
-        self.down_proj = _Linear(width, config.hidden_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, 2 * width if self._gated else width, bias=False)
+        self.down_proj = Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
         """Apply the MLP: (batch, seq, hidden) to (batch, seq, hidden). For SwiGLU, `up_proj` gives gate, then up."""
-        states = self.up_proj(hidden)
+        states = self.up_proj(hidden, dropout)
         if self._gated:
             gate, up = states.chunk(2, -1)
-            return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(F.gelu(states))
+            return self.down_proj(F.silu(gate) * up, dropout)
+        return self.down_proj(F.gelu(states), dropout)
 
 
 class Block(nn.Module):
@@ -118,11 +140,11 @@ class Block(nn.Module):
         added = self.attention(self.attention_norm(hidden), attend)
         attended = hidden + (added if dropout is None else dropout(added, Site.ATTENTION, self._layer))
         mlp_input = hidden if self._parallel else attended
-        added = self.mlp(self.mlp_norm(mlp_input))
+        added = self.mlp(self.mlp_norm(mlp_input), dropout)
         return attended + (added if dropout is None else dropout(added, Site.MLP, self._layer))
 
 
-def make_layer(config: ModelConfig, number: int, seed: int | None) -> nn.Module:
+def make_layer(config: ModelConfig, number: int, seed: int | None, lora: LoraConfig | None = None) -> nn.Module:
     """Make layer `number` of the model with its initial weights, in fp32 on the CPU.
 
     The weights depend on seed, number and shape only, and so are the same in every layout.
@@ -131,6 +153,7 @@ def make_layer(config: ModelConfig, number: int, seed: int | None) -> nn.Module:
         config: shape of the model.
         number: number of the layer, from 0 to `layer_count(config) - 1`.
         seed: seed of the initial weights; None leaves the layer on the meta device, without weights.
+        lora: LoRA, which gives blocks low-rank pairs and freezes what it does not train; None trains all weights.
     """
     last = config.num_hidden_layers
     layer: nn.Module
@@ -143,8 +166,12 @@ def make_layer(config: ModelConfig, number: int, seed: int | None) -> nn.Module:
             layer = make_norm(config)
         else:
             layer = Head(config)
-    if seed is not None:
-        initialize(layer, config, number, seed)
+        if seed is not None:
+            initialize(layer, config, number, seed)
+        if lora is not None:
+            if isinstance(layer, Block):
+                add_pairs(layer, config, lora, number - 1, seed)
+            freeze(layer, lora, number in (0, last + 1))
     return layer
 
 

@@ -18,6 +18,7 @@ from megazh.model.decoder import run_layers
 from megazh.model.document_map import decode_document_map, decode_sample_numbers
 from megazh.model.dropout import Dropout
 from megazh.model.layers import Block, Embedding, Head, layer_count, make_layer
+from megazh.model.lora_config import LoraConfig
 from megazh.model.loss import loss_and_gradient, summed_cross_entropy
 from megazh.pipeline.work import Work
 
@@ -32,15 +33,15 @@ class _Layers:
     Each layer has a random generator of its own, so that threads can make several at once.
     """
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
-        self._arguments = (config, seed)
+    def __init__(self, config: ModelConfig, seed: int, lora: LoraConfig | None) -> None:
+        self._arguments = (config, seed, lora)
         self._begun: dict[int, Future[nn.Module]] = {}
 
     def begin(self, numbers: Iterable[int]) -> None:
         """Start making these layers."""
         pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))))
-        config, seed = self._arguments
-        self._begun = {number: pool.submit(make_layer, config, number, seed) for number in numbers}
+        config, seed, lora = self._arguments
+        self._begun = {number: pool.submit(make_layer, config, number, seed, lora) for number in numbers}
         pool.shutdown(wait=False)
 
     def take(self, number: int) -> nn.Module:
@@ -74,7 +75,7 @@ class DecoderPipeline(PipelineModule):
     """One stage of the decoder, as DeepSpeed drives it.
 
     Args:
-        work: the model's shape, and what computes its blocks.
+        work: the model's shape, its low-rank pairs, and what computes its blocks.
         bounds: (stages + 1,) bounds over the parts embedding, blocks, head; see `split.best_bounds`.
         seed: seed of the initial weights and of dropout.
         z_loss: weight of the z-loss in training; see `summed_cross_entropy`.
@@ -85,11 +86,11 @@ class DecoderPipeline(PipelineModule):
         self, work: Work, bounds: Sequence[int], seed: int, z_loss: float = 0.0, cuda_graph: bool = True
     ) -> None:
         config = work.model
-        self.config, self._seed = config, seed
+        self.config, self._seed, self._lora = config, seed, work.lora
         last = layer_count(config) - 1
         # Layers are one more than parts, since the head comes with the last norm: only the final bound differs.
         self._layer_bounds = [last + 1 if bound == last else bound for bound in bounds]
-        self._layers = _Layers(config, seed)
+        self._layers = _Layers(config, seed, work.lora)
         specs: list[LayerSpec] = [_Numbered(self._layers, number) for number in range(last + 1)]
         if config.tie_word_embeddings:
             specs[0] = specs[last] = _Tied(self._layers)
@@ -141,9 +142,9 @@ class DecoderPipeline(PipelineModule):
         """
         states, document_map = inputs
         position_ids, cu_seqlens = decode_document_map(document_map, states.shape[1])
-        dropout = None
-        if self.training and self.config.has_dropout:
-            dropout = Dropout(self.config, self._seed, decode_sample_numbers(document_map))
+        dropout, of_pairs = None, self._lora.dropout if self._lora else 0.0
+        if self.training and (self.config.has_dropout or of_pairs):
+            dropout = Dropout(self.config, self._seed, decode_sample_numbers(document_map), of_pairs)
         group = self._attention_group if self.training else None
         hidden = self.run_layers(states, self._documents(position_ids, cu_seqlens, dropout, group))
         if self._head is None:

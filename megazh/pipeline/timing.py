@@ -66,6 +66,7 @@ def _key(work: Work, card: str) -> dict[str, Any]:
         "backend": work.backend.value,
         "checkpointing": work.activation_checkpointing,
         "attention_group": work.attention_group,
+        "lora": None if work.lora is None else work.lora.model_dump(mode="json"),
     }
 
 
@@ -87,23 +88,32 @@ def _measure(work: Work, device: "torch.device") -> LayerCosts:
     rows, seq_len = work.micro_batch_size, work.seq_len
     last = layer_count(config) - 1
     embedding: Any
-    embedding, block, norm = (make_layer(config, number, seed=0).to(device, dtype) for number in (0, 1, last - 1))
-    weight = make_layer(config, last, seed=0).get_parameter("weight").to(device, dtype).detach().requires_grad_()
+    embedding, block, norm = (
+        make_layer(config, number, seed=0, lora=work.lora).to(device, dtype) for number in (0, 1, last - 1)
+    )
+    # A tied head is trained if the embedding is.
+    of_head = make_layer(config, 0 if config.tie_word_embeddings else last, seed=0, lora=work.lora)
+    weight = of_head.to(device, dtype).get_parameter("weight")
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (rows, seq_len), generator=generator).to(device)
     position_ids = torch.arange(seq_len, device=device).expand(rows, -1)
     cu_seqlens = torch.tensor([[0, seq_len]], dtype=torch.int32, device=device).expand(rows, -1)
-    dropout = Dropout(config, 0, torch.arange(rows, device=device)) if config.has_dropout else None
+    of_pairs = work.lora.dropout if work.lora else 0.0
+    drops = config.has_dropout or of_pairs > 0
+    dropout = Dropout(config, 0, torch.arange(rows, device=device), of_pairs) if drops else None
     attend = Documents(config, work.backend)(position_ids, cu_seqlens, dropout, work.attention_group)
     hidden = torch.randn(rows, seq_len, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn_like(hidden)
     if work.fused:  # as in a run, where fused products add to fp32 sums
         for parameter in (*embedding.parameters(), *block.parameters(), *norm.parameters(), weight):
-            parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+            if parameter.requires_grad:
+                parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
     one = torch.ones((), device=device)
 
     def embed() -> None:
-        run_layers(embedding, [], None, tokens, attend, checkpointing).backward(gradient)
+        out = run_layers(embedding, [], None, tokens, attend, checkpointing)
+        if out.requires_grad:
+            out.backward(gradient)
 
     def through_block() -> None:
         run_layers(None, [block], None, hidden, attend, checkpointing).backward(gradient)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megazh.model.backend import Backend
 from megazh.model.config import ModelConfig
+from megazh.model.lora_config import LoraConfig
 from megazh.pipeline.precision import Precision
 
 
@@ -43,6 +44,8 @@ class Work:
     """Bytes of the optimizer's state."""
     attention_group: int | None = None
     """Tokens per group of shifted sparse attention; None: full attention."""
+    lora: LoraConfig | None = None
+    """LoRA; None where all weights are trained."""
 
     @property
     def tokens(self) -> int:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megazh.errors import DataError
 from megazh.files import sha256_file
+from megazh.model.lora_config import PART
 from megazh.pipeline.state import MASTER, WEIGHT, Piece
 from megazh.tensor_file import DTYPES, TensorReader
 from megazh.training.checkpoint_list import CheckpointManifest, FileEntry, PieceEntry, TensorEntry
@@ -67,6 +68,8 @@ def load_checkpoint(
         DataError: the checkpoint is of another model, or a file of it cannot be read; all ranks raise the same error.
     """
     pieces, failure = optimizer.pieces_to_load(), ""
+    if weights_only:  # low-rank pairs begin beside the weights of a checkpoint that has none
+        pieces = [piece for piece in pieces if PART not in piece.parameter]
     entries = {(entry.parameter, entry.kind): entry for entry in manifest.tensors}
     state = [piece for piece in pieces if piece.kind not in _WEIGHTS]
     missing = "" if weights_only else _why_clean(optimizer, manifest, state, entries)

@@ -77,7 +77,7 @@ def describe_kernels(recipe: Recipe, device: torch.device, work: Work) -> str:
     """A line for the log: the implementation of blocks and loss on this GPU, with the reason if it is not Triton."""
     if recipe.parallel.kernels is Kernels.TORCH:
         return "torch (kernels=torch)"
-    if reason := why_not_fused(recipe.model, device, work.precision.compute.torch):
+    if reason := why_not_fused(recipe.model, device, work.precision.compute.torch, work.lora):
         return f"torch, slower than Triton: {reason}"
     recorded = work.recordable and recipe.parallel.cuda_graph
     return "Triton, each pass of a micro-batch one CUDA graph" if recorded else "Triton"

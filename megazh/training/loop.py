@@ -99,7 +99,7 @@ class Trainer:
         self._step = found[1].step if found else 0
         """Optimizer steps done."""
         kernels = recipe.parallel.kernels is Kernels.AUTO
-        backend = choose_backend(recipe.model, device, self._precision.compute.torch, kernels)
+        backend = choose_backend(recipe.model, device, self._precision.compute.torch, kernels, recipe.low_rank)
         self.work = work_of(recipe, layout, self._precision, backend)
         self.bounds = self._bounds(found[1] if found else None)
         stages = (describe_parts(recipe, begin, end) for begin, end in pairwise(self.bounds))

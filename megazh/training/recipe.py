@@ -19,6 +19,7 @@ from megazh.index.choices import Packing
 from megazh.index.manifest import Amount
 from megazh.model.config import Count, ModelConfig, Positive, Share
 from megazh.model.counts import Flops, flops_per_token
+from megazh.model.lora_config import LoraConfig, places
 from megazh.pipeline.precision import Dtype, Precision
 from megazh.pipeline.role import Role
 from megazh.run.folder import RunFolder
@@ -319,9 +320,21 @@ class Recipe(Config):
     """Validation and sampled continuations during training."""
     logging: LoggingConfig = LoggingConfig()
     """Reference figures that logs and plans compare with."""
+    lora: LoraConfig = LoraConfig()
+    """LoRA on the weights of checkpoint.initial_checkpoint; without this section, all weights are trained."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
+        if self.lora.rank and self.checkpoint.initial_checkpoint is None:
+            raise ValueError(
+                f"lora.rank={self.lora.rank}: low-rank pairs on random weights learn nothing; name trained weights "
+                "with checkpoint.initial_checkpoint, or leave lora out"
+            )
+        if self.lora.rank:
+            try:
+                places(self.model, self.lora)
+            except UsageError as error:
+                raise ValueError(str(error)) from None
         if (self.schedule.tokens is None) == (self.schedule.steps is None):
             raise ValueError("give one of schedule.tokens and schedule.steps")
         if self.attention_group is not None and self.model.kv_heads % 2:
@@ -339,6 +352,11 @@ class Recipe(Config):
                     "head)"
                 )
         return self
+
+    @property
+    def low_rank(self) -> LoraConfig | None:
+        """LoRA; None where all weights are trained."""
+        return self.lora if self.lora.rank else None
 
     @property
     def attention_group(self) -> int | None:

@@ -85,6 +85,7 @@ def work_of(recipe: Recipe, layout: Layout, precision: Precision, backend: Backe
         backend=backend or usual_backend(recipe, precision),
         optimizer=state_bytes(recipe.optimizer.name),
         attention_group=recipe.attention_group,
+        lora=recipe.low_rank,
     )
 
 
@@ -92,7 +93,7 @@ def usual_backend(recipe: Recipe, precision: Precision) -> Backend:
     """What computes blocks on a card of compute capability 8.0 or later with a C compiler beside it."""
     if precision.compute is Dtype.FP32:
         return Backend.MASKED
-    fits = recipe.parallel.kernels is Kernels.AUTO and unfit_for_kernels(recipe.model) is None
+    fits = recipe.parallel.kernels is Kernels.AUTO and unfit_for_kernels(recipe.model, recipe.low_rank) is None
     return Backend.FUSED if fits else Backend.VARLEN
 
 

@@ -1,7 +1,10 @@
-"""Reads the weights of a checkpoint range by range, so that a model need not fit the memory."""
+"""Reads the weights of a checkpoint range by range, so that a model need not fit the memory.
+
+Low-rank pairs of a LoRA run are merged into the matrices as these are read.
+"""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +12,10 @@ from typing import Self
 
 import torch
 
-from megazh.errors import DataError
+from megazh.config import from_mapping
+from megazh.errors import DataError, UsageError
+from megazh.model.config import ModelConfig
+from megazh.model.lora_config import PART, LoraConfig, places
 from megazh.tensor_file import DTYPES, TensorReader
 from megazh.training.checkpoint_list import MANIFEST, CheckpointManifest, FileEntry, TensorEntry
 from megazh.training.checkpoint_read import fault_of, shape_in_file
@@ -35,14 +41,15 @@ class WeightReader:
         for kind in reversed(kinds):
             self._entries |= {entry.parameter: entry for entry in manifest.tensors if entry.kind == kind}
         names = {piece.file for entry in self._entries.values() for piece in entry.pieces}
+        self._pairs = _pairs(manifest, self._entries)
         self.files: list[FileEntry] = [entry for entry in manifest.files if entry.name in names]
         """The files that are read, as far as their hashes are known."""
         self._names, self._readers, self._stack = sorted(names), dict[str, TensorReader](), ExitStack()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters by name, without rows that only pad them."""
-        return {name: tuple(entry.shape) for name, entry in self._entries.items()}
+        """Shapes of the parameters of the merged model by name, without rows that only pad them."""
+        return {name: tuple(entry.shape) for name, entry in self._entries.items() if PART not in name}
 
     def check(self, on_bytes: Callable[[int], None]) -> None:
         """Compare the files with their hashes; `on_bytes` is called with the size of each block read.
@@ -63,6 +70,33 @@ class WeightReader:
         Raises:
             DataError: the file holds something else than the manifest names.
         """
+        end = math.prod(self._entry(parameter).shape) if end is None else end
+        if parameter not in self._pairs:
+            yield from self._stored(parameter, begin, end)
+            return
+        width = self._entry(parameter).shape[1]
+        rows = max(1, _BLOCK // width)
+        for row in range(begin // width, -(-end // width), rows):
+            last = min(row + rows, -(-end // width))
+            block = torch.cat(list(self._stored(parameter, row * width, last * width))).view(-1, width)
+            merged = self._merged(parameter, block, row).reshape(-1)
+            yield merged[max(0, begin - row * width) : end - row * width]
+
+    def _merged(self, parameter: str, block: torch.Tensor, first: int) -> torch.Tensor:
+        """Rows of a matrix from `first` on, with what its pairs add to them; computed in fp32."""
+        merged = block.float()
+        for name, begin, end, scale in self._pairs[parameter]:
+            low, high = max(begin, first), min(end, first + len(block))
+            if low < high:
+                a, b = (self._whole(f"{name}.{which}") for which in "ab")
+                merged[low - first : high - first] += scale * (b[low - begin : high - begin] @ a)
+        return merged.to(block.dtype)
+
+    def _whole(self, parameter: str) -> torch.Tensor:
+        return torch.cat(list(self._stored(parameter))).view(self._entry(parameter).shape).float()
+
+    def _stored(self, parameter: str, begin: int = 0, end: int | None = None) -> Iterator[torch.Tensor]:
+        """A range of a parameter as the files hold it; see `blocks`."""
         entry = self._entry(parameter)
         end = math.prod(entry.shape) if end is None else end
         for piece in sorted(entry.pieces, key=lambda piece: piece.begin):
@@ -94,3 +128,23 @@ class WeightReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+
+def _pairs(
+    manifest: CheckpointManifest, entries: Mapping[str, TensorEntry]
+) -> dict[str, list[tuple[str, int, int, float]]]:
+    """The low-rank pairs of a checkpoint by matrix: name, rows from and to, and scale of each."""
+    if not any(PART in name for name in entries):
+        return {}
+    try:
+        lora = from_mapping(manifest.recipe["lora"], LoraConfig, "recipe")
+        model = from_mapping(manifest.recipe["model"], ModelConfig, "recipe")
+        found: dict[str, list[tuple[str, int, int, float]]] = {}
+        for block in range(model.num_hidden_layers):
+            for place in places(model, lora):
+                matrix = f"blocks.{block}.{place.product}"
+                pair = (f"{matrix}{PART}{place.target}", place.begin, place.end, lora.scale)
+                found.setdefault(f"{matrix}.weight", []).append(pair)
+    except (KeyError, ZeroDivisionError, UsageError) as error:
+        raise DataError(f"{MANIFEST}: does not describe its low-rank pairs: {error}") from None
+    return found

@@ -9,6 +9,7 @@ from megazh.errors import DataError
 from megazh.files import check_sha256
 from megazh.model.decoder import Decoder
 from megazh.model.layers import load_unpadded
+from megazh.model.lora_config import PART
 from megazh.pipeline.state import MASTER, WEIGHT
 from megazh.tensor_file import NamedTensor, write_tensor_file
 from megazh.training.checkpoint_list import MANIFEST, CheckpointManifest, read_manifest
@@ -49,7 +50,11 @@ def check_shapes(source: ModelSource, wanted: Mapping[str, tuple[int, ...]]) -> 
     Raises:
         DataError: it lacks one, has one more, or one of another shape.
     """
-    stored = {entry.parameter: tuple(entry.shape) for entry in source.manifest.tensors if entry.kind == WEIGHT}
+    stored = {
+        entry.parameter: tuple(entry.shape)
+        for entry in source.manifest.tensors
+        if entry.kind == WEIGHT and PART not in entry.parameter
+    }
     for name in sorted({**wanted, **stored}):
         if stored.get(name) != wanted.get(name):
             raise DataError(
@@ -72,10 +77,8 @@ def export_weights(checkpoint: Path, target: Path, dtype: torch.dtype) -> int:
         OSError: the file cannot be written.
     """
     manifest = read_manifest(checkpoint)
-    masters = {entry.parameter for entry in manifest.tensors if entry.kind == MASTER}
-    found = dict(_tensors(checkpoint, manifest, WEIGHT))
-    if dtype is torch.float32 and masters:
-        found.update(_tensors(checkpoint, manifest, MASTER))
+    kinds = (MASTER, WEIGHT) if dtype is torch.float32 else (WEIGHT,)
+    found = dict(_tensors(checkpoint, manifest, *kinds))
     tensors = [
         NamedTensor(name, tuple(values.shape), values.to(dtype).reshape(-1)) for name, values in sorted(found.items())
     ]
@@ -89,9 +92,9 @@ def export_weights(checkpoint: Path, target: Path, dtype: torch.dtype) -> int:
     return sum(tensor.values.numel() for tensor in tensors)
 
 
-def _tensors(checkpoint: Path, manifest: CheckpointManifest, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of a kind, whole, after their files' hashes have been checked."""
-    with WeightReader(checkpoint, manifest, kind) as reader:
+def _tensors(checkpoint: Path, manifest: CheckpointManifest, *kinds: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of the first of these kinds that each has, whole, after their files' hashes have been checked."""
+    with WeightReader(checkpoint, manifest, *kinds) as reader:
         for file in reader.files:
             check_sha256(checkpoint / file.name, file.sha256)
         for name, shape in reader.shapes.items():

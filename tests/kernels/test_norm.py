@@ -24,6 +24,9 @@ def test_value_and_gradients(shape: tuple[int, int], adds: bool) -> None:
     found = norm_backward(grad_normed, found_total, rstd, weight.detach(), grad_total if adds else None)
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=5e-6)
+    frozen = norm_backward(grad_normed, found_total, rstd, weight.detach(), grad_total if adds else None, False)
+    assert frozen[1] is None
+    assert torch.equal(frozen[0], found[0])
 
 
 def test_in_bf16_what_is_normed_is_what_is_stored() -> None:

@@ -28,7 +28,9 @@ def train(name: str, stages: int) -> dict[str, Any]:
     def reduce_and_keep() -> None:
         for number, layer in enumerate(module.forward_funcs, module._local_start):
             for key, parameter in layer.named_parameters():
-                gradients.setdefault(f"{number}.{key}", parameter.main_grad.clone())
+                assert hasattr(parameter, "main_grad") == parameter.requires_grad, key
+                if parameter.requires_grad:
+                    gradients.setdefault(f"{number}.{key}", parameter.main_grad.clone())
         reduce_gradients()
 
     def add_and_count(waiting: Any) -> None:
@@ -44,7 +46,7 @@ def train(name: str, stages: int) -> dict[str, Any]:
     blocks = len(module._blocks)
     return {
         "losses": losses, "norms": norms, "gradients": gradients, "products": products, "blocks": blocks,
-        "is_last": module.is_last,
+        "trained_head": module.is_last and module._head.weight.requires_grad,
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from megazh.model.config import ModelConfig
 from megazh.model.decoder import Decoder
 from megazh.model.document_map import encode_document_map
 from megazh.model.layers import layer_count
+from megazh.model.lora_config import LoraConfig, Target
 from megazh.pipeline.precision import Dtype, Precision
 from megazh.training.optimizers.choose import rules
 from megazh.training.recipe import MuonConfig, OptimizerConfig, OptimizerName
@@ -47,6 +48,8 @@ class Case:
     """Whether passes go the way of CUDA graphs, each of which runs Python again here."""
     attention_group: int | None = None
     """Tokens per group of shifted sparse attention."""
+    lora: LoraConfig | None = None
+    """LoRA; None: all weights are trained."""
 
     @property
     def config(self) -> ModelConfig:
@@ -73,6 +76,8 @@ CASES = {
     "z_loss untied": Case(UNTIED, z_loss=0.01),
     "dropout": Case({"residual_dropout": 0.2, "attention_dropout": 0.1}, checkpointing=True),
     "groups": Case(checkpointing=True, attention_group=4),
+    "lora": Case(lora=LoraConfig(rank=4, targets=list(Target), dropout=0.1, train_embed_norm=True)),
+    "pairs": Case(lora=LoraConfig(rank=4), attention_group=4),
     "tied bf16": Case(compute=Dtype.BF16),
     "bf16 between replicas": Case(compute=Dtype.BF16, communication=Dtype.BF16),
     "untied bf16": Case(UNTIED, compute=Dtype.BF16),
@@ -109,7 +114,7 @@ def settings(case: Case) -> OptimizerConfig:
 def optimizers_for(model: Decoder, case: Case) -> list[torch.optim.Optimizer]:
     """torch's own optimizers: weight decay on matrices only; with Muon, AdamW for what is no matrix of a block."""
     whole = [p for p in model.blocks.parameters() if p.dim() > 1] if case.optimizer is OptimizerName.MUON else []
-    rest = [p for p in model.parameters() if not any(p is other for other in whole)]
+    rest = [p for p in model.parameters() if p.requires_grad and not any(p is other for other in whole)]
     groups = [
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": DECAY},
         {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
@@ -122,7 +127,7 @@ def optimizers_for(model: Decoder, case: Case) -> list[torch.optim.Optimizer]:
 
 def train_plainly(case: Case) -> dict[str, Any]:
     """Train in fp32 in this process with torch alone; returns losses and gradient norms by step, and the weights."""
-    model = Decoder(case.config, SEED, attention_group=case.attention_group)
+    model = Decoder(case.config, SEED, attention_group=case.attention_group, lora=case.lora)
     optimizers = optimizers_for(model, case)
     losses, norms = [], []
     for step in range(STEPS):
@@ -168,14 +173,15 @@ def make_pipeline(
     precision = Precision(case.compute, Dtype.FP32, case.communication)
     work = Work(
         case.config, stages, replicas, SEQ, ROWS, MICRO_BATCHES // replicas, precision, case.checkpointing,
-        backend, attention_group=case.attention_group,
+        backend, attention_group=case.attention_group, lora=case.lora,
     )  # fmt: skip
     costs = costs_by_flops(dataclasses.replace(work, activation_checkpointing=False))
     bounds = best_bounds(costs.parts(case.config.num_hidden_layers), stages)
     with quiet():
         module = DecoderPipeline(work, bounds, SEED, case.z_loss)
     for each in named_parameters(module):
-        each.parameter.requires_grad_(each.name not in frozen)
+        if each.name in frozen:
+            each.parameter.requires_grad_(False)
     engine = make_engine(module, case.optimizer.value, rules(settings(case)), work, CLIP)
     if case.recorded:
         _stand_in_for_graphs(engine)

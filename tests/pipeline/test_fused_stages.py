@@ -13,18 +13,18 @@ from megazh.model.decoder import Decoder
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parent / "fused_rank.py"
-NAMES = {2: ["z_loss untied"], 3: ["tied"]}
-MATRICES = 4
-"""Matrices of a block."""
+NAMES = {2: ["z_loss untied", "pairs"], 3: ["tied"]}
+MATRICES = {"z_loss untied": 4, "tied": 4, "pairs": 8}
+"""Matrices of a block that are trained; with pairs, two of each of the queries, keys, values and output."""
 
 
 def plain_gradients(name: str) -> dict[str, torch.Tensor]:
     """Gradients of the first step's mean loss by torch alone, named `NUMBER.name`."""
     case = CASES[name]
-    model = Decoder(case.config, SEED)
+    model = Decoder(case.config, SEED, attention_group=case.attention_group, lora=case.lora)
     for number in range(MICRO_BATCHES):
         (model.loss(*micro_batch(number), case.z_loss) / valid_labels(0)).backward()
-    return {key: parameter.grad for key, parameter in layer_parameters(model).items()}
+    return {key: each.grad for key, each in layer_parameters(model).items() if each.requires_grad}
 
 
 @pytest.mark.parametrize("stages", NAMES)
@@ -37,7 +37,7 @@ def test_gradients_that_wait_are_those_of_torch(tmp_path: Path, stages: int) -> 
             found = rank[name]
             assert found["losses"] == pytest.approx(plain["losses"][:STEPS], rel=1e-5)
             assert found["norms"] == pytest.approx(plain["norms"][:STEPS], rel=1e-5)
-            waited = MATRICES * found["blocks"] + found["is_last"]  # all matrices of blocks, and the head's
+            waited = MATRICES[name] * found["blocks"] + found["trained_head"]
             assert found["products"] == [waited] * MICRO_BATCHES * STEPS
             for key, gradient in found["gradients"].items():
                 torch.testing.assert_close(

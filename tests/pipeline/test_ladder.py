@@ -22,7 +22,7 @@ BF16 = [name for name, case in CASES.items() if case.compute is Dtype.BF16]
 # Cases by number of ranks and stages; the cases of one number of ranks run in one launch.
 LAYOUTS = {
     1: {1: [*FP32, *BF16]},
-    2: {2: [*FP32, *BF16], 1: ["tied", "muon", "z_loss", "dropout", "tied bf16", "bf16 between replicas"]},
+    2: {2: [*FP32, *BF16], 1: ["tied", "muon", "z_loss", "dropout", "lora", "tied bf16", "bf16 between replicas"]},
     3: {3: ["tied", "muon", "neox", "recorded"], 1: ["tied", "muon"]},
     4: {
         2: ["tied", "untied", "muon untied", "tied bf16", "bf16 between replicas"],

@@ -9,6 +9,7 @@ import torch
 from decoders import small
 
 from megazh.model.backend import Backend
+from megazh.model.lora_config import LoraConfig
 from megazh.pipeline import timing
 from megazh.pipeline.costs import LayerCosts
 from megazh.pipeline.precision import Dtype, Precision
@@ -22,9 +23,11 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., La
     """`layer_seconds` with a cache of its own."""
     monkeypatch.setenv("MEGAZH_CACHE", str(tmp_path))
 
-    def measured(seq_len: int = 16, dtype: Dtype = Dtype.FP32, checkpointing: bool = False) -> LayerCosts:
+    def measured(
+        seq_len: int = 16, dtype: Dtype = Dtype.FP32, checkpointing: bool = False, lora: LoraConfig | None = None
+    ) -> LayerCosts:
         precision = Precision(dtype, Dtype.FP32, Dtype.FP32)
-        work = Work(SMALL, 1, 1, seq_len, 2, 1, precision, checkpointing, Backend.MASKED)
+        work = Work(SMALL, 1, 1, seq_len, 2, 1, precision, checkpointing, Backend.MASKED, lora=lora)
         return timing.layer_seconds(work, torch.device("cpu"))
 
     return measured
@@ -52,9 +55,10 @@ def test_it_is_measured_once(
     with monkeypatch.context() as patch:
         patch.setattr(timing, "_measure", None)
         assert measure() == first
-    for changes in ({"seq_len": 24}, {"dtype": Dtype.BF16}, {"checkpointing": True}):
+    pairs = LoraConfig(rank=2, dropout=0.1)
+    for changes in ({"seq_len": 24}, {"dtype": Dtype.BF16}, {"checkpointing": True}, {"lora": pairs}):
         measure(**changes)
-    assert len(cached_files(tmp_path)) == 4, "one file per shape"
+    assert len(cached_files(tmp_path)) == 5, "one file per shape"
 
 
 @pytest.mark.parametrize(

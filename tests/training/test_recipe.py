@@ -193,6 +193,7 @@ def test_whether_a_key_may_change_is_said_at_its_field() -> None:
         ("lr", "'optimizer.learning_rate' or 'schedule.min_lr_ratio'"),
         ("optimizer.lr", "'optimizer.learning_rate' or 'schedule.min_lr_ratio'"),
         ("LEARNING_RATE", "'optimizer.learning_rate'"),
+        ("lora.lr", "'optimizer.learning_rate' or 'schedule.min_lr_ratio'"),
         ("rope", "'model.rope_theta' or 'model.rope_scaling'"),
     ],
 )

@@ -13,8 +13,11 @@ from forked_runs import Ended, ForkedRuns, start_forks
 from recipes import in_sections
 from safetensors.torch import load_file
 
+from megazh.model.lora_config import PART
+from megazh.pipeline.state import WEIGHT
 from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import checkpoint_path, list_checkpoints, read_manifest
+from megazh.training.weight_reader import WeightReader
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -140,6 +143,36 @@ def test_another_micro_batch_and_other_bounds(forks: ForkedRuns, stories: Path, 
         assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
         bounds = read_manifest(checkpoint_path(run / "checkpoints", STEPS)).bounds
         assert bounds == ([0, 4, 5] if name == "bounds" else [0, 2, 5])
+
+
+def test_a_lora_run_goes_on_in_another_layout(forks: ForkedRuns, stories: Path, tmp_path: Path) -> None:
+    recipe, base = write_recipe(tmp_path / "recipe.yaml", stories, "adamw"), tmp_path / "base"
+    forks.train(recipe, base, (1, 1))
+    start = checkpoint_path(base / "checkpoints", STEPS)
+    pairs = ["lora.rank=4", "lora.targets=[q, v, down]", "lora.dropout=0.1", f"initial_checkpoint={start}"]
+    whole = tmp_path / "whole"
+    forks.train(recipe, whole, (2, 1), *pairs)
+    for layout in ((1, 2), (3, 1)):
+        run = back_to(whole, SAVED, tmp_path / f"{layout[0]}x{layout[1]}")
+        assert_resumed(forks.train(recipe, run, layout, *pairs), SAVED)
+        assert losses(run) == pytest.approx(losses(whole), rel=1e-5), layout
+    assert losses(whole)[-1] < losses(base)[-1]
+    last = checkpoint_path(whole / "checkpoints", STEPS)
+    stored = {(entry.parameter, entry.kind): entry for entry in read_manifest(last).tensors}
+    with_state = {parameter for parameter, kind in stored if kind != WEIGHT}
+    assert with_state == {parameter for parameter, _ in stored if PART in parameter}, "frozen weights have no state"
+    assert len(with_state) == 3 * 2 * 3
+    frozen = [{}, {}]
+    for values, path in zip(frozen, (start, last), strict=True):
+        with WeightReader(path, read_manifest(path), WEIGHT) as reader:
+            for name in (
+                "embedding.weight",
+                "norm.weight",
+                "blocks.1.attention_norm.weight",
+                "blocks.1.mlp.up_proj.weight",
+            ):
+                values[name] = torch.cat(list(reader.blocks(name)))
+    assert all(torch.equal(frozen[0][name], frozen[1][name]) for name in frozen[0])
 
 
 def test_another_optimizer_starts_clean_and_says_so(forks: ForkedRuns, stories: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from megazh.errors import Collector, UsageError
 from megazh.exchange.tokenizer_files import exported_fingerprint
 from megazh.index.metadata import TokenizerInfo, load_tokenizer_of
+from megazh.model.lora_config import PART
 from megazh.tokenizer import Tokenizer, load_tokenizer
 from megazh.training.checkpoint_list import list_checkpoints
 from megazh.training.checks.data import needed_facts
@@ -23,6 +24,11 @@ def initial_checkpoint(case: Case) -> Iterator[str]:
     source = find_model(Path(wanted))
     if source.path != Path(wanted):
         raise UsageError(f"checkpoint.initial_checkpoint={wanted}: a run; name one of its checkpoints: {source.path}")
+    if any(PART in entry.parameter for entry in source.manifest.tensors):
+        raise UsageError(
+            f"checkpoint.initial_checkpoint={wanted}: holds low-rank pairs of a LoRA run beside its weights; merge "
+            f"them with 'megazh export {wanted} --to hf OUT', and name OUT"
+        )
     yield from _positions(case, source)
     found = Collector()
     for key, there, here in differences(source.model, case.recipe.model):
