@@ -1,7 +1,9 @@
-"""Values of all ranks, for all ranks: plain Python objects, over the process group of the run."""
+"""Values of all ranks, for all ranks, over the process group of the run."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -15,3 +17,10 @@ def gather(value: Any) -> list[Any]:
 def of_rank_0(value: Any) -> Any:
     """The value that rank 0 gives; the values of the others are ignored. All ranks call it."""
     return gather(value if dist.get_rank() == 0 else None)[0]
+
+
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The maximum of each value over all ranks. All ranks call it, with as many values; `device` is this rank's."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()

@@ -21,16 +21,18 @@ from megazh.run.metrics import VALIDATION, Metrics, StepRecord, sample_of
 from megazh.run.peaks import mfu, peak_flops
 from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path
 from megazh.training.checkpoint_read import load_checkpoint
-from megazh.training.collect import of_rank_0
+from megazh.training.collect import largest, of_rank_0
 from megazh.training.cut import agree_on_bounds
 from megazh.training.describe import describe_devices, describe_kernels
 from megazh.training.evaluate import Validation, Validator, sample_text
 from megazh.training.feed import MicroBatch, training_feed
 from megazh.training.garbage import COLLECT_EVERY, collect_on_request_only
+from megazh.training.gpu_memory import limit_memory, peak_memory
 from megazh.training.health import Health, diverged, find_not_finite
 from megazh.training.layout import Layout, make_layout
 from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.optimizers.choose import rules
+from megazh.training.pace import Pace, due
 from megazh.training.recipe import Device, Kernels, Recipe, Resume, run_recipe
 from megazh.training.resume import agree_on_checkpoint, agree_on_initial
 from megazh.training.retention import keep_rule, prune, validation_losses
@@ -86,10 +88,7 @@ class Trainer:
         self._steps = recipe.total_steps
         self._warmup = warmup_steps(self._steps, recipe.schedule.warmup)
         self._precision = recipe.precision.on(Device(device.type))
-        limit = recipe.parallel.memory_limit_gib
-        if limit is not None and device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total), device)
+        limit_memory(device, recipe.parallel.memory_limit_gib)
         self._mixture = recipe.open_mixture()
         run.check_data(self._mixture)  # on another machine or a moment later, the paths may lead to other data
         self._tokenizer = run.tokenizer()
@@ -123,8 +122,7 @@ class Trainer:
         self._peak_flops = peak_flops(name, recipe.logging.peak_tflops)
         self._stop = stop
         self._data_seconds = 0.0
-        self._pace = 0.0
-        """Exponential average of the seconds per step."""
+        self._pace = Pace(self._step, self._steps)
         self._begun_at = self._step
         self._save_is_due = False
         """Whether a checkpoint waits for a step that is not skipped."""
@@ -230,7 +228,7 @@ class Trainer:
                 if self._step < self._steps and (self._saved_or_saving() or VALIDATION in self._evaluated):
                     metrics.draw()
                     gc.collect()
-                elif _due(COLLECT_EVERY, self._step):
+                elif due(COLLECT_EVERY, self._step):
                     gc.collect()
         self._saver.wait()
         mark_complete(checkpoint_path(self._folder.checkpoints, self._step))
@@ -268,7 +266,7 @@ class Trainer:
 
         At an interval, a checkpoint waits for a step that is not skipped: until then it would hold nothing new.
         """
-        self._save_is_due |= _due(self._recipe.checkpoint.checkpoint_every, self._step)
+        self._save_is_due |= due(self._recipe.checkpoint.checkpoint_every, self._step)
         if stop or self._step == self._steps:
             self._save()
         elif self._save_is_due and not self._health.skipped_in_row:
@@ -281,18 +279,18 @@ class Trainer:
             Interrupted: a rank was requested to stop; the current step is saved.
         """
         every, last = self._recipe.evaluation, self._step >= self._steps
-        if self._step == 0 or last or _due(every.validate_every, self._step):
+        if self._step == 0 or last or due(every.validate_every, self._step):
             self._validate(metrics)
         if not self._step:
             return
-        if last or _due(every.sample_every, self._step):
+        if last or due(every.sample_every, self._step):
             self._sample(metrics)
-        if last or _due(self._recipe.parallel.check_tied_every, self._step):
+        if last or due(self._recipe.parallel.check_tied_every, self._step):
             check_tied(self.engine.module)
 
     def _stop_is_agreed(self) -> bool:
         """Whether any rank was requested to stop. All ranks call it."""
-        return self._largest([float(self._stop.requested)])[0] > 0
+        return largest([float(self._stop.requested)], self._device)[0] > 0
 
     def _interrupt(self) -> NoReturn:
         """Save the current step, unless that was done or it is the first, and end. All ranks call it."""
@@ -321,15 +319,16 @@ class Trainer:
             collect_on_request_only()
         skipped_here, odd_here = engine.skipped_steps > skipped_before, not math.isfinite(loss)
         saving = float(self._saver.busy)
-        stop, data_seconds, memory, reserved, skipped, odd, saving = self._largest(
+        stop, data_seconds, memory, reserved, skipped, odd, saving = largest(
             [
                 float(self._stop.requested),
                 self._data_seconds,
-                *self._memory(),
+                *peak_memory(self._device),
                 float(skipped_here),
                 float(odd_here),
                 saving,
-            ]
+            ],
+            self._device,
         )
         self._saver.poll(saving > 0)
         self._health.count(skipped > 0, not odd)
@@ -352,31 +351,10 @@ class Trainer:
                 skipped=skipped > 0,
                 skipped_so_far=engine.skipped_steps,
                 z_loss=z_loss,
-                eta_seconds=self._eta(seconds),
+                eta_seconds=self._pace.remaining(self._step, seconds),
             )
         )
         return stop > 0
-
-    def _eta(self, seconds: float) -> float:
-        """Seconds to the end, by an exponential average of step times that starts anew at the second step of a process.
-
-        The first step includes warm-up.
-        """
-        new = self._step - self._begun_at <= 2
-        self._pace = seconds if new else 0.9 * self._pace + 0.1 * seconds
-        return (self._steps - self._step) * self._pace
-
-    def _memory(self) -> tuple[float, float]:
-        """Largest numbers of bytes allocated and reserved on this GPU so far; zeros on the CPU."""
-        if self._device.type != "cuda":
-            return 0.0, 0.0
-        return float(torch.cuda.max_memory_allocated()), float(torch.cuda.max_memory_reserved())
-
-    def _largest(self, values: list[float]) -> list[float]:
-        """The maximum of each value over all ranks."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor.tolist()
 
     def _validate(self, metrics: Metrics) -> Validation | None:
         """Validate, unless that is done for this step; None then, and without held-out documents."""
@@ -384,7 +362,7 @@ class Trainer:
             return None
 
         def agree(seconds: float) -> tuple[bool, float]:
-            stop, slowest = self._largest([float(self._stop.requested), seconds])
+            stop, slowest = largest([float(self._stop.requested), seconds], self._device)
             return stop > 0, slowest
 
         found = self._validator(self.engine, agree, self.log)
@@ -452,10 +430,6 @@ class Trainer:
             self._saver.save(manifest)
         else:
             self._saver.begin(manifest)
-
-
-def _due(every: int, step: int) -> bool:
-    return bool(every) and step % every == 0
 
 
 def hash_seed(*parts: int) -> int:

@@ -19,10 +19,11 @@ from megazh.run.metrics import VALIDATION, Metrics, StepRecord, sample_of
 from megazh.run.peaks import mfu, peak_flops
 from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path
 from megazh.training.checkpoint_read import load_checkpoint
-from megazh.training.collect import of_rank_0
+from megazh.training.collect import largest, of_rank_0
 from megazh.training.describe import describe_devices
 from megazh.training.evaluate import Validation
 from megazh.training.garbage import COLLECT_EVERY, collect_on_request_only
+from megazh.training.gpu_memory import limit_memory, peak_memory
 from megazh.training.health import diverged, find_not_finite
 from megazh.training.hf.deepspeed import zero_config
 from megazh.training.hf.evaluate import HfValidator, sample_text
@@ -32,6 +33,7 @@ from megazh.training.hf.state import TrainingState
 from megazh.training.hf.trainer import HfTrainer, trainer_arguments
 from megazh.training.layout import Layout, make_layout
 from megazh.training.loop import Interrupted, hash_seed
+from megazh.training.pace import Pace, due
 from megazh.training.recipe import Device, Kernels, Recipe, Resume, run_recipe
 from megazh.training.resume import agree_on_checkpoint, agree_on_initial
 from megazh.training.retention import keep_rule, prune, validation_losses
@@ -73,10 +75,7 @@ class HfRun(TrainerCallback):
         self._stop, self._startup = stop, startup
         self._steps = recipe.total_steps
         self._precision = recipe.precision.on(Device(device.type))
-        limit = recipe.parallel.memory_limit_gib
-        if limit is not None and device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total), device)
+        limit_memory(device, recipe.parallel.memory_limit_gib)
         self._mixture = recipe.open_mixture()
         run.check_data(self._mixture)  # on another machine or a moment later, the paths may lead to other data
         self._tokenizer = run.tokenizer()
@@ -107,8 +106,7 @@ class HfRun(TrainerCallback):
         self._flops_per_token = recipe.flops_per_token.total
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self._peak_flops = peak_flops(name, recipe.logging.peak_tflops)
-        self._pace = 0.0
-        """Exponential average of the seconds per step."""
+        self._pace = Pace(self._step, self._steps)
         self._evaluated: set[str] = set()
         """Evaluations that are done for the current step, see `_evaluate`."""
         self._metrics: Metrics
@@ -154,7 +152,7 @@ class HfRun(TrainerCallback):
         last = self._step == self._steps
         if stop or last:
             self._save()
-        elif _due(self._recipe.checkpoint.checkpoint_every, self._step):
+        elif due(self._recipe.checkpoint.checkpoint_every, self._step):
             self._save(wait=False)
         if stop:
             raise Interrupted
@@ -162,7 +160,7 @@ class HfRun(TrainerCallback):
         if not last and (self._saved_or_saving() or VALIDATION in self._evaluated):
             self._metrics.draw()
             gc.collect()
-        elif _due(COLLECT_EVERY, self._step):
+        elif due(COLLECT_EVERY, self._step):
             gc.collect()
         self._begin_step()
 
@@ -210,15 +208,16 @@ class HfRun(TrainerCallback):
             self.log(self._startup.describe())
             collect_on_request_only()
         recipe, loss, norm = self._recipe, logs["loss"], float(logs["grad_norm"])
-        stop, data_seconds, memory, reserved, saving, odd = self._largest(
+        stop, data_seconds, memory, reserved, saving, odd = largest(
             [
                 float(self._stop.requested),
                 self._trainer.data_seconds,
-                *self._memory(),
+                *peak_memory(self._device),
                 float(self._saver.busy),
                 # DeepSpeed gives -1 for a norm that is not finite.
                 float(not (math.isfinite(loss) and math.isfinite(norm) and norm >= 0)),
-            ]
+            ],
+            self._device,
         )
         self._saver.poll(saving > 0)
         rate_all = recipe.batch_tokens / seconds
@@ -239,34 +238,16 @@ class HfRun(TrainerCallback):
                 data_seconds=data_seconds,
                 skipped=False,
                 skipped_so_far=0,
-                eta_seconds=self._eta(seconds),
+                eta_seconds=self._pace.remaining(self._step, seconds),
             )
         )
         if odd > 0:
             raise self._diverged(f"loss {loss:g} or gradient norm {norm:g} is not finite")
         return stop > 0
 
-    def _eta(self, seconds: float) -> float:
-        """Seconds to the end, by an exponential average of step times; the first step includes warm-up."""
-        new = self._step - self._begun_at <= 2
-        self._pace = seconds if new else 0.9 * self._pace + 0.1 * seconds
-        return (self._steps - self._step) * self._pace
-
-    def _memory(self) -> tuple[float, float]:
-        """Largest numbers of bytes allocated and reserved on this GPU so far; zeros on the CPU."""
-        if self._device.type != "cuda":
-            return 0.0, 0.0
-        return float(torch.cuda.max_memory_allocated()), float(torch.cuda.max_memory_reserved())
-
-    def _largest(self, values: list[float]) -> list[float]:
-        """The maximum of each value over all ranks."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor.tolist()
-
     def _stop_is_agreed(self) -> bool:
         """Whether any rank was requested to stop. All ranks call it."""
-        return self._largest([float(self._stop.requested)])[0] > 0
+        return largest([float(self._stop.requested)], self._device)[0] > 0
 
     def _interrupt(self) -> NoReturn:
         """Save the current step, unless that was done or it is the first, and end. All ranks call it."""
@@ -282,9 +263,9 @@ class HfRun(TrainerCallback):
             Interrupted: a rank was requested to stop; the current step is saved.
         """
         every, last = self._recipe.evaluation, self._step >= self._steps
-        if self._step == 0 or last or _due(every.validate_every, self._step):
+        if self._step == 0 or last or due(every.validate_every, self._step):
             self._validate()
-        if self._step and (last or _due(every.sample_every, self._step)):
+        if self._step and (last or due(every.sample_every, self._step)):
             self._sample()
 
     def _validate(self) -> None:
@@ -361,7 +342,3 @@ class HfRun(TrainerCallback):
         """Remove the checkpoints that are no longer to be kept; called in a thread of rank 0."""
         losses = validation_losses(self._folder.path)
         return prune(saved.parent, keep_rule(self._recipe), losses, int(saved.name.removeprefix("step_")))
-
-
-def _due(every: int, step: int) -> bool:
-    return bool(every) and step % every == 0
