@@ -28,7 +28,7 @@ COMMANDS = {
     "mixture": "look at a manifest: shares, epochs, validation side",
     "pack": "how documents become samples: numbers, and a picture of one",
     "prefs": "preference data for DPO, converted or generated with a model",
-    "sft": "data for supervised fine-tuning: look at it",
+    "sft": "data for supervised fine-tuning: convert it, look at it",
     "stories": "write Chinese micro-stories made from a seed: a small corpus to try everything with",
     "rank": "one rank of a run (pretrain starts them)",
 }

@@ -5,8 +5,12 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megazh.cli.options import Subparsers, add_command, add_encoding, count, encoding
+from megazh.cli.options import Subparsers, add_command, add_encoding, count, encoding, share
+
+if TYPE_CHECKING:
+    from megazh.finetune.fit import Fitting
 
 PREVIEW_EXAMPLES = """examples:
   megazh sft preview raw/alpaca_zh.jsonl.zst --tokenizer qwen.tiktoken
@@ -16,10 +20,21 @@ PREVIEW_EXAMPLES = """examples:
 Shows conversations as the tokens that a model is trained on. Reads 10,000 conversations of each set: --limit."""
 
 
+CONVERT_EXAMPLES = """examples:
+  megazh sft convert raw/alpaca_zh.jsonl.zst --tokenizer qwen.tiktoken --max-tokens 2048 -o data_index/alpaca_zh
+  megazh sft convert data_index/sft/chinese.yaml --tokenizer tok/ --max-tokens 2048 -o data_index/chinese
+  megazh sft convert raw/*.parquet --tokenizer tok/ --template human-assistant --train last_turn -o data_index/chat
+
+FOLDER gets an index for each set, with a mask of the trained tokens, and mixture.yaml, the manifest of all of them:
+train with data.manifest=FOLDER/mixture.yaml. Rows that are rejected and conversations that are dropped are in
+SET.rejected.jsonl, each with its reason."""
+
+
 def add_to(commands: Subparsers) -> None:
     """Add `sft` and its commands."""
-    parser = commands.add_parser("sft", help="data for supervised fine-tuning: look at it")
+    parser = commands.add_parser("sft", help="data for supervised fine-tuning: convert it, look at it")
     below = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_convert(below)
     _add_preview(below)
 
 
@@ -58,6 +73,27 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add_encoding(parser)
 
 
+def _add_convert(below: Subparsers) -> None:
+    convert = add_command(
+        below,
+        "convert",
+        "make indexes with masks of trained tokens, and a manifest, from conversations",
+        CONVERT_EXAMPLES,
+    )
+    _add_data(convert)
+    convert.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to make")
+    convert.add_argument(
+        "--validation",
+        type=_validation,
+        default=0.01,
+        metavar="SHARE",
+        help="share of the conversations to keep for validation, by their hash (default: 0.01; 0: none)",
+    )
+    convert.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the manifest (default: 0)")
+    convert.add_argument("--force", action="store_true", help="replace the folder of an earlier conversion")
+    convert.set_defaults(call=_convert, outlives_output=True)
+
+
 def _add_preview(below: Subparsers) -> None:
     preview = add_command(
         below, "preview", "show conversations with their trained tokens, and counts", PREVIEW_EXAMPLES
@@ -76,6 +112,50 @@ def _add_preview(below: Subparsers) -> None:
     preview.set_defaults(call=_preview)
 
 
+def _validation(text: str) -> float:
+    found = share(text)
+    if found == 1:
+        raise argparse.ArgumentTypeError(f"expected a share below 1, found {text}")
+    return found
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from megazh.conversation.registry import sets_of
+    from megazh.corpus.formats import Format
+    from megazh.finetune.convert import Request, convert
+
+    sets, fitting = sets_of(options.input), _fitting(options)
+    for warning in fitting.template.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    request = Request(
+        sets=sets,
+        fitting=fitting,
+        output=options.output,
+        validation=options.validation,
+        seed=options.seed,
+        format=Format(options.format) if options.format else None,
+        encoding=encoding(options),
+        overwrite=options.force,
+    )
+    manifest = convert(request, print)
+    print(f"train on it with data.manifest={manifest}")
+
+
+def _fitting(options: argparse.Namespace) -> "Fitting":
+    from megazh.conversation.encode import template_for
+    from megazh.finetune.fit import Fitting, TooLong, Train
+    from megazh.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer)
+    return Fitting(
+        template_for(tokenizer, options.template),
+        tokenizer,
+        Train(options.train),
+        options.max_tokens,
+        TooLong(options.too_long),
+    )
+
+
 def _limit(text: str) -> int | None:
     return None if text == "all" else count(text)
 
@@ -85,15 +165,12 @@ def _number(text: str) -> int:
 
 
 def _preview(options: argparse.Namespace) -> None:
-    from megazh.conversation.encode import template_for
     from megazh.conversation.reading import DataSets
     from megazh.conversation.registry import sets_of
     from megazh.corpus.formats import Format
-    from megazh.finetune.fit import Fitting, TooLong, Train
     from megazh.finetune.preview import look
     from megazh.finetune.preview_html import write_html
     from megazh.finetune.preview_text import text_lines
-    from megazh.tokenizer import load_tokenizer
     from megazh.writing import check_writable
 
     if options.html:
@@ -106,14 +183,7 @@ def _preview(options: argparse.Namespace) -> None:
     data = DataSets(sets, Format(options.format) if options.format else None, encoding(options))
     for line in data.notes():
         print(line, file=sys.stderr)
-    tokenizer = load_tokenizer(options.tokenizer)
-    fitting = Fitting(
-        template_for(tokenizer, options.template),
-        tokenizer,
-        Train(options.train),
-        options.max_tokens,
-        TooLong(options.too_long),
-    )
+    fitting = _fitting(options)
     found = look(data, fitting, options.show, limit)
     if options.html:
         write_html(options.html, found, fitting, f"Preview of {' '.join(options.input)}")

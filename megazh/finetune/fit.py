@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import numpy as np
+
 from megazh.conversation.conversation import Conversation, Role, Turn
 from megazh.conversation.encode import Encoded, encode
 from megazh.conversation.faults import RowError
@@ -43,6 +45,7 @@ class Fitted:
     conversation: Conversation
     """The turns that are left."""
     encoded: Encoded
+    """Ends with the end of a document, which is not trained unless the template itself puts it behind an answer."""
     whole: int
     """Number of tokens of the whole conversation."""
 
@@ -77,7 +80,7 @@ class Fitting:
         if max_tokens is not None and max_tokens < 2:
             raise UsageError(f"--max-tokens {max_tokens}: expected at least 2")
         self.template, self.tokenizer = template, tokenizer
-        self._train, self._max_tokens, self._too_long = train, max_tokens, too_long
+        self.train, self.max_tokens, self.too_long = train, max_tokens, too_long
 
     def fit(self, conversation: Conversation) -> Fitted:
         """The conversation as it is trained on.
@@ -89,7 +92,7 @@ class Fitting:
             RowError: it gives no sample; the fault is a `Drop` or a `TemplateFault`.
         """
         fitted = self._encoded(conversation.turns)
-        limit = self._max_tokens
+        limit = self.max_tokens
         if limit is not None and len(fitted.encoded) > limit:
             fitted = self._cut(conversation, len(fitted.encoded), limit)
         if not fitted.encoded.trained.any():
@@ -99,7 +102,7 @@ class Fitting:
     def _cut(self, conversation: Conversation, length: int, limit: int) -> Fitted:
         """The longest beginning that ends with an answer and has at most `limit` tokens."""
         fault = RowError(Drop.TOO_LONG, f"{length:,} tokens, and at most {limit:,} are taken")
-        if self._too_long is TooLong.DROP:
+        if self.too_long is TooLong.DROP:
             raise fault
         turns = conversation.turns
         ends = [at + 1 for at, turn in enumerate(turns) if turn.role is Role.ASSISTANT]
@@ -116,8 +119,15 @@ class Fitting:
         return found
 
     def _encoded(self, turns: Sequence[Turn]) -> Fitted:
-        if self._train is Train.LAST_TURN:
+        if self.train is Train.LAST_TURN:
             turns = [*(replace(turn, trained=False) for turn in turns[:-1]), turns[-1]]
         left = Conversation(tuple(turns))
-        encoded = encode(left, self.template, self.tokenizer)
+        encoded = _ended(encode(left, self.template, self.tokenizer), self.tokenizer.eod_id)
         return Fitted(left, encoded, len(encoded))
+
+
+def _ended(encoded: Encoded, end: int) -> Encoded:
+    """The tokens of a document, which ends with the id `end`."""
+    if encoded.ids[-1] == end:
+        return encoded
+    return Encoded(np.append(encoded.ids, np.int32(end)), np.append(encoded.trained, False))

@@ -93,6 +93,12 @@ class Options(Config):
     max_document_bytes: int
     encoding: str | None = None
     """Encoding of text, JSON and CSV; null for UTF-8."""
+    train: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Answers of conversations that are trained; for conversations only, as are the two keys below."""
+    max_tokens: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Largest number of tokens of a conversation."""
+    too_long: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """What became of longer conversations."""
 
 
 class Rejected(Config):

@@ -39,6 +39,7 @@ def test_runs_tell_trained_tokens_and_control_tokens_from_text(tmp_path: Path) -
         Run("二\n", Kind.TEXT, True),
         Run("<|im_end|>", Kind.CONTROL, True),
         Run("\n", Kind.TEXT, False),
+        Run("<|endoftext|>", Kind.CONTROL, False),
     ]
     assert last[1].text == "user\n\\x1b[31m红\\u202e"
     assert "row 1: " in found.shown[0].describe()
