@@ -1,11 +1,13 @@
 """Small indexes without a tokenizer, for tests of the code that reads indexes."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from megazh.conversation.template import CHATML
 from megazh.index.metadata import Metadata, Options, Rejected, TokenizerInfo
 from megazh.index.writer import IndexWriter
 
@@ -76,3 +78,10 @@ def random_documents(seed: int, count: int, longest: int = 60) -> list[list[int]
     """Documents of 2 to `longest` random ids. The last id of each is the end id, which occurs nowhere else."""
     random = np.random.default_rng(seed)
     return [[*random.integers(EOD + 1, VOCAB, random.integers(1, longest)).tolist(), EOD] for _ in range(count)]
+
+
+def set_template(prefix: Path, jinja: str = CHATML) -> None:
+    """Record a chat template in the description of an index."""
+    path = Path(f"{prefix}.json")
+    template = {"name": "chatml", "jinja": jinja, "stop": "<|im_end|>"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "template": template}))

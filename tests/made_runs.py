@@ -8,6 +8,7 @@ import torch
 import yaml
 from recipes import in_sections
 
+from megazh.index.metadata import TemplateInfo
 from megazh.model.decoder import Decoder
 from megazh.pipeline.precision import Dtype
 from megazh.pipeline.state import WEIGHT, Piece
@@ -52,11 +53,17 @@ def write_recipe(path: Path, manifest: Path | None = None, **changes: Any) -> Pa
     return path
 
 
-def make_run(path: Path, recipe: Path, step: int = 6, dtype: torch.dtype = torch.float32) -> RunFolder:
+def make_run(
+    path: Path,
+    recipe: Path,
+    step: int = 6,
+    dtype: torch.dtype = torch.float32,
+    template: TemplateInfo | None = None,
+) -> RunFolder:
     """Make the run folder `path` of one stage, with a checkpoint of `step` that lacks only the optimizer state."""
     run, values = RunFolder(path), load_recipe(recipe)
     run.begin(values.to_yaml(), values.open_mixture())
-    add_checkpoint(run, values, step, dtype)
+    add_checkpoint(run, values, step, dtype, template)
     return run
 
 
@@ -66,7 +73,13 @@ def unpadded(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, weight.detach()[: getattr(weight, "rows", len(weight))]
 
 
-def add_checkpoint(run: RunFolder, recipe: Recipe, step: int, dtype: torch.dtype = torch.float32) -> Path:
+def add_checkpoint(
+    run: RunFolder,
+    recipe: Recipe,
+    step: int,
+    dtype: torch.dtype = torch.float32,
+    template: TemplateInfo | None = None,
+) -> Path:
     """Save a checkpoint of initial weights, different ones for each step; returns its path."""
     model = Decoder(recipe.model, seed=step).to(dtype)
     pieces = [
@@ -92,6 +105,7 @@ def add_checkpoint(run: RunFolder, recipe: Recipe, step: int, dtype: torch.dtype
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         data=run.info().data or {},
         versions={},
+        template=template,
         complete=step >= recipe.total_steps,
         files=written.files,
         tensors=written.tensors,

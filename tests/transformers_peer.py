@@ -66,7 +66,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """The answer to one question."""
     arguments = {name: value for name, value in question.items() if name != "what"}
     known: dict[str, Callable[..., dict[str, Any]]] = {
-        "ids": ids, "logits": logits, "generated": generated, "resaved": resaved, "made": made,
+        "ids": ids, "logits": logits, "generated": generated, "chatted": chatted, "resaved": resaved, "made": made,
     }  # fmt: skip
     return known[question["what"]](**arguments)
 
@@ -124,6 +124,28 @@ def generated(folder: str, prompt: str, count: int) -> dict[str, Any]:
         "tokens": found.shape[1] - inputs["input_ids"].shape[1],
         "eos": config.eos_token_id,
         "drawing": [config.do_sample, config.temperature, config.top_k, config.top_p],
+    }
+
+
+def chatted(folder: str, messages: list[dict[str, str]], count: int) -> dict[str, Any]:
+    """The ids of a prompt by the folder's chat template, and the greedy answer to it."""
+    import torch
+    from transformers import AutoTokenizer
+
+    model, tokenizer = _model(folder), AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    direct = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = torch.tensor([prompt])
+    drawing = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    found = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, **drawing)
+    answer = found[0, len(prompt) :].tolist()
+    return {
+        "prompt": prompt,
+        "direct": list(direct if isinstance(direct, list) else direct["input_ids"]),
+        "answer": answer,
+        "text": tokenizer.decode(answer, skip_special_tokens=True),
+        "eos": model.generation_config.eos_token_id,
     }
 
 

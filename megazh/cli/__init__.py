@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "what a recipe needs, and the best layout for it",
     "pretrain": "train a model through a pipeline of stages",
     "sample": "continue a text with a trained model",
+    "chat": "chat with a fine-tuned model",
     "checkpoint": "list, verify, prune and export the checkpoints of a run",
     "import": "check a Hugging Face folder, and make a checkpoint of it that runs can begin from",
     "export": "write a trained model as a Hugging Face folder",

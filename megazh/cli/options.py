@@ -7,11 +7,14 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from megazh.corpus.formats import Format
+from megazh.errors import UsageError
 
 if TYPE_CHECKING:
     from megazh.corpus.options import ReadOptions
+    from megazh.model.sampling import SamplingOptions
     from megazh.tokenizer.tokenizer import RankKind
 
+_SEEDS = 1 << 32
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 
@@ -142,3 +145,54 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
         help="most segments per sample, padding included (default: seq-len / 8, at least 16)",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="seed (default: the manifest's)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options for sampling tokens."""
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: 0.8)")
+    parser.add_argument(
+        "--top-k", type=int, default=50, metavar="K", help="draw among the K most likely tokens; 0: all (default: 50)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="draw among the most likely tokens of this total probability (default: 0.95)",
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)"
+    )
+    parser.add_argument(
+        "--additive-penalty",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="lower the logit of each token by A where it occurred; fades by --penalty-decay a token (default: 0)",
+    )
+    parser.add_argument(
+        "--penalty-decay", type=float, default=0.98, metavar="D", help="see --additive-penalty (default: 0.98)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same text (default: 0)")
+
+
+def sampling(options: argparse.Namespace) -> "SamplingOptions":
+    """The values of the options that `add_sampling` adds, but for the seed, which is checked here, too."""
+    from megazh.model.sampling import SamplingOptions
+
+    if not 0 <= options.seed < _SEEDS:
+        raise UsageError(f"--seed {options.seed}: expected a number from 0 to {_SEEDS - 1}")
+    return SamplingOptions(
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.repetition_penalty,
+        options.additive_penalty,
+        options.penalty_decay,
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the device of a model that writes text."""
+    parser.add_argument("--no-graphs", action="store_true", help="on CUDA, launch each kernel by itself (slower)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")

@@ -35,8 +35,23 @@ def template_for(tokenizer: Tokenizer, given: str = DEFAULT) -> Template:
     Raises:
         UsageError: as `load_template`; or the tokenizer lacks a control token that the template puts into text.
     """
+    return _checked(load_template(given, tokenizer.eod, _controls(tokenizer)), tokenizer)
+
+
+def recorded_template(tokenizer: Tokenizer, jinja: str, name: str, eos_token: str | None = None) -> Template:
+    """The template of a text that was recorded with a model; errors as of `template_for`.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        jinja: the template.
+        name: its name, for messages.
+        eos_token: value of `eos_token` in it. Default: the tokenizer's end of a document.
+    """
+    return _checked(Template(jinja, name, eos_token or tokenizer.eod, _controls(tokenizer)), tokenizer)
+
+
+def _checked(template: Template, tokenizer: Tokenizer) -> Template:
     known = _controls(tokenizer)
-    template = load_template(given, tokenizer.eod, known)
     missing = [token for token in template.controls if token not in known]
     if missing:
         raise UsageError(
@@ -75,6 +90,11 @@ def encode(conversation: Conversation, template: Template, tokenizer: Tokenizer,
         ids += found
         trained += [segment.trained] * len(found)
     return Encoded(np.array(ids, np.int32), np.array(trained, np.bool_))
+
+
+def stop_id(template: Template, tokenizer: Tokenizer) -> int:
+    """Id of the token that ends an answer. Arguments as of `encode`."""
+    return _controls(tokenizer)[template.stop]
 
 
 _SHORT = 32  # characters

@@ -26,10 +26,11 @@ def generation_config(tokenizer: Tokenizer, chat_end: str | None = None) -> dict
     """
     end: int | list[int] = tokenizer.eod_id
     if chat_end is not None:
-        turn = next((each for each in sorted(tokenizer.control_ids) if tokenizer.piece(each) == chat_end), None)
+        turn = tokenizer.control_id(chat_end)
         if turn is None:
             raise UsageError(f"{tokenizer.path}: has no control token {chat_end!r}, which would end a turn of a chat")
-        end = [turn, tokenizer.eod_id]
+        if turn != tokenizer.eod_id:
+            end = [turn, tokenizer.eod_id]
     return {
         "eos_token_id": end,
         "pad_token_id": tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id,

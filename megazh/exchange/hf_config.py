@@ -48,7 +48,7 @@ def hf_config(
     family: Family,
     trained_length: int,
     dtype: str,
-    eos_id: int | None,
+    eos_id: int | list[int] | None,
     pad_id: int | None,
     bos_id: int | None = None,
 ) -> dict[str, Any]:

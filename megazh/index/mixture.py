@@ -12,7 +12,7 @@ import numpy.typing as npt
 from megazh.errors import DataError, MegazhError, UsageError
 from megazh.index.fingerprint import Fingerprint, fingerprint_of
 from megazh.index.manifest import CorpusEntry, OnExhausted, exact, manifest_at
-from megazh.index.metadata import Metadata
+from megazh.index.metadata import Metadata, TemplateInfo
 from megazh.index.order import Blend, permuted, permuted_all, select_side, stream_key
 from megazh.index.packing import Packing, SampleTable, default_max_docs
 from megazh.index.reader import IndexedDataset
@@ -77,6 +77,8 @@ class Mixture:
         self.shape = SampleShape(seq_len, packing, max_docs or default_max_docs(seq_len), running_positions)
         self.corpora = [self._open(entry) for entry in self.manifest.corpora]
         self._check_tokenizers()
+        self.template = self._template()
+        """Chat template of the conversations among its documents; None where all are plain text."""
         self._check_sides()
         tokenizer = self.corpora[0].metadata.tokenizer
         self.padding_id = tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id
@@ -125,6 +127,16 @@ class Mixture:
                     f"from {first.metadata.tokenizer.fingerprint[:16]}… of corpus '{first.entry.name}'; index both "
                     "with the same tokenizer"
                 )
+
+    def _template(self) -> TemplateInfo | None:
+        chats = [corpus for corpus in self.corpora if corpus.metadata.template is not None]
+        for corpus in chats[1:]:
+            if corpus.metadata.template != chats[0].metadata.template:
+                raise UsageError(
+                    f"corpus '{corpus.entry.name}': its chat template differs from that of corpus "
+                    f"'{chats[0].entry.name}'; convert both with the same --template"
+                )
+        return chats[0].metadata.template if chats else None
 
     def _check_sides(self) -> None:
         seq_len = self.shape.seq_len

@@ -84,6 +84,10 @@ class Decoding:
         self._cache.clear(padding)
         return self.append([[*[0] * empty, *prompt] for empty, prompt in zip(padding, prompts, strict=True)])
 
+    def keep(self, count: int) -> None:
+        """Forget all but the first `count` tokens of each row. Raises as `KeyValueCache.keep`."""
+        self._cache.keep(count)
+
     @torch.no_grad()
     def append(self, tokens: Sequence[Sequence[int]] | torch.Tensor) -> torch.Tensor:
         """Feed the same number of tokens to each row, behind those before.

@@ -13,6 +13,8 @@ from megazh.model.sampling import Sampler, SamplingOptions, check_sampled
 Forward = Callable[[list[int]], torch.Tensor]
 """Function from the next tokens of a sequence to the logits that follow the last of them, (vocab,) fp32."""
 
+_LEAST = 512  # tokens that a `PrefixCache` has memory for
+
 
 def cached_forward(model: Decoder, capacity: int, graphs: bool | None = None) -> Forward:
     """Make a `Forward` that feeds one sequence to `model` piece by piece, with a cache for `capacity` tokens.
@@ -38,6 +40,46 @@ def uncached_forward(model: Decoder) -> Forward:
     return forward
 
 
+class PrefixCache:
+    """Feeds one text after another, as the prompts of a chat, and computes only what differs from the text before.
+
+    Args:
+        model: the model, in evaluation mode.
+        longest: largest number of tokens of a text. Memory is taken for as many as the longest text so far needs, up
+            to a power of two.
+        graphs: see `Decoding`.
+    """
+
+    def __init__(self, model: Decoder, longest: int, graphs: bool | None = None) -> None:
+        self._model, self._longest, self._graphs = model, longest, graphs
+        self._decoding: Decoding | None = None
+        self._capacity = 0
+        self._ids: list[int] = []
+
+    def forward(self, capacity: int) -> Forward:
+        """Make a `Forward` for another text of up to `capacity` tokens. It ends those that were made before."""
+        if capacity > self._capacity:
+            self._capacity = max(capacity, min(self._longest, max(_LEAST, 1 << (capacity - 1).bit_length())))
+            self._decoding, self._ids = Decoding(self._model, self._capacity, 1, self._graphs), []
+        decoding, begun = self._decoding, False
+        assert decoding is not None
+
+        def forward(tokens: list[int]) -> torch.Tensor:
+            nonlocal begun
+            if not begun:
+                begun = True
+                same = 0  # at most all tokens but the last, whose logits are asked for
+                while same < min(len(self._ids), len(tokens) - 1) and self._ids[same] == tokens[same]:
+                    same += 1
+                decoding.keep(same)
+                self._ids, tokens = self._ids[:same], tokens[same:]
+            logits = decoding.append([tokens])[0]
+            self._ids += tokens
+            return logits
+
+        return forward
+
+
 def generate(
     forward: Forward,
     prompt: Sequence[int],
@@ -57,7 +99,8 @@ def generate(
         count: largest number of tokens to generate.
         options: see `SamplingOptions`.
         tokenizer_size: see `Sampler`.
-        end_ids: token ids that end the text.
+        end_ids: token ids that end the text. Penalties leave them as they are: a chat would hardly end its answers
+            otherwise, since the prompt has the end of each earlier one.
         seed: seed of the random numbers.
 
     Raises:
@@ -67,7 +110,7 @@ def generate(
     new = list(prompt)
     if not new:
         raise UsageError("the prompt is empty: give at least one character")
-    sampler = Sampler(options, [new], tokenizer_size, [seed])
+    sampler = Sampler(options, [_without(new, end_ids)], tokenizer_size, [seed])
     for _ in range(count):
         token = int(sampler(forward(new)[None]))
         check_sampled([token])
@@ -103,7 +146,7 @@ def generate_batch(
         DataError: the logits are not finite.
     """
     decoding = Decoding(model, max(map(len, prompts)) + count, len(prompts), graphs)
-    sampler = Sampler(options, prompts, tokenizer_size, seeds)
+    sampler = Sampler(options, [_without(prompt, end_ids) for prompt in prompts], tokenizer_size, seeds)
     texts: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts))) if count else set()
     logits = decoding.begin(prompts)
@@ -121,3 +164,7 @@ def generate_batch(
         if running:
             logits = decoding.append(tokens.clamp(min=0)[:, None])
     return texts
+
+
+def _without(ids: Sequence[int], left_out: Collection[int]) -> list[int]:
+    return [each for each in ids if each not in left_out]

@@ -46,6 +46,16 @@ class KeyValueCache:
         self.length = 0
         self._padding = torch.tensor(padding, device=self._device) if padding and any(padding) else None
 
+    def keep(self, count: int) -> None:
+        """Forget all but the first `count` tokens of each row; the memory stays.
+
+        Raises:
+            ValueError: there are fewer, or rows are padded.
+        """
+        if self.padded or not 0 <= count <= self.length:
+            raise ValueError(f"keep {count} of {self.length} tokens, padded: {self.padded}")
+        self.length = count
+
     @property
     def padded(self) -> bool:
         """Whether a row has empty slots."""

@@ -68,7 +68,7 @@ class Sampler:
         if options.additive_penalty:
             self._penalty = torch.zeros(len(prompts), tokenizer_size)
             for row, prompt in enumerate(prompts):
-                ids = torch.tensor(prompt)
+                ids = torch.tensor(prompt, dtype=torch.long)
                 amounts = options.additive_penalty * options.penalty_decay ** torch.arange(len(ids) - 1, -1, -1).float()
                 inside = ids < tokenizer_size
                 self._penalty[row].index_add_(0, ids[inside], amounts[inside])

@@ -67,6 +67,10 @@ class Tokenizer:
         """Readable form of one token; bytes that are not UTF-8 are written as `\\xNN`."""
         raise NotImplementedError
 
+    def control_id(self, token: str) -> int | None:
+        """Id of a control token by its text; None where there is no such token."""
+        return next((each for each in sorted(self.control_ids) if self.piece(each) == token), None)
+
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that a token stands for in a text; b"" for control tokens, the unknown token and ids without a token.
 

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from megazh.config import Config, from_mapping
 from megazh.errors import DataError, UsageError
+from megazh.index.metadata import TemplateInfo
 
 MANIFEST = "manifest.json"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
@@ -91,6 +92,8 @@ class CheckpointManifest(Config):
     data: dict[str, str]
     """Fingerprint of the data (see `megazh.index.fingerprint`)."""
     versions: dict[str, str]
+    template: TemplateInfo | None = None
+    """Chat template of the data; None where that is plain text."""
     complete: bool = False
     """Whether the run has validated and sampled after its last step, and is done."""
     files: list[FileEntry] = Field(default_factory=list)

@@ -142,8 +142,11 @@ def _write_descriptions(folder: Path, source: ModelSource, family: Family, dtype
         ids = {name: before.get(name) for name in ids}
     elif source.run is not None:
         tokenizer = source.run.tokenizer()
-        write_tokenizer_files(tokenizer, folder, family, source.trained_length)
-        generation = generation_config(tokenizer)
+        template = source.manifest.template
+        write_tokenizer_files(
+            tokenizer, folder, family, source.trained_length, None if template is None else template.jinja
+        )
+        generation = generation_config(tokenizer, None if template is None else template.stop)
         write_atomic(folder / GENERATION, (json.dumps(generation, indent=2) + "\n").encode())
         ids |= {name: generation.get(name) for name in ids}
     values = hf_config(

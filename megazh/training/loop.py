@@ -424,6 +424,7 @@ class Trainer:
             recipe=recipe.model_dump(mode="json", exclude_none=True),
             data=self._mixture.fingerprint,
             versions={},
+            template=self._mixture.template,
         )
         self._save_is_due = False
         if wait:

@@ -7,6 +7,7 @@ import yaml
 
 from megazh import __version__
 from megazh.exchange.families import Family
+from megazh.index.metadata import TemplateInfo
 from megazh.model.counts import parameter_counts
 from megazh.pipeline.precision import Dtype
 from megazh.run.folder import RunInfo
@@ -38,7 +39,9 @@ def model_card(source: ModelSource, family: Family, dtype: Dtype, name: str) -> 
         parts.append(_losses(read_metrics(source.run.path), source.manifest.step))
     if info is not None:
         parts += [_data(info), _versions(info)]
-    return "\n".join(line for part in [*parts, _loading(name)] for line in part)
+    template = source.manifest.template
+    loading = _loading(name) if template is None else _chatting(name, template)
+    return "\n".join(line for part in [*parts, loading] for line in part)
 
 
 def _head(source: ModelSource, family: Family, dtype: Dtype, name: str) -> Iterator[str]:
@@ -126,11 +129,7 @@ def _versions(info: RunInfo) -> Iterator[str]:
 
 
 def _loading(name: str) -> Iterator[str]:
-    yield from ("## How to load", "", "```python")
-    yield from ("from transformers import AutoModelForCausalLM, AutoTokenizer", "")
-    yield f'folder = "{name}"'
-    yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
-    yield 'model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")'
+    yield from _opening(name)
     yield 'inputs = tokenizer("从前，", return_tensors="pt")'
     yield "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=80)[0], skip_special_tokens=True))"
     yield from (
@@ -139,6 +138,30 @@ def _loading(name: str) -> Iterator[str]:
         "The model was trained on text without a token in front of it; each document ends with one.",
         "",
     )
+
+
+def _chatting(name: str, template: TemplateInfo) -> Iterator[str]:
+    yield from _opening(name)
+    yield 'messages = [{"role": "user", "content": "你好"}]'
+    yield "inputs = tokenizer.apply_chat_template("
+    yield '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True'
+    yield ")"
+    yield 'answer = model.generate(**inputs, max_new_tokens=80)[0, inputs["input_ids"].shape[1] :]'
+    yield "print(tokenizer.decode(answer, skip_special_tokens=True))"
+    yield from (
+        "```",
+        "",
+        f"The model was trained on conversations in the template {template.name}; answers end with `{template.stop}`.",
+        "",
+    )
+
+
+def _opening(name: str) -> Iterator[str]:
+    yield from ("## How to load", "", "```python")
+    yield from ("from transformers import AutoModelForCausalLM, AutoTokenizer", "")
+    yield f'folder = "{name}"'
+    yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
+    yield 'model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")'
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from megazh.model.generate import cached_forward, generate, uncached_forward
 from megazh.model.sampling import SamplingOptions
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import TextStream
-from megazh.training.model_source import find_model
+from megazh.training.model_source import ModelSource, find_model
 from megazh.training.weights import load_decoder
 
 
@@ -85,10 +85,16 @@ def open_model(path: Path, checkpoint: str | None = None, device: str | None = N
         UsageError: no model, no such checkpoint, no tokenizer, or no usable GPU.
         DataError: a file is damaged.
     """
-    source = find_model(path, checkpoint)
+    return open_source(find_model(path, checkpoint), device)
+
+
+def open_source(source: ModelSource, device: str | None = None) -> TextModel:
+    """Open a model that was found. Arguments and errors as of `open_model`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch can use no GPU here; leave it out, or give --device cpu")
     tokenizer = source.tokenizer()
     ends = None if source.run is not None or source.hf_files is None else end_ids(source.hf_files)
+    if (template := source.manifest.template) is not None:
+        ends = frozenset(id for id in (tokenizer.control_id(template.stop), tokenizer.eod_id) if id is not None)
     return TextModel(load_decoder(source, torch.device(device)), tokenizer, source.trained_length, ends)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from indexes import random_documents, write_index
+from indexes import random_documents, set_template, write_index
 
 from megazh.errors import DataError, UsageError
 from megazh.index.mixture import Mixture
@@ -41,6 +41,18 @@ def _manifest(folder: Path, corpora: str, head: str = "seed: 3") -> Path:
 
 
 TWO = "  - {name: a, prefix: a, weight: 0.75}\n  - {name: b, prefix: b, weight: 0.25}\n"
+
+
+def test_the_template_of_the_conversations_among_the_documents(folder: Path) -> None:
+    manifest = _manifest(folder, TWO)
+    assert Mixture(manifest, SEQ).template is None
+    set_template(folder / "b", "one")
+    template = Mixture(manifest, SEQ).template
+    assert template is not None
+    assert (template.jinja, template.stop) == ("one", "<|im_end|>")
+    set_template(folder / "a", "other")
+    with pytest.raises(UsageError, match="corpus 'b': its chat template differs from that of corpus 'a'; convert both"):
+        Mixture(manifest, SEQ)
 
 
 @pytest.mark.parametrize("packing", list(Packing))

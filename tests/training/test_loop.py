@@ -1,6 +1,7 @@
 """The training loop: its records and checkpoints, an interrupt during the start, and losses that are not finite."""
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from indexes import set_template
 from processes import run_command, start_command, wait_until
 from recipes import MODEL, in_sections
 
@@ -77,8 +79,11 @@ def test_ctrl_c_while_starting_ends_the_run_before_it_begins(stories: Path, tmp_
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_run_tells_every_step_and_does_what_is_due(stories: Path, tmp_path: Path) -> None:
+    chats = shutil.copytree(stories.parent, tmp_path / "chats") / stories.name
+    for path in chats.parent.glob("*.bin"):
+        set_template(path.with_suffix(""))
     printed, records = train(
-        stories, tmp_path, validate_every=2, sample_every=4, sample_prompts=["从前", "小狗"], checkpoint_every=3
+        chats, tmp_path, validate_every=2, sample_every=4, sample_prompts=["从前", "小狗"], checkpoint_every=3
     )
     steps = [record for record in records if record["kind"] == "step"]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5]
@@ -91,8 +96,10 @@ def test_a_run_tells_every_step_and_does_what_is_due(stories: Path, tmp_path: Pa
     assert [record["step"] for record in records if record["kind"] == "validation"] == [0, 2, 4, 5]
     samples = [(record["step"], record["prompt"]) for record in records if record["kind"] == "sample"]
     assert samples == [(4, "从前"), (4, "小狗"), (5, "从前"), (5, "小狗")]
-    names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
-    assert names == ["step_00000003", "step_00000005"]
+    checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in checkpoints] == ["step_00000003", "step_00000005"]
+    templates = [read_manifest(path).template for path in checkpoints]
+    assert [template.stop for template in templates if template] == ["<|im_end|>"] * 2
     for line in ("first step after", "step 1/5", "validation after step 0", "step_00000005"):
         assert line in printed
 

@@ -11,7 +11,7 @@ from megazh.tokenizer import Tokenizer
 from megazh.training.recipe import Recipe
 
 
-def write_folder(folder: Path, recipe: Recipe, tokenizer: Tokenizer, dtype: str) -> None:
+def write_folder(folder: Path, recipe: Recipe, tokenizer: Tokenizer, dtype: str, chat_end: str | None = None) -> None:
     """Write `config.json` and `generation_config.json`. `megazh export` writes the tokenizer as well.
 
     Args:
@@ -19,11 +19,12 @@ def write_folder(folder: Path, recipe: Recipe, tokenizer: Tokenizer, dtype: str)
         recipe: the recipe.
         tokenizer: the run's tokenizer.
         dtype: torch's name of the weights' dtype, such as `bfloat16`.
+        chat_end: see `generation_config`.
 
     Raises:
         WriteError: a file cannot be written.
     """
-    generation = generation_config(tokenizer)
+    generation = generation_config(tokenizer, chat_end)
     eos, pad = generation["eos_token_id"], generation["pad_token_id"]
     values = hf_config(recipe.model, choose_family(recipe.model), recipe.batch.seq_len, dtype, eos, pad)
     write_atomic(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())

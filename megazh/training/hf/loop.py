@@ -321,6 +321,7 @@ class HfRun(TrainerCallback):
             recipe=recipe.model_dump(mode="json", exclude_none=True),
             data=self._mixture.fingerprint,
             versions={},
+            template=self._mixture.template,
         )
         if wait:
             self._saver.save(manifest)
@@ -336,7 +337,8 @@ class HfRun(TrainerCallback):
     def _complete_folder(self, folder: Path) -> None:
         """Make a checkpoint a folder that transformers reads; called in a thread of rank 0."""
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
-        write_folder(folder, self._recipe, self._tokenizer, dtype)
+        template = self._mixture.template
+        write_folder(folder, self._recipe, self._tokenizer, dtype, template.stop if template else None)
 
     def _retain(self, saved: Path) -> list[str]:
         """Remove the checkpoints that are no longer to be kept; called in a thread of rank 0."""

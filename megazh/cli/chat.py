@@ -1,0 +1,69 @@
+"""`megazh chat`: a conversation with a fine-tuned model, in the terminal, through a pipe, or in a browser."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megazh.cli.options import Subparsers, add_command, add_device, add_sampling, count, sampling
+
+EXAMPLES = """examples:
+  megazh chat runs/demo-sft
+  megazh chat runs/demo-sft --temperature 0 --system '你是一个乐于助人的助手。'
+  echo '小兔子叫什么名字？' | megazh chat runs/demo-sft       a message a line, without history of another start
+  megazh chat models/Qwen1.5-0.5B-Chat --repetition-penalty 1.1
+  megazh chat runs/demo --template chatml              a base model, asked as if it had been trained on chats
+
+In the terminal, /help lists commands. Ctrl-C interrupts an answer, Ctrl-D ends the chat."""
+
+
+def add_to(commands: Subparsers) -> None:
+    """Add `chat`."""
+    parser = add_command(commands, "chat", "chat with a fine-tuned model", EXAMPLES)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="run, checkpoint, imported or Hugging Face folder")
+    parser.add_argument(
+        "--checkpoint", metavar="NAME", help="one of RUN/checkpoints, or its path (default: the newest)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system turn, before all others (default: none)")
+    parser.add_argument(
+        "--template",
+        metavar="NAME",
+        help="chatml, human-assistant, or a jinja file (default: the one that the model was trained with)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=count,
+        default=512,
+        metavar="N",
+        help="largest number of tokens of an answer (default: 512)",
+    )
+    parser.add_argument(
+        "--context",
+        type=count,
+        metavar="N",
+        help="tokens that the model sees at a time; older turns are forgotten (default: those of a training sample)",
+    )
+    add_sampling(parser)
+    add_device(parser)
+    parser.set_defaults(call=_chat)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from megazh.cli.chat_terminal import TerminalChat, chat_by_lines
+    from megazh.finetune.chat import Chat, ChatModel, ChatOptions
+    from megazh.training.chat_template import find_template
+    from megazh.training.model_source import find_model
+    from megazh.training.text_model import open_source
+
+    answers = ChatOptions(sampling(options), options.max_tokens, options.seed)
+    source = find_model(options.model, options.checkpoint)
+    template = find_template(source, options.template)
+    for warning in template.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    graphs = False if options.no_graphs else None
+    model = ChatModel(open_source(source, options.device), template, options.context, graphs)
+    chat = Chat(model, options.system)
+    title = f"{source.path}: template {template.name}, {model.context:,} tokens of context"
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        TerminalChat(chat, answers).run(title)
+    else:
+        chat_by_lines(chat, answers)

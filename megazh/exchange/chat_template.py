@@ -1,0 +1,63 @@
+"""The chat template of a Hugging Face folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megazh.errors import DataError
+from megazh.exchange.tokenizer_files import TEMPLATE, TOKENIZER_CONFIG
+
+_DEFAULT = "default"
+"""Name of the template that is used, where there are several."""
+
+
+@dataclass(frozen=True)
+class HfTemplate:
+    """A template, and what it calls the end of a text."""
+
+    jinja: str
+    eos_token: str | None
+    """None where `tokenizer_config.json` names none."""
+
+
+def read_chat_template(folder: Path) -> HfTemplate | None:
+    """The template in `chat_template.jinja`, else in `tokenizer_config.json`; None where neither has one.
+
+    transformers reads both, in this order, and of several templates by name the one called `default`.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    config = _config(folder / TOKENIZER_CONFIG)
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    jinja = config.get("chat_template")
+    if isinstance(jinja, list):
+        named = {each.get("name"): each.get("template") for each in jinja if isinstance(each, dict)}
+        jinja = named.get(_DEFAULT)
+    file = folder / TEMPLATE
+    try:
+        jinja = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        file = folder / TOKENIZER_CONFIG
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: damaged: {error}") from None
+    if jinja is None:
+        return None
+    for name, value in (("chat_template", jinja), ("eos_token", eos)):
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{file}: {name}: expected text, found {value!r}")
+    return HfTemplate(jinja, eos)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged: {error}") from None
+    return values
