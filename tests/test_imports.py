@@ -23,6 +23,7 @@ ORDER = [
     ["training"],
     ["prefs"],
     ["finetune"],
+    ["evaluation"],
     ["cluster"],
     ["cli"],
 ]

@@ -30,6 +30,7 @@ COMMANDS = {
     "pack": "how documents become samples: numbers, and a picture of one",
     "prefs": "preference data for DPO, converted or generated with a model",
     "sft": "data for supervised fine-tuning: convert it, look at it",
+    "eval": "what a trained model can do with long texts",
     "stories": "write Chinese micro-stories made from a seed: a small corpus to try everything with",
     "rank": "one rank of a run (pretrain starts them)",
 }

@@ -1,0 +1,1 @@
+"""Evaluation of trained models beside the validation loss: a hidden passkey, and the loss by position."""
