@@ -23,6 +23,7 @@ from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import decode_whole
 from megazh.training.feed import ValidationFeed
 from megazh.training.layout import Layout
+from megazh.training.prompting import Prompting
 
 SAMPLING = SamplingOptions(temperature=0.7, top_k=50, top_p=0.95)
 """Sampling options of continuations during training."""
@@ -133,18 +134,18 @@ def count_bytes(samples: ValidationSamples, numbers: Sequence[int], tokenizer: T
 
 def sample_text(
     engine: Any,
-    tokenizer: Tokenizer,
+    prompting: Prompting,
     prompt: str,
     count: int,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> str | None:
-    """Sample a continuation of `prompt`, at most `count` tokens long. All ranks call it and get the same text.
+    """Sample a continuation of `prompt`, or an answer, up to `count` tokens. All ranks call it and get the same.
 
     Args:
         engine: the engine.
-        tokenizer: the tokenizer of the run.
-        prompt: text to continue.
+        prompting: makes the ids of the prompt.
+        prompt: text to continue, or question to answer.
         count: largest number of tokens.
         seed: seed of the random draws.
         stop: whether this rank was requested to stop; the stages of a replica agree on it every few tokens.
@@ -155,13 +156,13 @@ def sample_text(
     Raises:
         DataError: the logits are not finite.
     """
-    ids = tokenizer.encode(prompt)
+    ids, tokenizer = prompting.ids(prompt), prompting.tokenizer
     module = engine.module
     module.eval()
     try:
         forward = pipeline_forward(module, len(ids) + count)
         tokens: list[int] = []
-        for token in generate(forward, ids, count, SAMPLING, tokenizer.vocab_size, {tokenizer.eod_id}, seed):
+        for token in generate(forward, ids, count, SAMPLING, tokenizer.vocab_size, prompting.end_ids, seed):
             tokens.append(token)
             if len(tokens) % _TOKENS_PER_POLL == 0 and _agree_in_replica(module, stop()):
                 return None

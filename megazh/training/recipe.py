@@ -255,8 +255,8 @@ class CheckpointConfig(Config):
     """Checkpoint of this run to resume from: auto, the newest that is whole; never, refuse where there is any; or the
     path of one, such as step_00001000. Later ones get another name then."""
     initial_checkpoint: str | None = None
-    """Path of a checkpoint of another run, of an imported folder or of a Hugging Face folder, whose weights this run
-    begins with: continued pretraining. The optimizer starts clean, at step 0. Default: random weights."""
+    """Path of another run (its newest checkpoint is taken), of a checkpoint, of an imported folder or of a Hugging Face
+    folder, whose weights this run begins with. The optimizer starts clean, at step 0. Default: random weights."""
     keep_last: Annotated[Every, MAY_CHANGE] = 3
     """Number of newest checkpoints that are kept; 0: all are kept."""
     keep_every: Annotated[Every, MAY_CHANGE] = 0
@@ -275,9 +275,10 @@ class EvaluationConfig(Config):
     sample_every: Annotated[Every, MAY_CHANGE] = 0
     """Steps between sampled continuations; 0: only at the end."""
     sample_prompts: Annotated[list[str], MAY_CHANGE] = Field(default_factory=lambda: ["从前，"])
-    """Prompts that the model continues."""
+    """Prompts that the model continues. Where the data are conversations: questions that it answers, put by their
+    template."""
     sample_tokens: Annotated[Count, MAY_CHANGE] = 64
-    """Largest number of tokens in a sampled continuation."""
+    """Largest number of tokens in a sampled continuation or answer."""
 
 
 class LoggingConfig(Config):

@@ -14,6 +14,7 @@ from recipes import make_recipe
 
 from megazh.model.backend import Backend
 from megazh.training.layout import make_layout
+from megazh.training.prompting import Prompting
 from megazh.training.recipe import Recipe
 
 LIMITS = [None, 7]
@@ -54,7 +55,7 @@ def evaluate(recipe: Recipe, stages: int) -> dict[str, Any]:
             found["validations"].append((validator.samples, validation.loss, validation.bits_per_byte))
     for seed in (1, 1, 2):
         module.train()
-        found["texts"].append(sample_text(engine, tokenizer, PROMPT, TOKENS, seed))
+        found["texts"].append(sample_text(engine, Prompting(tokenizer), PROMPT, TOKENS, seed))
         assert module.training, "dropout is on again for training"
     return found
 

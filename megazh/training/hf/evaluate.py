@@ -16,6 +16,7 @@ from megazh.training.evaluate import SAMPLING, Validation, count_bytes
 from megazh.training.feed import ValidationFeed
 from megazh.training.hf.model import PackedModel
 from megazh.training.layout import Layout
+from megazh.training.prompting import Prompting
 
 _POLL_SECONDS, _LOG_SECONDS = 2.0, 30.0
 _TOKENS_PER_POLL = 8
@@ -76,15 +77,15 @@ def _piece(done: int, seconds: float, device: torch.device) -> int:
 
 
 def sample_text(
-    model: PackedModel, tokenizer: Tokenizer, prompt: str, count: int, seed: int, stop: Callable[[], bool]
+    model: PackedModel, prompting: Prompting, prompt: str, count: int, seed: int, stop: Callable[[], bool]
 ) -> str | None:
     """Sample a continuation; see `megazh.training.evaluate.sample_text`. Ranks draw for themselves."""
-    ids = tokenizer.encode(prompt)
+    ids, tokenizer = prompting.ids(prompt), prompting.tokenizer
     model.eval()
     try:
         tokens: list[int] = []
         forward = model.generation(len(ids) + count)
-        for token in generate(forward, ids, count, SAMPLING, tokenizer.vocab_size, {tokenizer.eod_id}, seed):
+        for token in generate(forward, ids, count, SAMPLING, tokenizer.vocab_size, prompting.end_ids, seed):
             tokens.append(token)
             if len(tokens) % _TOKENS_PER_POLL == 0 and stop():
                 return None

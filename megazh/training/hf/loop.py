@@ -34,6 +34,7 @@ from megazh.training.hf.trainer import HfTrainer, trainer_arguments
 from megazh.training.layout import Layout, make_layout
 from megazh.training.loop import Interrupted, hash_seed
 from megazh.training.pace import Pace, due
+from megazh.training.prompting import Prompting
 from megazh.training.recipe import Device, Kernels, Recipe, Resume, run_recipe
 from megazh.training.resume import agree_on_checkpoint, agree_on_initial
 from megazh.training.retention import keep_rule, prune, validation_losses
@@ -79,6 +80,7 @@ class HfRun(TrainerCallback):
         self._mixture = recipe.open_mixture()
         run.check_data(self._mixture)  # on another machine or a moment later, the paths may lead to other data
         self._tokenizer = run.tokenizer()
+        self._prompting = Prompting(self._tokenizer, self._mixture.template)
         self._startup.done("data")
         self._run_id = run.info().run_id
         resume = recipe.checkpoint.resume
@@ -288,7 +290,7 @@ class HfRun(TrainerCallback):
             text: str | None = ""
             try:
                 text = sample_text(
-                    self._model, self._tokenizer, prompt, evaluation.sample_tokens, seed, lambda: self._stop.requested
+                    self._model, self._prompting, prompt, evaluation.sample_tokens, seed, lambda: self._stop.requested
                 )
             except DataError as error:  # logits that are not finite; the run has what it needs, and may recover
                 self.log(f"no sample after step {self._step}: {error}")
