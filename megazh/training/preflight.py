@@ -13,7 +13,7 @@ from pathlib import Path
 from megazh.errors import Collector, MegazhError, UsageError
 from megazh.run.folder import RunFolder
 from megazh.settings import COMMAND_LINE, Settings
-from megazh.training.checks import data, exported, fit, hf, initial, place, resume
+from megazh.training.checks import conversations, data, exported, fit, hf, initial, place, resume
 from megazh.training.job import Case, Devices, Job, Request
 from megazh.training.recipe import Device, Recipe, read_recipe
 from megazh.training.recipe_files import recipe_path
@@ -29,7 +29,8 @@ FIT: tuple[Check, ...] = (fit.length, fit.layout, fit.dtypes, fit.memory, export
 """The recipe works, and fits the devices."""
 
 DATA: tuple[Check, ...] = (
-    data.manifest, data.tokenizers, data.vocabulary, data.epochs, data.validation, exported.tokenizer,
+    data.manifest, data.tokenizers, data.vocabulary, data.epochs, data.validation, conversations.lengths,
+    exported.tokenizer,
 )  # fmt: skip
 """The data is there, and fits the model and the length of the run."""
 
