@@ -7,7 +7,7 @@ endian), the header in JSON with dtype, shape and place of each tensor, and the 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -47,9 +47,14 @@ class NamedTensor:
     """The numbers, flat and contiguous, on the CPU where they are to be written."""
 
 
-def header_of(tensors: Sequence[NamedTensor]) -> bytes:
-    """The beginning of a file of these tensors, in this order, up to their numbers."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def header_of(tensors: Sequence[NamedTensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The beginning of a file of these tensors, in this order, up to their numbers.
+
+    Args:
+        tensors: the tensors.
+        metadata: texts by key that the header holds as well.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     place = 0
     for tensor in tensors:
         end = place + tensor.values.nbytes
@@ -113,6 +118,10 @@ class TensorReader:
         """Dtype, as the format names it, and shape of each tensor, by name."""
         slices = {key: self._file.get_slice(key) for key in sorted(self._keys)}
         return {key: (found.get_dtype(), tuple(found.get_shape())) for key, found in slices.items()}
+
+    def metadata(self) -> dict[str, str]:
+        """The texts in the header, by key."""
+        return self._file.metadata() or {}
 
     def read(self, key: str, dtype: str, shape: Sequence[int], begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Read a range of a tensor.

@@ -7,7 +7,10 @@ from made_runs import unpadded
 from pieces import BLOCK, MadeOptimizer, made_manifest, write_pieces
 
 from megazh.model.decoder import Decoder
+from megazh.model.lora_config import LoraConfig
 from megazh.pipeline.state import MASTER, WEIGHT, Piece
+from megazh.training.checkpoint_list import read_manifest
+from megazh.training.saver import write_manifest
 
 
 def save_model(
@@ -45,6 +48,17 @@ def save_model(
         for replica in range(replicas)
     ]
     return write_pieces(folder, [rank.pieces_to_save() for rank in ranks], manifest)
+
+
+def save_lora(
+    folder: Path, model: Decoder, lora: LoraConfig, base: Path = Path("base"), precision: str = "fp32"
+) -> Path:
+    """Write a checkpoint as `save_model` does, of a LoRA run from `base`; returns its path."""
+    path = save_model(folder, model, precision=precision)
+    manifest = read_manifest(path)
+    recipe = {"lora": lora.model_dump(mode="json"), "checkpoint": {"initial_checkpoint": str(base)}}
+    write_manifest(path, manifest.model_copy(update={"recipe": {**manifest.recipe, **recipe}}))
+    return path
 
 
 def as_tensors(model: Decoder) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Writer of safetensors files whose tensors need not be in memory, and of the shards of a Hugging Face model."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,13 +48,19 @@ class WrittenFile:
     sha256: str
 
 
-def write_streamed(path: Path, tensors: Sequence[StreamedTensor], on_bytes: Callable[[int], None]) -> WrittenFile:
+def write_streamed(
+    path: Path,
+    tensors: Sequence[StreamedTensor],
+    on_bytes: Callable[[int], None],
+    metadata: Mapping[str, str] | None = None,
+) -> WrittenFile:
     """Write a file of tensors, one block of one tensor in memory at a time, flushed to disk.
 
     Args:
         path: the file.
         tensors: its tensors; those of wide dtypes first, so that each begins at a multiple of its width.
         on_bytes: called with the size of each block written.
+        metadata: texts by key for the header.
 
     Raises:
         ValueError: the blocks of a tensor are of another dtype, or not as many numbers as it has.
@@ -62,7 +68,7 @@ def write_streamed(path: Path, tensors: Sequence[StreamedTensor], on_bytes: Call
     """
     file = HashedFile(path)
     try:
-        file.write(header_of([tensor.named() for tensor in tensors]))
+        file.write(header_of([tensor.named() for tensor in tensors], metadata))
         for tensor in tensors:
             written = 0
             for block in tensor.blocks():

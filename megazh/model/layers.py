@@ -171,7 +171,8 @@ def make_layer(config: ModelConfig, number: int, seed: int | None, lora: LoraCon
         if lora is not None:
             if isinstance(layer, Block):
                 add_pairs(layer, config, lora, number - 1, seed)
-            freeze(layer, lora, number in (0, last + 1))
+            names = {0: "embedding", last + 1: "norm", last + 2: "head"}
+            freeze(layer, lora, names.get(number, "blocks"))
     return layer
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from megazh.model.config import ModelConfig
 from megazh.model.dropout import Dropout
-from megazh.model.lora_config import PART, LoraConfig, Place, places
+from megazh.model.lora_config import PART, LoraConfig, Place, places, trains_with_embedding
 from megazh.model.main_grad import product_gradient
 
 if TYPE_CHECKING:
@@ -113,14 +113,14 @@ def add_pairs(block: "Block", config: ModelConfig, lora: LoraConfig, number: int
         block.get_submodule(product).lora = Pairs(pairs)
 
 
-def freeze(layer: nn.Module, lora: LoraConfig, trains_with_embedding: bool) -> None:
+def freeze(layer: nn.Module, lora: LoraConfig, layer_name: str) -> None:
     """Freeze what LoRA does not train.
 
     Args:
         layer: a layer of the decoder.
         lora: the settings.
-        trains_with_embedding: whether the layer is the embedding or a norm, which `train_embed_norm` trains whole.
+        layer_name: name of the layer in `Decoder`: `embedding`, `blocks`, `norm` or `head`.
     """
     for name, parameter in layer.named_parameters():
-        is_norm = trains_with_embedding or "_norm." in name
-        parameter.requires_grad_(PART in name or (is_norm and lora.train_embed_norm))
+        whole = lora.train_embed_norm and trains_with_embedding(f"{layer_name}.{name}")
+        parameter.requires_grad_(PART in name or whole)

@@ -14,6 +14,11 @@ PART = ".lora."
 """Part of the names of all parameters of low-rank pairs, such as `blocks.3.attention.qkv_proj.lora.q.a`."""
 
 
+def trains_with_embedding(parameter: str) -> bool:
+    """Whether `train_embed_norm` trains a parameter of a `Decoder`, such as `blocks.3.mlp_norm.weight`."""
+    return parameter.startswith(("embedding.", "norm.")) or "_norm." in parameter
+
+
 class Target(StrEnum):
     """Matrices of a block that may have a low-rank pair, named as in Hugging Face models, without `_proj`."""
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,16 @@ def export_to_hf(source: ModelSource, target: Path, options: ExportOptions) -> E
     return Exported(family, dtype, size // dtype.bytes, size, len(files))
 
 
-def check_target(target: Path, force: bool) -> None:
+def check_target(
+    target: Path, force: bool, written: Collection[str] = _WRITTEN, needed: Collection[str] = (CONFIG, MODEL_CARD)
+) -> None:
     """Check that a folder can be made, or replaced: an empty one, or with `force` one that holds an export alone.
+
+    Args:
+        target: the folder.
+        force: whether it may be replaced.
+        written: names of what an export writes beside files of weights.
+        needed: those of them that every export has.
 
     Raises:
         UsageError: it is a file, holds something, or cannot be written.
@@ -108,8 +116,8 @@ def check_target(target: Path, force: bool) -> None:
     names = sorted(each.name for each in target.iterdir()) if target.exists() else []
     if names and not force:
         raise UsageError(f"{target}: holds {names[0]} already; give another folder, or replace it with --force")
-    whole = CONFIG in names and MODEL_CARD in names and any(name.endswith(_WEIGHTS) for name in names)
-    foreign = [name for name in names if name not in _WRITTEN and not name.endswith(_WEIGHTS)]
+    whole = {*needed} <= {*names} and any(name.endswith(_WEIGHTS) for name in names)
+    foreign = [name for name in names if name not in written and not name.endswith(_WEIGHTS)]
     if names and (foreign or not whole):
         raise UsageError(
             f"{target}: holds {(foreign or names)[0]}, and no export alone: --force does not replace it; give another "
@@ -127,8 +135,7 @@ def _streamed(reader: WeightReader, tensor: HfTensor, dtype: torch.dtype) -> Str
     row = math.prod(tensor.parameter_shape[1:])
 
     def blocks() -> Iterator[torch.Tensor]:
-        for block in reader.blocks(tensor.parameter, tensor.begin * row, tensor.end * row):
-            yield block.to(dtype)
+        yield from reader.blocks(tensor.parameter, tensor.begin * row, tensor.end * row, dtype)
 
     return StreamedTensor(tensor.name, tensor.shape, dtype, blocks)
 

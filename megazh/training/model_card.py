@@ -65,6 +65,10 @@ def _head(source: ModelSource, family: Family, dtype: Dtype, name: str) -> Itera
         ("context", f"{source.trained_length:,} tokens, the length of the samples that it was last trained on"),
         ("positions", f"rotary, {rope_text(model)}"),
     ]
+    if source.adapter is not None:
+        lora = source.manifest.recipe["lora"]
+        targets = ", ".join(lora["targets"])
+        rows.append(("adapter", f"merged: rank {lora['rank']} on {targets}; what follows is about the base alone"))
     yield from _table(("", ""), rows)
 
 
@@ -73,6 +77,9 @@ def _training(source: ModelSource) -> Iterator[str]:
     if not manifest.step:
         return  # weights that were imported, and not trained here
     recipe = {name: manifest.recipe[name] for name in _SECTIONS if name in manifest.recipe}
+    lora = manifest.recipe.get("lora", {})
+    if lora.get("rank") and source.adapter is None:
+        recipe["lora"] = lora
     yield from ("## Training", "")
     yield f"{manifest.step:,} optimizer steps, {manifest.samples:,} samples, {manifest.tokens:,} tokens."
     yield from ("", "```yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip(), "```", "")

@@ -37,6 +37,8 @@ class ModelSource:
     """Run that it belongs to, which holds its tokenizer; None for one that lies elsewhere."""
     hf_files: Path | None = None
     """Folder of the tokenizer files of a model that comes from a Hugging Face folder."""
+    adapter: Path | None = None
+    """File of the low-rank pairs that are merged into the weights as they are read."""
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer of the model.

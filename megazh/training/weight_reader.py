@@ -27,7 +27,7 @@ class WeightReader:
     """The weights of a checkpoint, open for reading.
 
     Args:
-        checkpoint: the checkpoint.
+        checkpoint: the checkpoint. Files that its manifest names by absolute paths may lie elsewhere.
         manifest: its manifest.
         kinds: kinds of tensors, of which the first is read that a parameter has.
 
@@ -61,42 +61,51 @@ class WeightReader:
             if fault := fault_of(self._checkpoint, entry, on_bytes):
                 raise DataError(f"{fault}; take another checkpoint")
 
-    def blocks(self, parameter: str, begin: int = 0, end: int | None = None) -> Iterator[torch.Tensor]:
+    def blocks(
+        self, parameter: str, begin: int = 0, end: int | None = None, dtype: torch.dtype | None = None
+    ) -> Iterator[torch.Tensor]:
         """Read a range of a parameter, counted in the flattened parameter; by default all of it.
 
+        Args:
+            parameter: its name.
+            begin, end: first number of the range, and the one behind its last.
+            dtype: dtype of the numbers. Default: that of the file.
+
         Yields:
-            1-D tensors on the CPU, one behind the other, in the dtype of the file.
+            1-D tensors on the CPU, one behind the other.
 
         Raises:
             DataError: the file holds something else than the manifest names.
         """
         end = math.prod(self._entry(parameter).shape) if end is None else end
+        dtype = dtype or self.dtype(parameter)
         if parameter not in self._pairs:
-            yield from self._stored(parameter, begin, end)
+            for stored in self.stored(parameter, begin, end):
+                yield stored.to(dtype)
             return
         width = self._entry(parameter).shape[1]
         rows = max(1, _BLOCK // width)
         for row in range(begin // width, -(-end // width), rows):
             last = min(row + rows, -(-end // width))
-            block = torch.cat(list(self._stored(parameter, row * width, last * width))).view(-1, width)
-            merged = self._merged(parameter, block, row).reshape(-1)
-            yield merged[max(0, begin - row * width) : end - row * width]
+            block = torch.cat(list(self.stored(parameter, row * width, last * width))).view(-1, width)
+            merged = self._merged(parameter, block.float(), row).reshape(-1)
+            yield merged[max(0, begin - row * width) : end - row * width].to(dtype)
 
     def _merged(self, parameter: str, block: torch.Tensor, first: int) -> torch.Tensor:
-        """Rows of a matrix from `first` on, with what its pairs add to them; computed in fp32."""
-        merged = block.float()
+        """Rows of a matrix from `first` on, in fp32, with what its pairs add to them."""
+        merged = block.clone()
         for name, begin, end, scale in self._pairs[parameter]:
             low, high = max(begin, first), min(end, first + len(block))
             if low < high:
                 a, b = (self._whole(f"{name}.{which}") for which in "ab")
                 merged[low - first : high - first] += scale * (b[low - begin : high - begin] @ a)
-        return merged.to(block.dtype)
+        return merged
 
     def _whole(self, parameter: str) -> torch.Tensor:
-        return torch.cat(list(self._stored(parameter))).view(self._entry(parameter).shape).float()
+        return torch.cat(list(self.stored(parameter))).view(self._entry(parameter).shape).float()
 
-    def _stored(self, parameter: str, begin: int = 0, end: int | None = None) -> Iterator[torch.Tensor]:
-        """A range of a parameter as the files hold it; see `blocks`."""
+    def stored(self, parameter: str, begin: int = 0, end: int | None = None) -> Iterator[torch.Tensor]:
+        """A range of a parameter as the files hold it, without its pairs; see `blocks`."""
         entry = self._entry(parameter)
         end = math.prod(entry.shape) if end is None else end
         for piece in sorted(entry.pieces, key=lambda piece: piece.begin):

@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 from megazh.model.lora_config import PART
 from megazh.pipeline.state import WEIGHT
 from megazh.run.metrics import read_metrics
+from megazh.training.adapter import export_adapter, with_adapter
 from megazh.training.checkpoint_list import checkpoint_path, list_checkpoints, read_manifest
+from megazh.training.model_source import find_model
 from megazh.training.weight_reader import WeightReader
+from megazh.training.weights import load_decoder
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -162,6 +165,10 @@ def test_a_lora_run_goes_on_in_another_layout(forks: ForkedRuns, stories: Path, 
     with_state = {parameter for parameter, kind in stored if kind != WEIGHT}
     assert with_state == {parameter for parameter, _ in stored if PART in parameter}, "frozen weights have no state"
     assert len(with_state) == 3 * 2 * 3
+    export_adapter(find_model(whole), tmp_path / "adapter")
+    merged = load_decoder(with_adapter(find_model(start), tmp_path / "adapter"), torch.device("cpu"))
+    trained = load_decoder(find_model(whole), torch.device("cpu"))
+    assert all(torch.equal(*pair) for pair in zip(merged.parameters(), trained.parameters(), strict=True))
     frozen = [{}, {}]
     for values, path in zip(frozen, (start, last), strict=True):
         with WeightReader(path, read_manifest(path), WEIGHT) as reader:

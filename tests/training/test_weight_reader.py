@@ -5,14 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from decoders import alone, logits, small
-from saved_models import save_model
+from saved_models import save_lora
 
 from megazh.model.decoder import Decoder
 from megazh.model.lora_config import PART, LoraConfig, Target
 from megazh.training import weight_reader
-from megazh.training.checkpoint_list import MANIFEST, CheckpointManifest, read_manifest
 from megazh.training.model_source import find_model
-from megazh.training.saver import write_manifest
 from megazh.training.weights import load_decoder
 
 
@@ -27,11 +25,7 @@ def test_a_loaded_model_computes_what_the_pairs_compute(
         for name, parameter in model.named_parameters():
             if name.endswith(".b"):
                 parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
-    path = save_model(tmp_path, model, precision="fp32")
-    manifest: CheckpointManifest = read_manifest(path)
-    recipe = {**manifest.recipe, "lora": settings.model_dump(mode="json")}
-    write_manifest(path, manifest.model_copy(update={"recipe": recipe}))
-    assert (path / MANIFEST).is_file()
+    path = save_lora(tmp_path, model, settings)
     loaded = load_decoder(find_model(path), torch.device("cpu"))
     assert not any(PART in name for name, _ in loaded.named_parameters())
     tokens = torch.randint(0, 97, (1, 24), generator=torch.Generator().manual_seed(2))
