@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the Python environment of this repository if it is not there yet, and print the path of its interpreter.
 #
-#   python=$(bash jobs/setup.sh [--dev] [--mpi] [--hf] [--bench])
+#   python=$(bash jobs/setup.sh [--dev] [--mpi] [--hf] [--web] [--bench])
 #
 # The first call makes .venv with the versions that requirements/*.txt pin; later calls find it complete and return. Each
 # installed part leaves a stamp: extras add up, a changed requirement file installs its part again, and an interrupted
@@ -27,9 +27,9 @@ main() {
     local extras=() option
     for option in "$@"; do
         case $option in
-            --dev | --mpi | --hf | --bench) extras+=("${option#--}") ;;
+            --dev | --mpi | --hf | --web | --bench) extras+=("${option#--}") ;;
             -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
-            *) fail 2 "unknown option $option; expected --dev, --mpi, --hf or --bench" ;;
+            *) fail 2 "unknown option $option; expected --dev, --mpi, --hf, --web or --bench" ;;
         esac
     done
     if [[ -n ${MEGAZH_PYTHON:-} ]]; then
@@ -169,6 +169,7 @@ use_own_python() {
             dev) modules+=(fastokens pytest pytest_timeout hypothesis ruff mypy megatron.core triton) ;;
             mpi) modules+=(mpi4py) ;;
             hf) modules+=(transformers accelerate) ;;
+            web) modules+=(gradio) ;;
             bench) modules+=(fastokens gigatoken datasets) ;;
         esac
     done

@@ -1,19 +1,27 @@
 """`megazh chat`: a conversation with a fine-tuned model, in the terminal, through a pipe, or in a browser."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megazh.cli.options import Subparsers, add_command, add_device, add_sampling, count, sampling
+
+if TYPE_CHECKING:
+    from megazh.finetune.chat import ChatModel, ChatOptions
 
 EXAMPLES = """examples:
   megazh chat runs/demo-sft
   megazh chat runs/demo-sft --temperature 0 --system '你是一个乐于助人的助手。'
   echo '小兔子叫什么名字？' | megazh chat runs/demo-sft       a message a line, without history of another start
   megazh chat models/Qwen1.5-0.5B-Chat --repetition-penalty 1.1
+  megazh chat runs/demo-sft --web                      a page on http://127.0.0.1:7860
   megazh chat runs/demo --template chatml              a base model, asked as if it had been trained on chats
 
 In the terminal, /help lists commands. Ctrl-C interrupts an answer, Ctrl-D ends the chat."""
+
+LOOPBACK = "127.0.0.1"
 
 
 def add_to(commands: Subparsers) -> None:
@@ -43,6 +51,14 @@ def add_to(commands: Subparsers) -> None:
         help="tokens that the model sees at a time; older turns are forgotten (default: those of a training sample)",
     )
     add_sampling(parser)
+    parser.add_argument("--web", action="store_true", help="serve a page for a browser (needs the extra 'web', gradio)")
+    parser.add_argument(
+        "--host",
+        default=LOOPBACK,
+        metavar="ADDRESS",
+        help=f"where --web listens (default: {LOOPBACK}, for this machine alone)",
+    )
+    parser.add_argument("--port", type=count, default=7860, metavar="N", help="port of --web (default: 7860)")
     add_device(parser)
     parser.set_defaults(call=_chat)
 
@@ -63,7 +79,21 @@ def _chat(options: argparse.Namespace) -> None:
     model = ChatModel(open_source(source, options.device), template, options.context, graphs)
     chat = Chat(model, options.system)
     title = f"{source.path}: template {template.name}, {model.context:,} tokens of context"
+    if options.web:
+        _serve(options, model, answers, title)
+        return
     if sys.stdin.isatty() and sys.stdout.isatty():
         TerminalChat(chat, answers).run(title)
     else:
         chat_by_lines(chat, answers)
+
+
+def _serve(options: argparse.Namespace, model: "ChatModel", answers: "ChatOptions", title: str) -> None:
+    from megazh.finetune.chat_page import serve
+
+    page = serve(model, answers, options.system, title, options.host, options.port)
+    print(f"{title}\n{page.url} (Ctrl-C ends)", flush=True)
+    if options.host != LOOPBACK:
+        print(f"warning: --host {options.host}: whoever reaches this machine can use the model", file=sys.stderr)
+    with contextlib.suppress(KeyboardInterrupt):
+        page.wait()

@@ -5,6 +5,8 @@ import json
 import os
 import sys
 import time
+import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -207,3 +209,20 @@ def test_refused_in_one_line(
     code, out, err = chat(capfd, monkeypatch, "你好\n", run, *words)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
+
+
+@pytest.mark.skipif(find_spec("gradio") is not None, reason="gradio is installed")
+def test_a_page_needs_gradio(run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = chat(capfd, monkeypatch, "", run, "--web")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--web needs gradio, which is not installed: install the extra 'web' (bash jobs/setup.sh --web)" in err
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed (bash jobs/setup.sh --web)")
+def test_a_page_is_served_until_ctrl_c(run: Path) -> None:
+    with started(run, "--web", "--port", "7874") as terminal:
+        terminal.expect("http://127.0.0.1:7874/ (Ctrl-C ends)")
+        with urllib.request.urlopen("http://127.0.0.1:7874/", timeout=30) as page:
+            assert "template chatml, 256 tokens of context" in page.read().decode()
+        terminal.type("\x03")
+        assert terminal.end() == 0
