@@ -88,7 +88,7 @@ def write_manifest(folder: Path, sets: "Sequence[Converted]", validation: float,
 
 def _salt(sets: "Sequence[Converted]", validation: float) -> str:
     """The empty salt, unless the conversations are so few that it leaves one of the sides empty."""
-    hashes = np.concatenate([np.array(each.hashes, np.uint64) for each in sets])
+    hashes = np.concatenate([part for each in sets for part in each.hashes])
     limit = np.uint64(int(exact(validation) * 2**64))
     for salt in ("", *(f"v{number}" for number in range(1, _SALTS))):
         kept = len(select_side(hashes, stream_key("validation", salt), limit, True))

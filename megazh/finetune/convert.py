@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import xxhash
 
@@ -69,8 +70,8 @@ class Converted:
     """Number of conversations with characters that the tokenizer does not know."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Conversations that are not in the index, by reason."""
-    hashes: list[int] = field(default_factory=list)
-    """Content hash of each conversation."""
+    hashes: list[npt.NDArray[np.uint64]] = field(default_factory=list)
+    """Content hashes of the conversations, in the order of the index; each array is of some of them."""
 
     def describe(self, folder: Path) -> Iterator[str]:
         """Lines for the person at the terminal; `folder` has the index."""
@@ -205,12 +206,12 @@ class _Conversion:
         """Append the conversations that wait."""
         if not self._waiting:
             return
-        hashes = [_hash(each.conversation) for each in self._waiting]
-        self._found.hashes += hashes
+        hashes = np.array([_hash(each.conversation) for each in self._waiting], np.uint64)
+        self._found.hashes.append(hashes)
         writer.append(
             np.concatenate([each.encoded.ids for each in self._waiting]).astype(writer.dtype),
             np.array([len(each.encoded) for each in self._waiting]),
-            np.array(hashes, np.uint64),
+            hashes,
             np.concatenate([each.encoded.trained for each in self._waiting]),
         )
         self._waiting.clear()
