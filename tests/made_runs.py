@@ -81,7 +81,7 @@ def add_checkpoint(
     template: TemplateInfo | None = None,
 ) -> Path:
     """Save a checkpoint of initial weights, different ones for each step; returns its path."""
-    model = Decoder(recipe.model, seed=step).to(dtype)
+    model = Decoder(recipe.model, seed=step, lora=recipe.low_rank).to(dtype)
     pieces = [
         Piece(name, WEIGHT, tuple(weight.shape), 0, weight.numel(), weight.reshape(-1))
         for name, weight in unpadded(model)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from megazh.config import Config, from_mapping
 from megazh.errors import DataError, UsageError
 from megazh.exchange.tensor_names import EMBEDDING, HEAD, hf_tensors
+from megazh.index.metadata import TemplateInfo
 from megazh.model.config import Count, ModelConfig
 from megazh.model.lora_config import PART, LoraConfig, places, trains_with_embedding
 from megazh.tensor_file import TensorReader
@@ -42,6 +43,8 @@ class AdapterInfo(Config):
     """Model of the run, whose positions may be others than the base's."""
     trained_length: Count
     """Tokens per sample that the adapter was trained on."""
+    template: TemplateInfo | None = None
+    """Chat template of its data; None where that is plain text."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from megazh.errors import DataError
 from megazh.exchange.tokenizer_files import TEMPLATE, TOKENIZER_CONFIG
+from megazh.files import write_atomic
 
 _DEFAULT = "default"
 """Name of the template that is used, where there are several."""
@@ -49,6 +50,13 @@ def read_chat_template(folder: Path) -> HfTemplate | None:
         if value is not None and not isinstance(value, str):
             raise DataError(f"{file}: {name}: expected text, found {value!r}")
     return HfTemplate(jinja, eos)
+
+
+def write_chat_template(folder: Path, jinja: str) -> None:
+    """Make a template that of a folder whose other files stay as they are. Raises DataError or WriteError."""
+    write_atomic(folder / TEMPLATE, jinja.encode())
+    config = {**_config(folder / TOKENIZER_CONFIG), "chat_template": jinja}
+    write_atomic(folder / TOKENIZER_CONFIG, (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode())
 
 
 def _config(path: Path) -> dict[str, Any]:

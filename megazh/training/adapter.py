@@ -96,7 +96,14 @@ def _info(source: ModelSource) -> AdapterInfo:
         base = str(recipe["checkpoint"]["initial_checkpoint"])
     except (KeyError, TypeError, UsageError) as error:
         raise DataError(f"{source.path / MANIFEST}: does not describe its low-rank pairs: {error}") from None
-    return AdapterInfo(base=base, fingerprint="", lora=lora, model=source.model, trained_length=source.trained_length)
+    return AdapterInfo(
+        base=base,
+        fingerprint="",
+        lora=lora,
+        model=source.model,
+        trained_length=source.trained_length,
+        template=source.manifest.template,
+    )
 
 
 def has_pairs(source: ModelSource) -> bool:
@@ -181,7 +188,8 @@ def with_adapter(base: ModelSource, path: Path) -> ModelSource:
     kept = [entry for entry in base.manifest.tensors if entry.parameter not in replaced]
     recipe = {**base.manifest.recipe, "lora": info.lora.model_dump(mode="json")}
     recipe["model"] = info.model.model_dump(mode="json", exclude_none=True)
-    manifest = base.manifest.model_copy(update={"recipe": recipe, "tensors": [*kept, *entries]})
+    template = info.template or base.manifest.template
+    manifest = base.manifest.model_copy(update={"recipe": recipe, "tensors": [*kept, *entries], "template": template})
     return replace(base, manifest=manifest, model=info.model, trained_length=info.trained_length, adapter=adapter.path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megazh.errors import UsageError
+from megazh.exchange.chat_template import write_chat_template
 from megazh.exchange.families import Family, choose_family
 from megazh.exchange.generation_config import GENERATION, generation_config
 from megazh.exchange.hf_config import CONFIG, hf_config, read_hf_config
@@ -143,17 +144,19 @@ def _streamed(reader: WeightReader, tensor: HfTensor, dtype: torch.dtype) -> Str
 def _write_descriptions(folder: Path, source: ModelSource, family: Family, dtype: Dtype) -> None:
     """Write the files beside the weights: those of a Hugging Face folder as they were there, else new ones."""
     ids: dict[str, Any] = {"eos_token_id": None, "pad_token_id": None, "bos_token_id": None}
+    template = source.manifest.template
     if source.hf_files is not None:
         copy_beside(source.hf_files, folder)
         before = read_hf_config(source.hf_files)
         ids = {name: before.get(name) for name in ids}
+        if template is not None:  # that of an adapter
+            write_chat_template(folder, template.jinja)
     elif source.run is not None:
-        tokenizer = source.run.tokenizer()
-        template = source.manifest.template
         write_tokenizer_files(
-            tokenizer, folder, family, source.trained_length, None if template is None else template.jinja
+            source.tokenizer(), folder, family, source.trained_length, None if template is None else template.jinja
         )
-        generation = generation_config(tokenizer, None if template is None else template.stop)
+    if source.run is not None or (source.hf_files is not None and template is not None):
+        generation = generation_config(source.tokenizer(), None if template is None else template.stop)
         write_atomic(folder / GENERATION, (json.dumps(generation, indent=2) + "\n").encode())
         ids |= {name: generation.get(name) for name in ids}
     values = hf_config(
