@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megazh.errors import MegazhError, SeveralErrors, UsageError
-from megazh.model.counts import Flops, parameter_counts
+from megazh.model.counts import Flops, parameter_counts, trained_counts
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
-from megazh.pipeline.memory import StageMemory, stage_parameters
+from megazh.pipeline.memory import StageMemory, stage_parameters, trained_parameters
 from megazh.pipeline.passes import makespan
 from megazh.pipeline.timing import remembered_seconds
 from megazh.pipeline.work import Work
@@ -15,6 +15,7 @@ from megazh.run.peaks import peak_flops
 from megazh.settings import Settings
 from megazh.training.checks import exported, fit
 from megazh.training.checks.place import space_of
+from megazh.training.describe import describe_trained
 from megazh.training.job import Case, Devices
 from megazh.training.layout import Layout
 from megazh.training.preflight import DATA, planned_case, preflight, warnings_of
@@ -174,7 +175,7 @@ def _estimate(
     split = work.defers_weight_gradients
     seconds = [costs.passes(begin, end, blocks, split) for begin, end in pairwise(bounds)]
     compute = makespan([(f / per_second, b / per_second, w / per_second) for f, b, w in seconds], layout.micro_batches)
-    largest = max(stage_parameters(recipe.model, begin, end) for begin, end in pairwise(bounds))
+    largest = max(trained_parameters(recipe.model, begin, end, work.lora) for begin, end in pairwise(bounds))
     communication_seconds = _bytes_moved(work, largest) / (assumed.bandwidth * 1e9)
     step_seconds = compute + communication_seconds
     rate = recipe.batch_tokens / step_seconds
@@ -193,7 +194,7 @@ def _estimate(
 
 
 def _bytes_moved(work: Work, parameters: int) -> float:
-    """Bytes that the busiest GPU sends in a step while it does not compute.
+    """Bytes that the busiest GPU, with this number of trained parameters, sends in a step while it does not compute.
 
     A ring moves all bytes but the shard of one rank, once of the gradient and once of the gathered weights. The first
     and last stage sum the gradient of a tied matrix. Hidden states and their gradients travel while stages compute.
@@ -202,7 +203,7 @@ def _bytes_moved(work: Work, parameters: int) -> float:
     size, sums = precision.compute.bytes, precision.communication.bytes
     moved = (sums + size) * (work.replicas - 1) / work.replicas * parameters
     if work.stages > 1 and work.model.tie_word_embeddings:
-        moved += precision.accumulation.bytes * parameter_counts(work.model).embedding
+        moved += precision.accumulation.bytes * trained_counts(work.model, work.lora).embedding
     return moved
 
 
@@ -215,6 +216,8 @@ def _describe_model(
         f"model       {counts.total:,} parameters: embedding {counts.embedding:,}, {counts.blocks} layers x "
         f"{counts.block:,}, last norm {counts.norm:,}, head {_head(counts.head)}"
     )
+    if recipe.low_rank is not None:
+        yield describe_trained(recipe)
     groups = f", in groups of {recipe.attention_group}" if recipe.attention_group else ""
     yield (
         f"FLOPs       {flops.total / 1e9:.3f} GFLOP per token (forward and backward, causal, {seq_len} tokens"
@@ -229,10 +232,11 @@ def _describe_model(
     )
     if measured:
         yield f"layers      their times were measured on {card}; MFU counts in the rule of thumb only"
-    days = 8 * tokens * counts.total / (gpus * peak * assumed.mfu) / 86400
+    factor = 8 if recipe.low_rank is None else 6  # frozen matrices have no gradient
+    days = factor * tokens * counts.total / (gpus * peak * assumed.mfu) / 86400
     yield (
-        f"rule of thumb: 8 x tokens x parameters / (GPUs x peak x MFU) = {days:.2f} days (8: everything computed "
-        "forward twice)"
+        f"rule of thumb: {factor} x tokens x parameters / (GPUs x peak x MFU) = {days:.2f} days ({factor}: everything "
+        "computed forward twice)"
     )
 
 
@@ -292,7 +296,7 @@ def _describe_stages(recipe: Recipe, choice: Projection, card: str) -> Iterator[
                 memory.total,
             )
         ]  # fmt: skip
-        parameters = stage_parameters(recipe.model, begin, end)
+        parameters = stage_parameters(recipe.model, begin, end, recipe.low_rank)
         yield (
             f"{stage:>5}  {describe_parts(recipe, begin, end):<28} {parameters:>12,}  "
             f"{sum(parts[begin:end]) / sum(parts):>6.1%}  {gib[0]:>7.2f}  {gib[1]:>9.2f}  {gib[2]:>9.2f}  "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megazh.model.config import Mlp, ModelConfig, Norm
+from megazh.model.lora_config import LoraConfig, pair_parameters, trains_head
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,22 @@ class ParameterCounts:
         return self.embedding + self.blocks * self.block + self.norm + self.head
 
 
+def trained_counts(config: ModelConfig, lora: LoraConfig | None = None) -> ParameterCounts:
+    """Count the parameters that are trained: all, or with LoRA its pairs and what `train_embed_norm` adds."""
+    if lora is None:
+        return parameter_counts(config)
+    whole = parameter_counts(config) if lora.train_embed_norm else None
+    return ParameterCounts(
+        embedding=whole.embedding if whole else 0,
+        block=pair_parameters(config, lora) + (2 * whole.norm if whole else 0),
+        blocks=config.num_hidden_layers,
+        norm=whole.norm if whole else 0,
+        head=0,
+    )
+
+
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
-    """Count the parameters of a model of this shape."""
+    """Count the parameters of a model of this shape, without low-rank pairs."""
     norm = config.hidden_size * (2 if config.norm is Norm.LAYERNORM else 1)
     qkv_width = config.attention_width + 2 * config.kv_heads * config.head_size
     bias = qkv_width if config.qkv_bias else 0
@@ -53,7 +68,8 @@ def block_matrix(config: ModelConfig) -> int:
 class Flops:
     """Floating-point operations per token of a training step, forward and backward, by layer.
 
-    A matrix of n parameters takes 2n forward and 4n backward. Causal attention over T tokens takes
+    A matrix of n parameters takes 2n forward, 2n for the gradient of its input and 2n for its own, which a frozen one
+    does not have. Causal attention over T tokens takes
     2 * 2 * width * T / 2 forward and twice that backward: 6 * width * T. Within groups, T is the mean length of the
     group of a token. Norms, rotation, the embedding look-up and recomputed activations count as zero.
     """
@@ -66,6 +82,8 @@ class Flops:
     """Operations of the head."""
     blocks: int
     """Number of blocks."""
+    block_forward: float
+    """Operations of the forward pass of one block."""
 
     @property
     def total(self) -> float:
@@ -73,19 +91,26 @@ class Flops:
         return self.embedding + self.blocks * self.block + self.head
 
 
-def flops_per_token(config: ModelConfig, seq_len: int, group: int | None = None) -> Flops:
+def flops_per_token(
+    config: ModelConfig, seq_len: int, group: int | None = None, lora: LoraConfig | None = None
+) -> Flops:
     """Training operations per token of a causal sequence of `seq_len` tokens; MFU is computed from them.
 
     Args:
         config: the model's shape.
         seq_len: tokens of the sequence, which is one document.
         group: tokens per group of shifted sparse attention; None: full attention.
+        lora: LoRA; None where all weights are trained.
     """
+    attention = 2.0 * config.attention_width * _group_length(seq_len, group)
+    pairs = 0 if lora is None else pair_parameters(config, lora)
+    products = 4.0 if lora is not None and not trains_head(config, lora) else 6.0
     return Flops(
         embedding=0.0,
-        block=6.0 * block_matrix(config) + 6.0 * config.attention_width * _group_length(seq_len, group),
-        head=6.0 * config.vocab_size * config.hidden_size,
+        block=(6.0 if lora is None else 4.0) * block_matrix(config) + 6.0 * pairs + 3 * attention,
+        head=products * config.vocab_size * config.hidden_size,
         blocks=config.num_hidden_layers,
+        block_forward=2.0 * (block_matrix(config) + pairs) + attention,
     )
 
 

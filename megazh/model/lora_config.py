@@ -19,6 +19,11 @@ def trains_with_embedding(parameter: str) -> bool:
     return parameter.startswith(("embedding.", "norm.")) or "_norm." in parameter
 
 
+def trains_head(config: ModelConfig, lora: "LoraConfig") -> bool:
+    """Whether the head is trained: as an embedding that is tied to it."""
+    return lora.train_embed_norm and config.tie_word_embeddings
+
+
 class Target(StrEnum):
     """Matrices of a block that may have a low-rank pair, named as in Hugging Face models, without `_proj`."""
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from megazh.config import Config
 from megazh.model.counts import flops_per_token
+from megazh.model.lora_config import pair_parameters, trains_head
 from megazh.pipeline.work import Work
 
 
@@ -19,6 +20,10 @@ class LayerCosts(Config):
     """Cost of one block."""
     head: float
     """Cost of the last norm, the head and the loss together."""
+    block_weights: float = 1 / 3
+    """Share of a block's cost that is gradients of weights."""
+    head_weights: float = 1 / 3
+    """Share of the head's cost that is gradients of weights."""
 
     def parts(self, blocks: int) -> list[float]:
         """(blocks + 2,) cost of each part, in order: embedding, blocks, head."""
@@ -27,9 +32,8 @@ class LayerCosts(Config):
     def passes(self, begin: int, end: int, blocks: int, split: bool) -> tuple[float, float, float]:
         """Cost of the forward, backward and weight pass of a stage that holds parts `begin` up to `end`.
 
-        A matrix takes part in three products of equal size: forward, input gradient, weight gradient; so each pass
-        costs a third. The head's forward pass also computes its input gradient (`megazh.model.loss`) and costs two
-        thirds.
+        A matrix takes part in products of equal size: forward, input gradient and, unless it is frozen, weight
+        gradient. The head's forward pass also computes its input gradient (`megazh.model.loss`).
 
         Args:
             begin: first part of the stage.
@@ -40,17 +44,31 @@ class LayerCosts(Config):
         parts = self.parts(blocks)
         head = parts[-1] if end == len(parts) else 0.0
         body = sum(parts[begin:end]) - head
-        forward, backward, weights = (body + 2 * head) / 3, body / 3, (body + head) / 3
+        weights = body * self.block_weights + head * self.head_weights
+        backward = body * (1 - self.block_weights) / 2
+        forward = backward + head * (1 - self.head_weights)
         return (forward, backward, weights) if split else (forward, backward + weights, 0.0)
 
 
 def costs_by_flops(work: Work) -> LayerCosts:
     """Costs in floating-point operations; with activation checkpointing a block's forward pass counts twice."""
-    flops = flops_per_token(work.model, work.seq_len, work.attention_group)
-    recomputed = 4 / 3 if work.activation_checkpointing else 1.0
+    flops = flops_per_token(work.model, work.seq_len, work.attention_group, work.lora)
+    block = flops.block + flops.block_forward * work.activation_checkpointing
     return LayerCosts(
         unit="FLOPs",
         embedding=flops.embedding * work.tokens,
-        block=flops.block * recomputed * work.tokens,
+        block=block * work.tokens,
         head=flops.head * work.tokens,
+        **weight_shares(work),
     )
+
+
+def weight_shares(work: Work) -> dict[str, float]:
+    """Shares of the cost of block and head that are gradients of weights, by their names in `LayerCosts`."""
+    if work.lora is None:
+        return {}
+    flops = flops_per_token(work.model, work.seq_len, work.attention_group, work.lora)
+    return {
+        "block_weights": 2.0 * pair_parameters(work.model, work.lora) / flops.block,
+        "head_weights": 1 / 3 if trains_head(work.model, work.lora) else 0.0,
+    }

@@ -13,7 +13,7 @@ from megazh.caches import cache_dir, warn_not_kept
 from megazh.config import from_mapping
 from megazh.errors import UsageError
 from megazh.files import write_atomic
-from megazh.pipeline.costs import LayerCosts
+from megazh.pipeline.costs import LayerCosts, weight_shares
 from megazh.pipeline.work import Work
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ def _measure(work: Work, device: "torch.device") -> LayerCosts:
         embedding=_median_seconds(embed, device, work.recordable),
         block=_median_seconds(through_block, device, work.recordable),
         head=_median_seconds(to_loss, device, work.recordable),
+        **weight_shares(work),
     )
 
 

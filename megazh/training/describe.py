@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megazh.model.backend import why_not_fused
-from megazh.model.counts import parameter_counts
+from megazh.model.counts import parameter_counts, trained_counts
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.memory import stage_parameters
 from megazh.training.checks.hf import describe_engine
@@ -32,6 +32,8 @@ def describe_job(job: Job, detailed: bool = False) -> Iterator[str]:
     tokens = recipe.total_steps * recipe.batch_tokens
     yield f"{'run':<12}{job.run.path}"
     yield f"{'model':<12}{counts.total:,} parameters, {counts.blocks} layers x {recipe.model.hidden_size}"
+    if recipe.low_rank is not None:
+        yield describe_trained(recipe)
     yield (
         f"{'layout':<12}{layout.ranks} {unit} = {layout.stages} stages x {layout.replicas} replicas, "
         f"{job.precision.compute}"
@@ -55,6 +57,13 @@ def describe_job(job: Job, detailed: bool = False) -> Iterator[str]:
         yield from describe_stages(job)
 
 
+def describe_trained(recipe: Recipe) -> str:
+    """A line about a LoRA run: the number of trained parameters, and what they are."""
+    lora, trained = recipe.lora, trained_counts(recipe.model, recipe.low_rank).total
+    share, whole = trained / parameter_counts(recipe.model).total, ", embedding and norms" * lora.train_embed_norm
+    return f"{'trained':<12}{trained:,} parameters ({share:.2%}): rank {lora.rank} on {', '.join(lora.targets)}{whole}"
+
+
 def describe_stages(job: Job) -> Iterator[str]:
     """A table of the stages: parts, parameters, share of FLOPs, memory."""
     recipe, parallel = job.recipe, job.recipe.parallel
@@ -67,8 +76,9 @@ def describe_stages(job: Job) -> Iterator[str]:
     yield "stage  holds                          parameters   FLOPs   memory"
     memory = memory_by_stage(work, bounds)
     for stage, (begin, end) in enumerate(pairwise(bounds)):
+        parameters = stage_parameters(recipe.model, begin, end, recipe.low_rank)
         yield (
-            f"{stage:>5}  {describe_parts(recipe, begin, end):<28} {stage_parameters(recipe.model, begin, end):>12,}  "
+            f"{stage:>5}  {describe_parts(recipe, begin, end):<28} {parameters:>12,}  "
             f"{sum(parts[begin:end]) / sum(parts):>5.1%}  {memory[stage].total / 2**30:>5.1f} GiB"
         )
 

@@ -367,7 +367,7 @@ class Recipe(Config):
     @property
     def flops_per_token(self) -> Flops:
         """Training operations per token."""
-        return flops_per_token(self.model, self.batch.seq_len, self.attention_group)
+        return flops_per_token(self.model, self.batch.seq_len, self.attention_group, self.low_rank)
 
     @property
     def batch_tokens(self) -> int:

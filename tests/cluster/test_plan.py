@@ -208,3 +208,18 @@ def test_a_plan_says_what_a_start_will_say_of_the_data(stories: Path) -> None:
     lines = lines_of("demo", 2, [data, "model.vocab_size=64"])
     assert any(line.startswith("a start will refuse this: the tokenizer of ") for line in lines)
     assert lines[-1].startswith("to use it: -p ")
+
+
+def test_a_plan_for_lora_counts_what_is_trained() -> None:
+    settings = ["lora.rank=8", "initial_checkpoint=base"]
+    whole, found = lines_of(), lines_of(settings=settings)
+    assert "trained     1,572,864 parameters (0.34%): rank 8 on q, k, v, o" in found
+    assert not any(line.startswith("trained") for line in whole)
+
+    def value(lines: list[str], pattern: str) -> float:
+        return next(float(match[1]) for line in lines if (match := re.search(pattern, line)))
+
+    gflop = r"FLOPs +([\d.]+) GFLOP"
+    assert 0.64 < value(found, gflop) / value(whole, gflop) < 0.7, "two products of three, and attention"
+    assert value(found, r"^  1 +6 .* ([\d.]+)s ") < 0.02 * value(whole, r"^  1 +6 .* ([\d.]+)s ")
+    assert any(line.startswith("rule of thumb: 6 x tokens") for line in found)

@@ -6,9 +6,10 @@ from decoders import SHAPES, small
 from torch.utils.flop_counter import FlopCounterMode
 
 from megazh.model.config import ModelConfig
-from megazh.model.counts import flops_per_token, parameter_counts
+from megazh.model.counts import flops_per_token, parameter_counts, trained_counts
 from megazh.model.decoder import Decoder
 from megazh.model.layers import layer_count, make_layer
+from megazh.model.lora_config import LoraConfig, Target
 from megazh.training.recipe import load_recipe
 from megazh.training.recipe_files import recipe_path
 
@@ -56,12 +57,23 @@ def test_parameters_of_each_kind_of_layer(name: str) -> None:
     assert counts.head == (0 if config.tie_word_embeddings else numbers_of(model.head))
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", ["plain", "head_dim 48", "neox"])
+def test_parameters_that_lora_trains(name: str, whole: bool) -> None:
+    config, lora = small(**SHAPES[name]), LoraConfig(rank=3, train_embed_norm=whole)
+    model, counts = Decoder(config, lora=lora), trained_counts(config, lora)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    assert counts.total == sum(getattr(each, "rows", len(each)) * each[0].numel() for each in trained)
+    assert trained_counts(config) == parameter_counts(config)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3), LoraConfig(rank=2, targets=[Target.DOWN])])
 @pytest.mark.parametrize("name", ["plain", "grouped", "head_dim 48", "neox"])
-def test_operations_are_those_that_torch_counts(name: str) -> None:
+def test_operations_are_those_that_torch_counts(name: str, lora: LoraConfig | None) -> None:
     """Torch counts all pairs of tokens, of which causal attention needs half."""
     config = small(**SHAPES[name], vocab_size=128)
     seq_len = 24
-    model = Decoder(config)
+    model = Decoder(config, lora=lora)
     tokens = torch.zeros(1, seq_len, dtype=torch.int32)
 
     def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -78,7 +90,7 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
             states = block(states, attend)
         model.logits(model.norm(states)).sum().backward()
     all_pairs = 12 * config.attention_width * seq_len * seq_len * config.num_hidden_layers
-    assert flops_per_token(config, seq_len).total * seq_len == counter.get_total_flops() - all_pairs / 2
+    assert flops_per_token(config, seq_len, lora=lora).total * seq_len == counter.get_total_flops() - all_pairs / 2
 
 
 def test_operations_of_the_0_5b_model() -> None:

@@ -3,9 +3,15 @@
 from typing import Any
 
 import pytest
+import torch
+from decoders import packed, small
 
+from megazh.model.attention import Documents
+from megazh.model.backend import Backend
 from megazh.model.counts import parameter_counts
-from megazh.pipeline.memory import StageMemory, checkpoint_bytes, stage_memory
+from megazh.model.decoder import Decoder, run_layers
+from megazh.model.lora_config import LoraConfig, Target
+from megazh.pipeline.memory import StageMemory, block_activations, checkpoint_bytes, stage_memory
 from megazh.training.layout import make_layout
 from megazh.training.recipe import Device, load_recipe
 from megazh.training.recipe_files import recipe_path
@@ -63,6 +69,42 @@ def test_kernels_keep_less() -> None:
 
 def test_recomputation_keeps_little() -> None:
     assert whole("activation_checkpointing=true").activations < 0.2 * whole().activations
+
+
+LORA = ("lora.rank=8", "initial_checkpoint=base")
+
+
+def test_lora_has_state_and_gradients_of_its_pairs_alone() -> None:
+    pairs = 24 * 8 * 8 * 1024  # four square matrices in 24 layers: rank x (rows + columns)
+    found, full = whole(*LORA), whole()
+    assert found.gradients == 4 * pairs
+    assert found.optimizer == pytest.approx(12 * pairs / 6)
+    assert found.weights == full.weights + 2 * pairs
+    assert found.activations < full.activations
+    table = 151_936 * 1024
+    with_table = whole(*LORA, "lora.train_embed_norm=true")
+    assert with_table.gradients == 4 * (pairs + table + 49 * 1024)
+    assert whole(*LORA, "optimizer.name=muon").optimizer < found.optimizer
+
+
+@pytest.mark.parametrize("targets", [["q", "o"], ["v", "gate"], ["down"]])
+def test_what_a_block_keeps_is_what_it_saves(targets: list[str]) -> None:
+    """Fused blocks, in Triton's interpreter: bytes of the tensors that are saved for the backward pass."""
+    config, lora = small(num_key_value_heads=2), LoraConfig(rank=3, targets=[Target(each) for each in targets])
+    _, _, positions, cu_seqlens = packed([[6, 5, 5], [3, 1, 9]], 16)
+    for settings in (None, lora):
+        model = Decoder(config, 3, lora=settings)
+        attend = Documents(config, Backend.FUSED)(positions, cu_seqlens)
+        states = torch.randn(2, 16, config.hidden_size, requires_grad=True)
+        saved: list[int] = []
+
+        def pack(tensor: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
+            saved.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run_layers(None, model.blocks, None, states, attend, False)
+        assert sum(saved) == 32 * 2 * block_activations(config, 4, True, settings)
 
 
 def stage_of(stage: int, *settings: str) -> StageMemory:
