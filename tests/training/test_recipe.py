@@ -75,6 +75,8 @@ def test_settings_of_longlora() -> None:
     rates = [learning_rate(step, 1000, 2e-5, 20, recipe.schedule.min_lr_ratio) for step in (20, 500, 999)]
     assert rates == pytest.approx([2e-5] * 3)
     assert (recipe.batch.seq_len, recipe.attention_group) == (8192, None)
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (8, 16, ["q", "k", "v", "o"])
+    assert (recipe.lora.dropout, recipe.lora.train_embed_norm) == (0, True)
     scaling = recipe.model.rope_scaling
     assert scaling is not None
     assert (scaling.type, scaling.factor * (scaling.original_max_position_embeddings or 0)) == ("linear", 8192)

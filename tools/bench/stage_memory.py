@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 try:
     import torch
     from absent_ranks import BACKEND, join
-    from train_data import make_mixture
+    from train_data import make_mixture, untrained
 
     from megazh.cli import run
     from megazh.cli.options import count, standalone
@@ -46,6 +46,7 @@ EXAMPLES = """examples:
   python tools/bench/stage_memory.py qwen0.5b_6x3090 -n 6 -p 1
   python tools/bench/stage_memory.py minillm_1.4b -n 6 -p 2 --memory 22.5
   python tools/bench/stage_memory.py qwen0.5b_6x3090 -n 6 -p 2 micro_batch_size=16
+  python tools/bench/stage_memory.py longlora_qwen0.5b_6x3090 -n 1 -p 1
 
 torch may allocate at most --memory, as on a smaller card; a stage that does not fit is reported. Exits with 5 if a
 stage does not fit, or needs over 10 % more or less than the plan."""
@@ -109,7 +110,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Recipe, Layout, Work]:
         raise UsageError(f"-n {arguments.num_gpus} GPUs do not divide into -p {stages} stages")
     settings = [
         f"memory_limit_gib={arguments.memory}", f"steps={STEPS}", "gradient_accumulation_steps=null",
-        f"num_gpus={arguments.num_gpus}", f"pipe_parallel_size={stages}", f"device={arguments.device}",
+        "warmup=0", f"num_gpus={arguments.num_gpus}", f"pipe_parallel_size={stages}", f"device={arguments.device}",
         *arguments.settings,
     ]  # fmt: skip
     batch = load_recipe(path, settings).batch.micro_batch_size * (arguments.num_gpus // stages) * (stages + 2)
@@ -122,7 +123,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Recipe, Layout, Work]:
     check_engine(precision, recipe.parallel.zero_stage)
     work = work_of(recipe, layout, precision)
     bounds = recipe.parallel.stage_bounds or bounds_for(work, costs_by_flops(work), arguments.memory * 2**30)
-    return load_recipe(path, [*settings, f"stage_bounds={bounds}"]), layout, work
+    return untrained(load_recipe(path, [*settings, f"stage_bounds={bounds}"])), layout, work
 
 
 def measure(folder: Path, stage: int, arguments: argparse.Namespace) -> dict[str, Any]:

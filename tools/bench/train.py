@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 try:
     import torch
-    from train_data import batches, make_mixture
+    from train_data import batches, make_mixture, untrained
     from train_peers import PEERS
     from train_report import MEGAZH, MEGAZH_HF, Report, Result
 
@@ -101,7 +101,7 @@ def serve_megazh(path: Path, device_type: str) -> None:
     device = join(device_type)
     startup.done("joining the ranks")
     folder = RunFolder(path)
-    recipe = run_recipe(folder)
+    recipe = untrained(run_recipe(folder))
     layout = make_layout(recipe, dist.get_world_size())
     if folder.info().engine == "hf":
         _serve_hf(folder, recipe, device, startup)
@@ -275,6 +275,8 @@ def call(arguments: argparse.Namespace) -> None:
                             folder, own, 1, arguments.num_gpus, arguments.device, arguments.warm_up, engine="hf"
                         )
                     )
+                elif recipe.low_rank is not None:
+                    report.leave_out(contender, "trains all weights, and the recipe has LoRA")
                 elif missing:
                     report.leave_out(contender, f"not installed: pip install {' '.join(missing)}")
                 elif arguments.num_gpus > 1 or arguments.device == "cpu":

@@ -1,4 +1,5 @@
-"""Made-up documents for `train.py`: an index of random ids with the frequencies of words; the same for all trainers."""
+"""Data of `train.py` and `stage_memory.py`: an index of random ids with the frequencies of words, the same for all
+trainers; and recipes that begin with random weights."""
 
 import json
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from megazh.index.mixture import Mixture
 from megazh.index.packing import Packing
 from megazh.index.writer import IndexWriter
 from megazh.tokenizer import load_tokenizer
+from megazh.training.recipe import Recipe
 
 _CONTROL = ["<|pad|>", "<|endoftext|>"]
 _SHORTEST = 16
@@ -76,6 +78,11 @@ def make_mixture(folder: Path, tokens: int, vocab_size: int, document_tokens: fl
         yaml.safe_dump({"seed": seed, "corpora": [{"name": "made_up", "prefix": "made_up", "weight": 1}]})
     )
     return manifest
+
+
+def untrained(recipe: Recipe) -> Recipe:
+    """The recipe on random weights in place of those that it begins with: speed and memory are the same."""
+    return recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"initial_checkpoint": None})})
 
 
 def _tokenizer(vocab_size: int) -> dict[str, object]:
