@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   megazh chat runs/demo-sft
   megazh chat runs/demo-sft --temperature 0 --system '你是一个乐于助人的助手。'
-  echo '小兔子叫什么名字？' | megazh chat runs/demo-sft       a message a line, without history of another start
+  echo '小兔子叫什么名字？' | megazh chat runs/demo-sft       a message a line
   megazh chat models/Qwen1.5-0.5B-Chat --repetition-penalty 1.1
   megazh chat runs/demo-sft --web                      a page on http://127.0.0.1:7860
   megazh chat runs/demo --template chatml              a base model, asked as if it had been trained on chats

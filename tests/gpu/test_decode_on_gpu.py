@@ -5,7 +5,7 @@ import torch
 from decoders import SHAPES, decoder, small
 
 from megazh.model.decode import Decoding
-from megazh.model.generate import generate_batch
+from megazh.model.generate import PrefixCache, cached_forward, generate, generate_batch
 from megazh.model.sampling import SamplingOptions
 
 pytestmark = [
@@ -61,3 +61,15 @@ def test_other_padding_records_other_graphs() -> None:
             for row, prompt in enumerate(prompts):
                 text = [*prompt, *range(row, row + step + 1)]
                 assert found[row] == Decoding(model, 300, graphs=False).begin([text]).argmax(-1)[0]
+
+
+def test_prompts_that_begin_alike_are_as_without_a_cache() -> None:
+    model = decoder(small()).eval().cuda()
+    cache, text = PrefixCache(model, 1024), [1, 2, 3] * 60
+    for length in (170, 180, 180, 20, 175, 176):  # longer, the same, another, and a length that a graph decodes at once
+        prompt = text[:length] if length != 20 else [9] * 20
+        found = list(generate(cache.forward(length + 30), prompt, 30, GREEDY, 97, (), 0))
+        assert found == list(generate(cached_forward(model, 300, graphs=False), prompt, 30, GREEDY, 97, (), 0))
+    prompt = [5] * 700
+    found = list(generate(cache.forward(720), prompt, 20, GREEDY, 97, (), 0))
+    assert found == list(generate(cached_forward(model, 800, graphs=False), prompt, 20, GREEDY, 97, (), 0))

@@ -11,7 +11,7 @@ import torch
 from decoders import SHAPES, alone, decoder, logits, small
 
 from megazh.errors import UsageError
-from megazh.model.generate import Forward, cached_forward, generate, generate_batch, uncached_forward
+from megazh.model.generate import Forward, PrefixCache, cached_forward, generate, generate_batch, uncached_forward
 from megazh.model.layers import Block
 from megazh.model.sampling import Sampler, SamplingOptions
 
@@ -294,6 +294,22 @@ def test_the_cache_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "zeros", counted)
     generate_batch(decoder(small()).eval(), [[1], [2, 3]], 6, GREEDY, 97, (), [0, 0])
     assert sizes == [(2, 2, 4, 8, 8)] * 2, "one for each block: keys and values, rows, heads, capacity, dimensions"
+
+
+def test_prompts_that_begin_alike_are_as_without_a_cache() -> None:
+    model = decoder(small()).eval()
+    cache, text = PrefixCache(model, 1024), [1, 2, 3] * 20
+    options = SamplingOptions(1.0, repetition_penalty=1.2)
+    for length, prompt in (
+        (40, text[:40]),
+        (50, text[:50]),
+        (50, text[:50]),
+        (3, [9, 9, 9]),
+        (41, text[:41]),
+        (520, [5] * 520),
+    ):
+        found = list(generate(cache.forward(length + 12), prompt, 12, options, 97, (), length))
+        assert found == list(generate(cached_forward(model, 600), prompt, 12, options, 97, (), length))
 
 
 def test_shares_over_a_large_vocabulary() -> None:
