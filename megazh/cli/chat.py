@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,11 +74,19 @@ def _chat(options: argparse.Namespace) -> None:
     answers = ChatOptions(sampling(options), options.max_tokens, options.seed)
     source = find_model(options.model, options.checkpoint)
     template = find_template(source, options.template)
-    for warning in template.warnings:
+    warnings = list(template.warnings)
+    if options.context is not None and options.context > source.trained_length:
+        warnings.append(
+            f"--context {options.context}: the model was trained on {source.trained_length:,} tokens at a time, and "
+            "may write nonsense behind them"
+        )
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     graphs = False if options.no_graphs else None
     model = ChatModel(open_source(source, options.device), template, options.context, graphs)
     chat = Chat(model, options.system)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `Chat` refuses such text in one line
     title = f"{source.path}: template {template.name}, {model.context:,} tokens of context"
     if options.web:
         _serve(options, model, answers, title)

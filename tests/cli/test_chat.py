@@ -145,7 +145,7 @@ def chat(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str, *words: str | Path
 ) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `megazh chat WORDS` with lines on stdin."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode("utf-8", "surrogateescape"))))
     with pytest.raises(SystemExit) as ended:
         main(["chat", *map(str, words), "--device", "cpu"])
     out, err = capfd.readouterr()
@@ -166,7 +166,14 @@ def test_a_line_is_a_message_in_a_pipe(
     code, two, err = chat(capfd, monkeypatch, f"{'长' * 300}\n你好\n", *words)
     assert (code, two) == (2, one), "the others are answered"
     assert err.startswith("error: the message has ")
+    code, two, err = chat(capfd, monkeypatch, "\udcff\n你好\n", *words)
+    assert (code, two) == (2, one)
+    assert err.startswith("error: the message is not valid UTF-8")
     assert chat(capfd, monkeypatch, "", *words) == (0, "", "")
+    _, _, err = chat(capfd, monkeypatch, "", *words, "--context", "500")
+    assert err == (
+        "warning: --context 500: the model was trained on 256 tokens at a time, and may write nonsense behind them\n"
+    )
 
 
 def test_sampling_options_count(run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
