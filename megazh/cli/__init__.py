@@ -19,6 +19,7 @@ COMMANDS = {
     "recipe": "list, show and check recipes",
     "plan": "what a recipe needs, and the best layout for it",
     "pretrain": "train a model through a pipeline of stages",
+    "finetune": "fine-tune a trained model on conversations",
     "sample": "continue a text with a trained model",
     "chat": "chat with a fine-tuned model",
     "checkpoint": "list, verify, prune and export the checkpoints of a run",

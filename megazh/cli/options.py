@@ -4,6 +4,7 @@ Modules that are slow to import are imported in the functions that need them, so
 """
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megazh.corpus.formats import Format
@@ -126,6 +127,24 @@ def tokenizer_kind(options: argparse.Namespace) -> "RankKind | None":
     from megazh.tokenizer.tokenizer import RankKind
 
     return RankKind(options.tokenizer_kind) if options.tokenizer_kind else None
+
+
+def add_launch(parser: argparse.ArgumentParser) -> None:
+    """Add the options for recipe, run folder and devices of a run."""
+    parser.add_argument("-c", "--config", metavar="RECIPE", help="a name in jobs/recipes/, or the path of a .yaml file")
+    parser.add_argument("-g", "--gpus", metavar="IDS", help="GPU ids as nvidia-smi numbers them: 1,2,3 or 0-5")
+    parser.add_argument("-n", "--num-gpus", type=count, metavar="N", help="number of GPUs (on the CPU: ranks)")
+    parser.add_argument("-p", "--stages", type=count, metavar="N", help="pipeline stages; replicas = GPUs / stages")
+    parser.add_argument(
+        "-H", "--hostfile", type=Path, metavar="FILE", help="hosts and their slots, as DeepSpeed reads it"
+    )
+    parser.add_argument(
+        "-r", "--run", type=Path, metavar="RUN", help="run folder (default: runs/RECIPE, or runs/INPUT)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if torch can use a GPU")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print layout, stages, memory and command; start nothing"
+    )
 
 
 def standalone(what: str, examples: str) -> argparse.ArgumentParser:

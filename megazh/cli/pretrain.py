@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from megazh.cli.options import Subparsers, add_command, add_encoding, count, encoding
+from megazh.cli.options import Subparsers, add_command, add_encoding, add_launch, encoding
 from megazh.errors import UsageError
 
 EXAMPLES = """examples:
@@ -34,16 +34,7 @@ def add_to(commands: Subparsers) -> None:
         default="ds_pp",
         help="engine; ds_pp: DeepSpeed's pipeline, the default and faster; hf: Hugging Face's Trainer (docs/routes.md)",
     )
-    parser.add_argument("-c", "--config", metavar="RECIPE", help="a name in jobs/recipes/, or the path of a .yaml file")
-    parser.add_argument("-g", "--gpus", metavar="IDS", help="GPU ids as nvidia-smi numbers them: 1,2,3 or 0-5")
-    parser.add_argument("-n", "--num-gpus", type=count, metavar="N", help="number of GPUs (on the CPU: ranks)")
-    parser.add_argument("-p", "--stages", type=count, metavar="N", help="pipeline stages; replicas = GPUs / stages")
-    parser.add_argument(
-        "-H", "--hostfile", type=Path, metavar="FILE", help="hosts and their slots, as DeepSpeed reads it"
-    )
-    parser.add_argument(
-        "-r", "--run", type=Path, metavar="RUN", help="run folder (default: runs/RECIPE, or runs/INPUT)"
-    )
+    add_launch(parser)
     parser.add_argument(
         "-i",
         "--input",
@@ -58,10 +49,6 @@ def add_to(commands: Subparsers) -> None:
         choices=["file", "blank-lines"],
         help="with -i: where a document ends in plain text (default: blank-lines for few files)",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if torch can use a GPU")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print layout, stages, memory and command; start nothing"
-    )
     parser.usage = "%(prog)s [options] [key=value ...]"
     parser.set_defaults(settings=[], call=_pretrain, outlives_output=True, keeps_log=True)
 
@@ -71,7 +58,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     from megazh.corpus.options import TextDocuments
     from megazh.training.job import Request
 
-    inputs, settings = _apart(options.input, options.settings)
+    inputs, settings = apart(options.input, options.settings)
     code = start(
         Request(
             engine=options.type,
@@ -94,7 +81,7 @@ def _pretrain(options: argparse.Namespace) -> None:
         sys.exit(code)
 
 
-def _apart(inputs: list[str] | None, settings: list[str]) -> tuple[list[str] | None, list[str]]:
+def apart(inputs: list[str] | None, settings: list[str]) -> tuple[list[str] | None, list[str]]:
     """Split `-i a.jsonl steps=5` into inputs and settings.
 
     A word with `=` is a setting if no file matches it and what stands before the `=` is a key of the recipe, or so

@@ -17,12 +17,12 @@ from megazh.files import locked
 from megazh.pipeline.deepspeed_config import deepspeed_config
 from megazh.run.plot import plot_losses
 from megazh.run.summary import describe_end
-from megazh.training.checkpoint_list import remove_unfinished
+from megazh.training.checkpoint_list import newest_good, remove_unfinished
 from megazh.training.checks.data import checked_mixture, describe_data, makes_data
 from megazh.training.checks.resume import check_resume, is_complete, saved_data, steps_done
 from megazh.training.describe import describe_job
 from megazh.training.hf.deepspeed import zero_config
-from megazh.training.job import Case, Devices, Job, Request
+from megazh.training.job import Case, Devices, Job, Request, Task
 from megazh.training.preflight import CHECKS_OF, DATA, WITHOUT_DEVICES, preflight, requested_case, warnings_of
 from megazh.training.recipe import Device
 from megazh.training.stages import work_of
@@ -173,10 +173,17 @@ def _describe_end(job: Job, request: Request) -> None:
     longer = replace(request, settings=[*kept, f"steps={2 * done}"])
     anew = replace(request, run=run.path.with_name(f"{run.path.name}-2"))
     flops = recipe.flops_per_token.total * recipe.batch_tokens
-    prompts = recipe.evaluation.sample_prompts
-    prompt = prompts[0] if prompts else "从前，"
-    for line in describe_end(run, done, flops, prompt, _command(longer), _command(anew)):
+    for line in describe_end(run, done, flops, _trial(job), _command(longer), _command(anew)):
         print(line)
+
+
+def _trial(job: Job) -> list[str]:
+    """The arguments of `megazh` that try the model of a run: a chat, where it was trained on conversations."""
+    newest, path = newest_good(job.run.checkpoints), str(job.run.path)
+    if newest is not None and newest[1].template is not None:
+        return ["chat", path]
+    prompts = job.recipe.evaluation.sample_prompts
+    return ["sample", path, prompts[0] if prompts else "从前，"]
 
 
 def _last_name(setting: str) -> str:
@@ -185,10 +192,12 @@ def _last_name(setting: str) -> str:
 
 def _command(request: Request) -> str:
     """The command line of a request."""
-    script = Path("jobs") / "run_pretrain.sh"
+    command = "pretrain" if request.task is Task.PRETRAIN else "finetune"
+    script = Path("jobs") / f"run_{command}.sh"
     if not script.exists():  # called from another folder
         script = Path(__file__).resolve().parents[2] / script
-    words = [*(["bash", str(script)] if script.exists() else ["megazh", "pretrain"]), "-t", request.engine]
+    kind = request.engine if request.task is Task.PRETRAIN else request.task.value
+    words = [*(["bash", str(script)] if script.exists() else ["megazh", command]), "-t", kind]
     options = {
         "-c": request.recipe, "-g": request.gpus, "-n": request.num_gpus, "-p": request.stages, "-H": request.hostfile,
         "-r": request.run, "--device": request.device,

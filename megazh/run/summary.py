@@ -13,7 +13,7 @@ _SAMPLES = 2
 
 
 def describe_end(
-    run: RunFolder, steps: int, flops_per_step: float, prompt: str, longer: str, anew: str
+    run: RunFolder, steps: int, flops_per_step: float, words: list[str], longer: str, anew: str
 ) -> Iterator[str]:
     """The lines that sum up a complete run. Draws its plot.
 
@@ -21,7 +21,7 @@ def describe_end(
         run: the run's folder.
         steps: optimizer steps of the run.
         flops_per_step: floating-point operations per step, the count behind MFU.
-        prompt: a prompt for the printed `megazh sample` command.
+        words: the arguments of `megazh` that try the model, such as `sample runs/demo 从前`.
         longer: the command that trains on, twice as long.
         anew: the command that starts another run of the same recipe.
     """
@@ -57,7 +57,7 @@ def describe_end(
     yield f"{'time':<12}{seconds:.0f} s in {len(trained)} steps, {operations:.1f} TFLOP"
     yield ""
     yield "go on:"
-    yield f"  {program()} {shlex.join(['sample', str(run.path), prompt])}"
+    yield f"  {program()} {shlex.join(words)}"
     yield f"  {program('tensorboard', 'tensorboard.main')} {shlex.join(['--logdir', str(run.path / 'tensorboard')])}"
     yield f"  {longer}    # train on, twice as long"
     yield f"  {anew}    # start another run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 
@@ -15,11 +16,23 @@ from megazh.training.layout import Layout, make_layout
 from megazh.training.recipe import Device, Recipe
 
 
+class Task(StrEnum):
+    """What a run does to a model, which decides the recipe that is taken where none is given."""
+
+    PRETRAIN = "pretrain"
+    """Train on text."""
+    NORMAL = "normal"
+    """Fine-tune on conversations."""
+    LONG_CONTEXT = "long_context"
+    """Fine-tune on conversations at a longer context."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """What the command line requests; see `megazh pretrain --help`."""
+    """What the command line requests; see `megazh pretrain --help` and `megazh finetune --help`."""
 
     engine: str = "ds_pp"
+    task: Task = Task.PRETRAIN
     recipe: str | None = None
     gpus: str | None = None
     """GPU ids such as `1,2,3` or `0-5`."""

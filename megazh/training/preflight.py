@@ -13,12 +13,20 @@ from pathlib import Path
 from megazh.errors import Collector, MegazhError, UsageError
 from megazh.run.folder import RunFolder
 from megazh.settings import COMMAND_LINE, Settings
+from megazh.training.checkpoint_list import newest_good
 from megazh.training.checks import conversations, data, exported, fit, hf, initial, place, resume
-from megazh.training.job import Case, Devices, Job, Request
-from megazh.training.recipe import Device, Recipe, read_recipe
+from megazh.training.job import Case, Devices, Job, Request, Task
+from megazh.training.recipe import Device, Recipe, read_recipe, run_recipe
 from megazh.training.recipe_files import recipe_path
 
-DEMO, BIG = "demo", "qwen0.5b_6x3090"
+DEMO = {Task.PRETRAIN: "demo", Task.NORMAL: "demo_sft", Task.LONG_CONTEXT: "demo_long"}
+"""Recipe that is taken without -c, -g, or with -i."""
+BIG = {
+    Task.PRETRAIN: "qwen0.5b_6x3090",
+    Task.NORMAL: "sft_qwen0.5b_6x3090",
+    Task.LONG_CONTEXT: "longlora_qwen0.5b_6x3090",
+}
+"""Recipe that is taken with -g."""
 
 Check = Callable[[Case], Iterator[str]]
 
@@ -58,15 +66,16 @@ def requested_case(request: Request) -> Case:
     for setting in request.settings:
         if "offload" in setting.partition("=")[0]:
             raise UsageError(f"{setting}: {hf.NO_OFFLOAD}; leave it out")
-    name = request.recipe or (DEMO if request.gpus is None or request.inputs else BIG)
+    name = request.recipe or (DEMO if request.gpus is None or request.inputs else BIG)[request.task]
     prepared = None
     if request.inputs:
-        prepared = Path("data_index") / (request.run.name if request.run else _name_of(request.inputs[0]))
+        prepared = Path("data_index") / (request.run.name if request.run else name_of(request.inputs[0]))
     own_name = prepared.name if prepared else re.sub(r"\.ya?ml$", "", Path(name).name)
     run = RunFolder(request.run or Path("runs") / own_name)
     found = Collector()
     with found.collecting():
         recipe, settings = read_recipe(recipe_path(name), request.settings)
+        recipe = _from_checkpoint(recipe, run)
     if found.errors:  # what can be checked without a recipe
         for check in (lambda: place.check_run_folder(run, request), lambda: place.check_inputs(request)):
             with found.collecting():
@@ -81,7 +90,26 @@ def requested_case(request: Request) -> Case:
     return Case(request, recipe.model_copy(update={"data": manifest}), settings, run, prepared, nowhere)
 
 
-def _name_of(text: str) -> str:
+def _from_checkpoint(recipe: Recipe, run: RunFolder) -> Recipe:
+    """The recipe with a checkpoint as `checkpoint.initial_checkpoint` where that names a run.
+
+    It is the newest one, or the one that `run` was begun with before.
+    """
+    wanted = recipe.checkpoint.initial_checkpoint
+    base = None if wanted is None else RunFolder(Path(wanted))
+    if base is None or not base.exists:
+        return recipe
+    begun = run_recipe(run).checkpoint.initial_checkpoint if run.exists else None
+    if begun is None or Path(begun).parent != base.checkpoints:
+        newest = newest_good(base.checkpoints)
+        if newest is None:
+            return recipe  # which a check refuses
+        begun = str(newest[0])
+    checkpoint = recipe.checkpoint.model_copy(update={"initial_checkpoint": begun})
+    return recipe.model_copy(update={"checkpoint": checkpoint})
+
+
+def name_of(text: str) -> str:
     """`books` of `books.jsonl.gz`, `books/` and `books/*.txt`."""
     for part in reversed(Path(text).parts):
         name = part.split(".")[0]

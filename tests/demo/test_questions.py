@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megazh.demo.questions import FACTS, TOLD, Row, question, write_questions
+from megazh.demo.questions import FACTS, TOLD, Row, long_question, question, write_questions
 from megazh.demo.words import FOREST, FRUITS, THINGS, VILLAGE, hanzi
 
 COUNT = 4_000
@@ -114,14 +114,27 @@ def test_all_kinds_are_asked(rows: list[Row]) -> None:
         "量词",
         "怎么写",
     )
-    assert len(TOLD) + len(FACTS) == 10
+    assert len(TOLD) + len(FACTS) == 9
     assert all(words in texts for words in asked)
     assert any("history" in row for row in rows), "some questions go on"
 
 
 def test_files_have_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        write_questions(tmp_path / name, 100, 5)
+        write_questions(tmp_path / name, (question(5, number) for number in range(100)))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     lines = (tmp_path / "a").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [question(5, number) for number in range(100)]
+
+
+def test_long_conversations_ask_at_last_for_what_only_their_first_question_tells() -> None:
+    for number in range(40):
+        row = long_question(3, number, 600)
+        history = row["history"]
+        texts = [text for turn in history for text in turn]
+        assert 600 <= sum(map(len, texts)) < 700
+        name, thing = re.fullmatch("(.+)的(.+)是什么颜色？", row["instruction"]).groups()  # type: ignore[union-attr]
+        assert [at for at, text in enumerate(texts) if name in text] == [0]
+        full = next(each for each, short in FULL.items() if short == name and each in texts[0])
+        assert f"{full}的{thing}是{row['output'].removesuffix('。')}的" in texts[0]
+        assert long_question(3, number, 600) == row

@@ -23,7 +23,7 @@ def run(stories: Path, tmp_path: Path) -> RunFolder:
 
 def closing_lines(run: RunFolder) -> list[str]:
     """The lines of a run whose steps take half a TFLOP each."""
-    return list(describe_end(run, 6, 0.5e12, "it's 从前", LONGER, ANEW))
+    return list(describe_end(run, 6, 0.5e12, ["sample", str(run.path), "it's 从前"], LONGER, ANEW))
 
 
 def test_end_of_a_run(run: RunFolder) -> None:

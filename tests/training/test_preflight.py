@@ -1,16 +1,19 @@
 """Checks before the start: changes that a resume may make, and the layout that the job records."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_runs import add_checkpoint, make_run, write_recipe
 from recipes import make_recipe
 
 from megazh.errors import SeveralErrors, UsageError
 from megazh.run.folder import RunFolder
 from megazh.training.checks.resume import check_resume
 from megazh.training.job import Devices, Job, Request, make_job
-from megazh.training.recipe import Device, Recipe, run_recipe
+from megazh.training.preflight import requested_case
+from megazh.training.recipe import Device, Recipe, load_recipe, run_recipe
 
 
 def job_of(run: RunFolder, recipe: Recipe, ranks: int = 1, request: Request | None = None) -> Job:
@@ -94,3 +97,21 @@ def test_the_layout_that_runs_is_in_the_recipe(run: RunFolder) -> None:
 def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"{tmp_path}: not the folder of a run: config.yaml is missing"):
         run_recipe(RunFolder(tmp_path))
+
+
+def test_a_run_as_initial_checkpoint_is_its_newest_checkpoint_and_stays_so(tmp_path: Path, stories: Path) -> None:
+    base = make_run(tmp_path / "base", write_recipe(tmp_path / "base.yaml", stories), step=3)
+    recipe = write_recipe(tmp_path / "tuned.yaml", stories)
+    request = Request(recipe=str(recipe), run=tmp_path / "run", settings=[f"initial_checkpoint={base.path}"])
+
+    def initial() -> str | None:
+        return requested_case(request).recipe.checkpoint.initial_checkpoint
+
+    first = str(base.checkpoints / "step_00000003")
+    assert initial() == first
+    case = requested_case(request)
+    case.run.begin(case.recipe.to_yaml(), case.recipe.open_mixture())
+    add_checkpoint(base, load_recipe(tmp_path / "base.yaml"), 6)
+    assert initial() == first, "the run was begun with it"
+    request = replace(request, run=tmp_path / "another")
+    assert initial() == str(base.checkpoints / "step_00000006")

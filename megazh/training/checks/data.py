@@ -19,7 +19,7 @@ from megazh.index.metadata import CORE_SUFFIXES, Metadata, read_metadata
 from megazh.model.counts import parameter_counts
 from megazh.settings import COMMAND_LINE, Settings
 from megazh.training.checks.resume import is_complete
-from megazh.training.job import Case
+from megazh.training.job import Case, Task
 from megazh.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -146,28 +146,33 @@ def manifest(case: Case) -> Iterator[str]:
         return
     if case.planned or makes_data(case):
         return
-    message = f"data.manifest={path}: {_why_missing(path)}"
+    message = f"data.manifest={path}: {_why_missing(path, case.request.task)}"
     if not case.request.dry_run:
         raise UsageError(message)
     yield f"warning: {case.settings.with_places(message)}; a start will refuse that"
 
 
-def _why_missing(path: Path) -> str:
+def _why_missing(path: Path, task: Task) -> str:
     """What is at a path in place of data, and what may be meant or made."""
     if path.is_dir():
         return f"is a folder; give a manifest in it, such as {path / 'NAME.yaml'}, or the PREFIX of an index"
     if not path.parent.is_dir():
-        return f"no such file (there is no folder {path.parent}); {_how_to_index(path)}"
+        return f"no such file (there is no folder {path.parent}); {_how_to_index(path, task)}"
     by_stem = path.with_suffix("")
     if path.suffix in (".yaml", ".yml") and Path(f"{by_stem}.idx").is_file():
         return f"no such file, but an index of that name is there; give its PREFIX, data.manifest={by_stem}"
     files = [*path.parent.glob("*.y*ml"), *(file.with_suffix("") for file in path.parent.glob("*.idx"))]
     near = difflib.get_close_matches(path.name, [file.name for file in files], n=1, cutoff=0.5)
     meant = f" (did you mean {path.parent / near[0]}?)" if near else ""
-    return f"no such file{meant}; {_how_to_index(path)}"
+    return f"no such file{meant}; {_how_to_index(path, task)}"
 
 
-def _how_to_index(path: Path) -> str:
+def _how_to_index(path: Path, task: Task) -> str:
+    if task is not Task.PRETRAIN:
+        return (
+            "give your conversations with -i, or convert them with 'megazh sft convert INPUT --tokenizer TOKENIZER -o "
+            f"{path.parent}' (docs/finetuning.md)"
+        )
     prefix = path.with_suffix("") if path.suffix in (".yaml", ".yml") else path
     return (
         "make an index with 'megazh index build --input TEXT --tokenizer TOKENIZER --output "
