@@ -21,7 +21,7 @@ class RopeChoice(StrEnum):
     """Rotary positions of a model that is trained on at a longer length."""
 
     NONE = "none"
-    """Those of the model, unchanged: it has to learn the positions that it never met."""
+    """Those of the model in `from`, or without a scaling: it has to learn the positions that it never met."""
     LINEAR = "linear"
     """Positions divided by the factor (arXiv 2306.15595)."""
     YARN = "yarn"
@@ -135,11 +135,11 @@ def _written_out(
     own: Mapping[str, Any],
 ) -> dict[str, Any]:
     """`rope_scaling` and perhaps `rope_theta` for a section `model`."""
+    if choice is RopeChoice.NONE and folder is None:
+        return {"rope_scaling": None}
     weights = _value(settings, _WEIGHTS)
-    source = Path(weights) if isinstance(weights, str) else folder
+    source = Path(weights) if isinstance(weights, str) and choice is not RopeChoice.NONE else folder
     if source is None:
-        if choice is RopeChoice.NONE:
-            return {"rope_scaling": None}
         raise UsageError(
             f"{choice} goes on from a trained model; set {_WEIGHTS} or model.from, or give all keys of rope_scaling as "
             "numbers"

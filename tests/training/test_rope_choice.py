@@ -133,6 +133,7 @@ def test_refusals_without_a_model_and_of_two_thetas(tmp_path: Path) -> None:
     ):
         read(tmp_path, 256, {**shape, "rope_scaling": "yarn"})
     assert read(tmp_path, 256, {**shape, "rope_scaling": "none"}).model == small(**QWEN)
+    assert read(tmp_path, 256, {**shape, "rope_scaling": "none"}, "initial_checkpoint=later").model == small(**QWEN)
     with pytest.raises(UsageError, match=r"model.rope_scaling: nowhere: no run"):
         read(tmp_path, 256, {**shape, "rope_scaling": "yarn"}, "initial_checkpoint=nowhere")
     source = trained(tmp_path)

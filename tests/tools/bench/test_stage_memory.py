@@ -25,9 +25,9 @@ def tool(*options: object, env: dict[str, str | None] | None = None) -> Finished
         (6, 1, ["dtype=bf16", "communication_dtype=bf16"]),
         (6, 2, ["dtype=fp32", "activation_checkpointing=true"]),
         (6, 3, ["dtype=bf16", "communication_dtype=bf16"]),
-        (1, 1, ["dtype=bf16"]),
+        (1, 1, ["dtype=bf16", "lora.rank=4", "initial_checkpoint=runs/that_is_not_here"]),
     ],
-    ids=["six replicas", "two stages, recomputed", "first, middle and last stage", "one rank"],
+    ids=["six replicas", "two stages, recomputed", "first, middle and last stage", "one rank, low-rank pairs"],
 )
 def test_every_stage_takes_its_steps_on_numbers_that_were_written(
     ranks: int, stages: int, settings: list[str], tmp_path: Path
