@@ -38,7 +38,9 @@ def template_for(tokenizer: Tokenizer, given: str = DEFAULT) -> Template:
     return _checked(load_template(given, tokenizer.eod, _controls(tokenizer)), tokenizer)
 
 
-def recorded_template(tokenizer: Tokenizer, jinja: str, name: str, eos_token: str | None = None) -> Template:
+def recorded_template(
+    tokenizer: Tokenizer, jinja: str, name: str, eos_token: str | None = None, bos_token: str | None = None
+) -> Template:
     """The template of a text that was recorded with a model; errors as of `template_for`.
 
     Args:
@@ -46,8 +48,9 @@ def recorded_template(tokenizer: Tokenizer, jinja: str, name: str, eos_token: st
         jinja: the template.
         name: its name, for messages.
         eos_token: value of `eos_token` in it. Default: the tokenizer's end of a document.
+        bos_token: value of `bos_token` in it. Default: none.
     """
-    return _checked(Template(jinja, name, eos_token or tokenizer.eod, _controls(tokenizer)), tokenizer)
+    return _checked(Template(jinja, name, eos_token or tokenizer.eod, _controls(tokenizer), bos_token), tokenizer)
 
 
 def _checked(template: Template, tokenizer: Tokenizer) -> Template:

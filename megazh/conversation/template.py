@@ -1,8 +1,9 @@
 """Chat templates: one jinja text for training, preview, sampling, chat and export.
 
 A template is rendered as `transformers` renders it: in jinja's immutable sandbox, with `messages` (`role`, `content`),
-`add_generation_prompt` and `eos_token`. What belongs to whom follows from the rendering itself: the template is
-rendered with a mark in place of each turn's text, and what stands between the marks is the template's own.
+`add_generation_prompt`, `eos_token` and, where there is one, `bos_token`. What belongs to whom follows from the
+rendering itself: the template is rendered with a mark in place of each turn's text, and what stands between the marks
+is the template's own.
 """
 
 import re
@@ -70,6 +71,7 @@ class Template:
         jinja: the template.
         name: its name, for messages.
         eos_token: value of `eos_token` in the template.
+        bos_token: value of `bos_token` in the template; None where its tokenizer names none.
         controls: control tokens of the tokenizer. In the template's own text, these, `eos_token` and whatever is
             written like `<|...|>` are control tokens; in the text of turns nothing is.
 
@@ -84,10 +86,16 @@ class Template:
     """
 
     def __init__(
-        self, jinja: str, name: str = "template", eos_token: str = END_OF_TEXT, controls: Collection[str] = ()
+        self,
+        jinja: str,
+        name: str = "template",
+        eos_token: str = END_OF_TEXT,
+        controls: Collection[str] = (),
+        bos_token: str | None = None,
     ) -> None:
-        self.jinja, self.name, self.eos_token = jinja, name, eos_token
-        strings = sorted({*controls, eos_token}, key=lambda text: (-len(text), text))
+        self.jinja, self.name = jinja, name
+        self._special = {"eos_token": eos_token} | ({} if bos_token is None else {"bos_token": bos_token})
+        strings = sorted({*controls, *self._special.values()}, key=lambda text: (-len(text), text))
         self._controls = re.compile(f"({'|'.join([*map(re.escape, strings), _CONTROL])})")
         self.warnings: list[str] = []
         self._compiled = self._compile()
@@ -126,9 +134,7 @@ class Template:
     def _render(self, turns: Sequence[tuple[Role, str]], for_answer: bool) -> str:
         messages = [{"role": role.value, "content": text} for role, text in turns]
         try:
-            rendered: str = self._compiled.render(
-                messages=messages, add_generation_prompt=for_answer, eos_token=self.eos_token
-            )
+            rendered: str = self._compiled.render(messages=messages, add_generation_prompt=for_answer, **self._special)
         except Exception as error:  # whatever the code in the template raises
             raise RowError(TemplateFault.REFUSED, f"template {self.name}: {error}") from None
         return rendered

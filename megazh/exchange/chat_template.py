@@ -15,10 +15,12 @@ _DEFAULT = "default"
 
 @dataclass(frozen=True)
 class HfTemplate:
-    """A template, and what it calls the end of a text."""
+    """A template, and what it calls the end and the begin of a text."""
 
     jinja: str
     eos_token: str | None
+    """None where `tokenizer_config.json` names none."""
+    bos_token: str | None
     """None where `tokenizer_config.json` names none."""
 
 
@@ -31,8 +33,7 @@ def read_chat_template(folder: Path) -> HfTemplate | None:
         DataError: a file is damaged.
     """
     config = _config(folder / TOKENIZER_CONFIG)
-    eos = config.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
+    eos, bos = (_text(config.get(name)) for name in ("eos_token", "bos_token"))
     jinja = config.get("chat_template")
     if isinstance(jinja, list):
         named = {each.get("name"): each.get("template") for each in jinja if isinstance(each, dict)}
@@ -46,10 +47,10 @@ def read_chat_template(folder: Path) -> HfTemplate | None:
         raise DataError(f"{file}: damaged: {error}") from None
     if jinja is None:
         return None
-    for name, value in (("chat_template", jinja), ("eos_token", eos)):
+    for name, value in (("chat_template", jinja), ("eos_token", eos), ("bos_token", bos)):
         if value is not None and not isinstance(value, str):
             raise DataError(f"{file}: {name}: expected text, found {value!r}")
-    return HfTemplate(jinja, eos)
+    return HfTemplate(jinja, eos, bos)
 
 
 def write_chat_template(folder: Path, jinja: str) -> None:
@@ -57,6 +58,11 @@ def write_chat_template(folder: Path, jinja: str) -> None:
     write_atomic(folder / TEMPLATE, jinja.encode())
     config = {**_config(folder / TOKENIZER_CONFIG), "chat_template": jinja}
     write_atomic(folder / TOKENIZER_CONFIG, (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def _text(token: Any) -> Any:
+    """The text of a token, which may be written as an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -29,4 +29,4 @@ def find_template(source: ModelSource, given: str | None = None) -> Template:
             f"{source.path}: a base model, which has no chat template: 'megazh sample' continues a text with it, and "
             "--template chatml asks it as if it had been trained on chats"
         )
-    return recorded_template(tokenizer, found.jinja, str(source.hf_files), found.eos_token)
+    return recorded_template(tokenizer, found.jinja, str(source.hf_files), found.eos_token, found.bos_token)

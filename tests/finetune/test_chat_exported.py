@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,24 @@ def test_a_base_model_has_no_template(tmp_path: Path, stories: Path) -> None:
         with pytest.raises(UsageError, match="a base model, which has no chat template: 'megazh sample' continues"):
             find_template(find_model(path))
         assert find_template(find_model(path), "chatml").stop == "<|im_end|>"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_template_that_begins_with_a_token_of_its_own(
+    folders: tuple[Path, Path, Path], tmp_path: Path, version: str
+) -> None:
+    """As those of Llama 3; the token stands in for theirs."""
+    shutil.copytree(folders[1], tmp_path / "hf")
+    path = tmp_path / "hf" / "tokenizer_config.json"
+    jinja = "{{ bos_token }}" + CHATML.jinja
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token": "<|endoftext|>", "chat_template": jinja}))
+    (tmp_path / "hf" / "chat_template.jinja").write_text(jinja)
+    model = open_chat(tmp_path / "hf").model
+    prompt = model.prompt([Turn(Role.USER, "问")])
+    assert model.tokenizer.decode(prompt).startswith("<|endoftext|><|im_start|>user")
+    messages = [{"role": "user", "content": "问"}]
+    (found,) = ask(version, [{"what": "chatted", "folder": str(tmp_path / "hf"), "messages": messages, "count": 1}])
+    assert found["direct"] == prompt
 
 
 @pytest.mark.parametrize(
