@@ -66,7 +66,8 @@ class RecordedPasses:
         if labels is None:
             self.gradient = torch.empty_like(self.outputs[0])
             """Where the gradient of the outputs must be before the backward pass."""
-        self.backward = record(self._backward, pool)
+        # A first stage that is frozen as a whole launches no kernel, and torch warns of a graph without any.
+        self.backward = record(self._backward, pool) if self.outputs[0].requires_grad else _nothing
         self.weights = record(self._weights, pool) if self._products else _nothing
 
     @property
@@ -84,8 +85,7 @@ class RecordedPasses:
             self.additional_losses = self._module.get_additional_losses()
 
     def _backward(self) -> None:
-        if self.outputs[0].requires_grad:  # not on a first stage that is frozen as a whole
-            torch.autograd.backward(self.outputs[0], self.gradient)
+        torch.autograd.backward(self.outputs[0], self.gradient)
         add_gradients(self._module.parameters())
         self._products = self._postponed.copy()
         self._postponed.clear()
@@ -95,4 +95,4 @@ class RecordedPasses:
 
 
 def _nothing() -> None:
-    """The weight pass of a micro-batch that defers no product."""
+    """A pass without any kernel."""

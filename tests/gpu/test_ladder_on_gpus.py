@@ -66,8 +66,8 @@ RECIPE = {
     "stage_costs": "flops",
     "communication_dtype": "fp32",
 }
-LAYOUTS = {"one": (1, 1), "pp=2": (2, 2), "dp=2": (2, 1)}
-"""Ranks and stages."""
+LAYOUTS = {"one": (1, 1), "cpu": (1, 1), "pp=2": (2, 2), "dp=2": (2, 1)}
+"""Ranks and stages; on GPUs, but `cpu`."""
 
 Run = tuple[Path, str]
 """Folder and output of a finished run."""
@@ -95,7 +95,7 @@ def pretrain(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         name = " ".join([layout, *settings, *([f"after step {step} of {after.name}"] if after else [])])
         if name in made:
             return made[name]
-        path = folder / name.replace(" ", "_")
+        path = folder / name.replace(" ", "_").replace("/", "-")
         if after is not None:
             shutil.copytree(after, path)
             for checkpoint in list_checkpoints(path / "checkpoints"):
@@ -103,7 +103,7 @@ def pretrain(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
                     shutil.rmtree(checkpoint)
         ranks, stages = LAYOUTS[layout]
         command = [sys.executable, "-m", "megazh", "pretrain", "-c", recipe, "-r", path, *settings]
-        command += ["--device", "cpu" if ON_CPU else "cuda", "-n", str(ranks), "-p", str(stages)]
+        command += ["--device", "cpu" if ON_CPU or layout == "cpu" else "cuda", "-n", str(ranks), "-p", str(stages)]
         finished = run_command(command, 120, environment, folder)
         assert finished.returncode == 0, f"run '{name}':\n{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}"
         if after is not None:
@@ -165,6 +165,64 @@ def test_a_graph_is_eager(pretrain: Callable[..., Run], pattern: tuple[str, ...]
 def test_s2_is_another_attention(pretrain: Callable[..., Run]) -> None:
     s2, full = (losses(pretrain("one", "dtype=bf16", *pattern)) for pattern in (S2, ()))
     assert s2[1] != full[1], "groups of 16 tokens leave out some of the 128"
+
+
+LORA = {
+    "lora": ("lora.rank=8",),
+    "lora of all": ("lora.rank=3", "lora.targets=[q,k,v,o,gate,up,down]", "lora.train_embed_norm=true"),
+}
+"""Settings of LoRA; a rank of 3 gives products whose rows do not begin at multiples of 16 bytes."""
+
+
+def lora_run(pretrain: Callable[..., Run], layout: str, case: str, *settings: str) -> Run:
+    """A LoRA run on the weights of the run in fp32."""
+    base = pretrain("one", "dtype=fp32")[0]
+    checkpoint = list_checkpoints(base / "checkpoints")[-1].relative_to(base.parent)
+    return pretrain(layout, f"initial_checkpoint={checkpoint}", *LORA[case], *settings)
+
+
+def test_lora_learns(pretrain: Callable[..., Run]) -> None:
+    found = losses(lora_run(pretrain, "one", "lora of all", "dtype=fp32"))
+    assert found[1][0] == pytest.approx(losses(pretrain("one", "dtype=fp32"))[STEPS][0], rel=0.2)
+    assert found[STEPS][0] < found[1][0] - 0.03, found
+
+
+@real_gpu
+@pytest.mark.parametrize("case", LORA)
+def test_lora_fused_is_torch(pretrain: Callable[..., Run], case: str) -> None:
+    fused, plain = (lora_run(pretrain, "one", case, "dtype=bf16", *more) for more in ([], ["kernels=torch"]))
+    assert "kernels     Triton, each pass of a micro-batch one CUDA graph" in fused[1]
+    assert "kernels     torch (kernels=torch)" in plain[1]
+    assert_equal(fused, plain, BF16, last=5)
+
+
+@real_gpu
+@pytest.mark.parametrize("case", LORA)
+def test_lora_recorded_is_eager(pretrain: Callable[..., Run], case: str) -> None:
+    recorded, eager = (lora_run(pretrain, "one", case, "dtype=bf16", *more) for more in ([], ["cuda_graph=false"]))
+    assert "kernels     Triton, each pass of a micro-batch one CUDA graph" in recorded[1]
+    assert "kernels     Triton\n" in eager[1]
+    assert_equal(recorded, eager, SAME_BITS)
+
+
+@real_gpu
+def test_lora_on_a_gpu_is_lora_on_the_cpu(pretrain: Callable[..., Run]) -> None:
+    on_gpu, on_cpu = (lora_run(pretrain, layout, "lora of all", "dtype=fp32") for layout in ("one", "cpu"))
+    assert_equal(on_gpu, on_cpu, (1e-4, 1e-2))
+
+
+@two_gpus
+@pytest.mark.parametrize("case", LORA)
+def test_lora_in_two_stages_is_lora_in_one(pretrain: Callable[..., Run], case: str) -> None:
+    assert_equal(lora_run(pretrain, "pp=2", case, "dtype=fp32"), lora_run(pretrain, "one", case, "dtype=fp32"), FP32)
+
+
+@real_gpu
+@two_gpus
+@pytest.mark.parametrize("case", LORA)
+@pytest.mark.parametrize("layout", ["pp=2", "dp=2"])
+def test_lora_on_two_gpus_is_lora_on_one_in_bf16(pretrain: Callable[..., Run], layout: str, case: str) -> None:
+    assert_equal(lora_run(pretrain, layout, case, "dtype=bf16"), lora_run(pretrain, "one", case, "dtype=bf16"), BF16)
 
 
 @two_gpus

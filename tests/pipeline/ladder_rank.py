@@ -78,6 +78,7 @@ CASES = {
     "groups": Case(checkpointing=True, attention_group=4),
     "lora": Case(lora=LoraConfig(rank=4, targets=list(Target), dropout=0.1, train_embed_norm=True)),
     "pairs": Case(lora=LoraConfig(rank=4), attention_group=4),
+    "recorded pairs": Case(lora=LoraConfig(rank=4, targets=[Target.Q, Target.DOWN]), recorded=True),
     "tied bf16": Case(compute=Dtype.BF16),
     "bf16 between replicas": Case(compute=Dtype.BF16, communication=Dtype.BF16),
     "untied bf16": Case(UNTIED, compute=Dtype.BF16),

@@ -119,6 +119,7 @@ def _rows(width: int) -> None:
     for other in (None, states):
         total, normed, rstd = add_norm(states, other, weight, 1e-6)
         norm_backward(normed, total, rstd, weight, other)
+        norm_backward(normed, total, rstd, weight, other, for_weight=False)
     gate_up = _tensor(TOKENS, 2 * 4 * width)
     swiglu_backward_(gate_up, swiglu(gate_up))
 
