@@ -10,6 +10,7 @@ from megazh.model.attention import Attend, Documents, Packed
 from megazh.model.backend import Backend, choose_backend
 from megazh.model.config import ModelConfig
 from megazh.model.dropout import Dropout
+from megazh.model.embedding_noise import EmbeddingNoise
 from megazh.model.fused import run_fused
 from megazh.model.layers import Embedding, Head, layer_count, make_layer
 from megazh.model.lora_config import LoraConfig
@@ -76,10 +77,12 @@ class Decoder(nn.Module):
         group = self._attention_group if self.training else None
         return self._documents[1](position_ids, cu_seqlens, dropout, group)
 
-    def forward(self, tokens: torch.Tensor, attend: Attend | Packed) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, attend: Attend | Packed, noise: EmbeddingNoise | None = None
+    ) -> torch.Tensor:
         """Compute the hidden states after the last norm, (batch, seq, hidden), of token ids (batch, seq)."""
         checkpointing = self._checkpointing and self.training
-        return run_layers(self.embedding, self.blocks, self.norm, tokens, attend, checkpointing)
+        return run_layers(self.embedding, self.blocks, self.norm, tokens, attend, checkpointing, noise)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute fp32 logits (..., vocab) from hidden states (..., hidden) after the last norm."""
@@ -93,6 +96,7 @@ class Decoder(nn.Module):
         cu_seqlens: torch.Tensor,
         z_loss: float = 0.0,
         sample_numbers: torch.Tensor | None = None,
+        noise: EmbeddingNoise | None = None,
     ) -> torch.Tensor:
         """Cross entropy summed over all labels that are not negative.
 
@@ -101,14 +105,14 @@ class Decoder(nn.Module):
             cu_seqlens: (batch, max_docs + 1) int32, boundaries of the segments of each row, padded with seq.
             z_loss: see `summed_cross_entropy`.
             sample_numbers: see `attention`.
+            noise: noise on the embedded tokens.
 
         Returns:
             A scalar in fp32.
         """
         attend = self.attention(position_ids, cu_seqlens, sample_numbers)
-        return summed_cross_entropy(
-            self(tokens, attend), self.head.weight, labels, z_loss, isinstance(attend, Packed), self.config.vocab_size
-        )
+        hidden, fused = self(tokens, attend, noise), isinstance(attend, Packed)
+        return summed_cross_entropy(hidden, self.head.weight, labels, z_loss, fused, self.config.vocab_size)
 
 
 def run_layers(
@@ -118,6 +122,7 @@ def run_layers(
     states: torch.Tensor,
     attend: Attend | Packed,
     checkpointing: bool,
+    noise: EmbeddingNoise | None = None,
 ) -> torch.Tensor:
     """Run consecutive layers of the decoder.
 
@@ -128,13 +133,16 @@ def run_layers(
         states: (batch, seq) token ids with an embedding, else (batch, seq, hidden) hidden states.
         attend: attention of the micro-batch, made by `Documents`; a `Packed` selects fused blocks.
         checkpointing: keep only the input of each block and recompute its activations in the backward pass.
+        noise: noise on the embedded tokens, if the layers start with the embedding.
 
     Returns:
         (batch, seq, hidden).
     """
     if isinstance(attend, Packed):
-        return run_fused(embedding, blocks, norm, states, attend, checkpointing)
+        return run_fused(embedding, blocks, norm, states, attend, checkpointing, noise)
     hidden = states if embedding is None else embedding(states, attend.dropout)
+    if embedding is not None and noise is not None:
+        hidden = noise(hidden)
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
             # No block draws from the global generators, whose states need not be kept.

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from megazh.model.attention import Packed
+from megazh.model.embedding_noise import EmbeddingNoise
 from megazh.model.layers import Block, Embedding, Linear
 from megazh.model.main_grad import main_grad, product_gradient, vector_gradient
 
@@ -25,6 +26,7 @@ def run_fused(
     states: torch.Tensor,
     packed: Packed,
     recompute: bool,
+    noise: EmbeddingNoise | None = None,
 ) -> torch.Tensor:
     """Run consecutive layers of the decoder.
 
@@ -35,6 +37,7 @@ def run_fused(
         states: (batch, seq) token ids with an embedding, else (batch, seq, hidden) hidden states.
         packed: rotation and document boundaries of the micro-batch.
         recompute: keep only the input of each block and recompute its activations in the backward pass.
+        noise: noise on the embedded tokens, if the layers start with the embedding.
 
     Returns:
         (batch, seq, hidden).
@@ -42,6 +45,7 @@ def run_fused(
     batch, seq = states.shape[:2]
     if embedding is not None:
         states = embedding(states) if main_grad(embedding.weight) is None else _embed(states, embedding)
+        states = states if noise is None else noise(states)
     residual, delta = states.flatten(0, 1), None
     for block in blocks:
         assert isinstance(block, Block)

@@ -17,6 +17,7 @@ from megazh.model.config import ModelConfig
 from megazh.model.decoder import run_layers
 from megazh.model.document_map import decode_document_map, decode_sample_numbers
 from megazh.model.dropout import Dropout
+from megazh.model.embedding_noise import EmbeddingNoise
 from megazh.model.layers import Block, Embedding, Head, layer_count, make_layer
 from megazh.model.lora_config import LoraConfig
 from megazh.model.loss import loss_and_gradient, summed_cross_entropy
@@ -96,7 +97,7 @@ class DecoderPipeline(PipelineModule):
             specs[0] = specs[last] = _Tied(self._layers)
         super().__init__(specs, num_stages=len(bounds) - 1, loss_fn=self.scaled_loss, partition_method="uniform")
         self._documents, self.fused = Documents(config, work.backend), work.fused
-        self._attention_group = work.attention_group
+        self._attention_group, self._neftune_alpha = work.attention_group, work.neftune_alpha
         self.recordable = work.recordable and cuda_graph
         self.checkpointing, self._z_loss = work.activation_checkpointing, z_loss
         self._last_z_loss = torch.zeros(())  # of the micro-batch that was trained last
@@ -145,16 +146,21 @@ class DecoderPipeline(PipelineModule):
         dropout, of_pairs = None, self._lora.dropout if self._lora else 0.0
         if self.training and (self.config.has_dropout or of_pairs):
             dropout = Dropout(self.config, self._seed, decode_sample_numbers(document_map), of_pairs)
+        noise = None
+        if self.training and self._neftune_alpha and self.is_first:
+            noise = EmbeddingNoise(self._neftune_alpha, self._seed, decode_sample_numbers(document_map), cu_seqlens)
         group = self._attention_group if self.training else None
-        hidden = self.run_layers(states, self._documents(position_ids, cu_seqlens, dropout, group))
+        hidden = self.run_layers(states, self._documents(position_ids, cu_seqlens, dropout, group), noise)
         if self._head is None:
             return hidden, document_map
         return (hidden,)
 
-    def run_layers(self, states: torch.Tensor, attend: Attend | Packed) -> torch.Tensor:
-        """Run this stage's layers with the given attention."""
+    def run_layers(
+        self, states: torch.Tensor, attend: Attend | Packed, noise: EmbeddingNoise | None = None
+    ) -> torch.Tensor:
+        """Run this stage's layers with the given attention and noise."""
         checkpointing = self.checkpointing and self.training
-        return run_layers(self._embedding, self._blocks, self._norm, states, attend, checkpointing)
+        return run_layers(self._embedding, self._blocks, self._norm, states, attend, checkpointing, noise)
 
     def scaled_loss(self, outputs: tuple[torch.Tensor], labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Validation loss: summed cross entropy times a scale that makes the sum over micro-batches a mean over tokens.

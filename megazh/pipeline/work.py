@@ -46,6 +46,8 @@ class Work:
     """Tokens per group of shifted sparse attention; None: full attention."""
     lora: LoraConfig | None = None
     """LoRA; None where all weights are trained."""
+    neftune_alpha: float = 0.0
+    """Strength of the noise on embedded tokens (see `megazh.model.embedding_noise`); 0: none."""
 
     @property
     def tokens(self) -> int:
@@ -59,8 +61,11 @@ class Work:
 
     @property
     def recordable(self) -> bool:
-        """Whether the kernels of a pass can be recorded as a CUDA graph: those of fused blocks never change shape."""
-        return self.fused
+        """Whether the kernels of a pass can be recorded as a CUDA graph.
+
+        Those of fused blocks never change shape; noise is seeded anew for each sample, which no graph can do.
+        """
+        return self.fused and not self.neftune_alpha
 
     @property
     def defers_weight_gradients(self) -> bool:

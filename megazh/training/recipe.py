@@ -130,6 +130,14 @@ class AttentionConfig(Config):
     the start of each document; a document of at most as many tokens has full attention."""
 
 
+class NoiseConfig(Config):
+    """Noise in training. Validation and sampling have none."""
+
+    neftune_alpha: NotNegative = 0.0
+    """Strength of uniform noise on embedded tokens (NEFTune, arXiv 2310.05914): up to neftune_alpha / sqrt(tokens of
+    the document x hidden_size). 0: none; the paper has 5, 10 and 15. Passes are not recorded as CUDA graphs with it."""
+
+
 class OptimizerName(StrEnum):
     """Optimizers. A change on resume starts the state anew."""
 
@@ -307,6 +315,8 @@ class Recipe(Config):
     """Size of an optimizer step."""
     attention: AttentionConfig = AttentionConfig()
     """Attention in training. Validation, sampling and exported models always have full attention."""
+    noise: NoiseConfig = NoiseConfig()
+    """Noise in training. Validation and sampling have none."""
     optimizer: OptimizerConfig
     """The optimizer and the objective that it minimizes."""
     schedule: ScheduleConfig

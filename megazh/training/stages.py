@@ -86,6 +86,7 @@ def work_of(recipe: Recipe, layout: Layout, precision: Precision, backend: Backe
         optimizer=state_bytes(recipe.optimizer.name),
         attention_group=recipe.attention_group,
         lora=recipe.low_rank,
+        neftune_alpha=recipe.noise.neftune_alpha,
     )
 
 

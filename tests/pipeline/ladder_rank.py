@@ -19,6 +19,7 @@ from megazh.model.backend import Backend
 from megazh.model.config import ModelConfig
 from megazh.model.decoder import Decoder
 from megazh.model.document_map import encode_document_map
+from megazh.model.embedding_noise import EmbeddingNoise
 from megazh.model.layers import layer_count
 from megazh.model.lora_config import LoraConfig, Target
 from megazh.pipeline.precision import Dtype, Precision
@@ -50,6 +51,8 @@ class Case:
     """Tokens per group of shifted sparse attention."""
     lora: LoraConfig | None = None
     """LoRA; None: all weights are trained."""
+    neftune_alpha: float = 0.0
+    """Strength of the noise on embedded tokens."""
 
     @property
     def config(self) -> ModelConfig:
@@ -73,7 +76,7 @@ CASES = {
     "z_loss": Case(z_loss=0.01, checkpointing=True),
     "neox": Case(NEOX),
     "recorded": Case(z_loss=0.01, recorded=True),
-    "z_loss untied": Case(UNTIED, z_loss=0.01),
+    "z_loss untied": Case(UNTIED, z_loss=0.01, neftune_alpha=5.0),
     "dropout": Case({"residual_dropout": 0.2, "attention_dropout": 0.1}, checkpointing=True),
     "groups": Case(checkpointing=True, attention_group=4),
     "lora": Case(lora=LoraConfig(rank=4, targets=list(Target), dropout=0.1, train_embed_norm=True)),
@@ -97,6 +100,13 @@ def micro_batch(number: int) -> tuple[torch.Tensor, ...]:
 def sample_numbers(number: int) -> torch.Tensor:
     """Numbers of the samples of micro-batch `number`."""
     return torch.arange(number * ROWS, (number + 1) * ROWS)
+
+
+def noise_of(case: Case, number: int) -> EmbeddingNoise | None:
+    """Noise on the embedded tokens of micro-batch `number`."""
+    if not case.neftune_alpha:
+        return None
+    return EmbeddingNoise(case.neftune_alpha, SEED, sample_numbers(number), micro_batch(number)[3])
 
 
 def valid_labels(step: int) -> int:
@@ -135,7 +145,8 @@ def train_plainly(case: Case) -> dict[str, Any]:
         loss = torch.zeros(())
         for number in range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES):
             tokens, labels, positions, boundaries = micro_batch(number)
-            loss = loss + model.loss(tokens, labels, positions, boundaries, case.z_loss, sample_numbers(number))
+            noise = noise_of(case, number)
+            loss = loss + model.loss(tokens, labels, positions, boundaries, case.z_loss, sample_numbers(number), noise)
         loss = loss / valid_labels(step)
         loss.backward()
         losses.append(loss.item())
@@ -175,6 +186,7 @@ def make_pipeline(
     work = Work(
         case.config, stages, replicas, SEQ, ROWS, MICRO_BATCHES // replicas, precision, case.checkpointing,
         backend, attention_group=case.attention_group, lora=case.lora,
+        neftune_alpha=case.neftune_alpha,
     )  # fmt: skip
     costs = costs_by_flops(dataclasses.replace(work, activation_checkpointing=False))
     bounds = best_bounds(costs.parts(case.config.num_hidden_layers), stages)

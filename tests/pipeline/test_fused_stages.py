@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from pipeline.fused_rank import STEPS
-from pipeline.ladder_rank import CASES, MICRO_BATCHES, SEED, layer_parameters, micro_batch, train_plainly, valid_labels
+from pipeline.ladder_rank import (
+    CASES,
+    MICRO_BATCHES,
+    SEED,
+    layer_parameters,
+    micro_batch,
+    noise_of,
+    sample_numbers,
+    train_plainly,
+    valid_labels,
+)
 from ranks import run_ranks
 
 from megazh.model.decoder import Decoder
@@ -23,7 +33,8 @@ def plain_gradients(name: str) -> dict[str, torch.Tensor]:
     case = CASES[name]
     model = Decoder(case.config, SEED, attention_group=case.attention_group, lora=case.lora)
     for number in range(MICRO_BATCHES):
-        (model.loss(*micro_batch(number), case.z_loss) / valid_labels(0)).backward()
+        loss = model.loss(*micro_batch(number), case.z_loss, sample_numbers(number), noise_of(case, number))
+        (loss / valid_labels(0)).backward()
     return {key: each.grad for key, each in layer_parameters(model).items() if each.requires_grad}
 
 

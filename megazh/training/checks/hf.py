@@ -63,6 +63,10 @@ def _faults(recipe: Recipe, stages: int) -> Iterator[str]:
         yield f"optimizer.name={optimizer.name}: -t hf has adamw only; set optimizer.name=adamw, or give -t ds_pp"
     if optimizer.z_loss:
         yield f"optimizer.z_loss={optimizer.z_loss:g}: -t hf has none; set z_loss=0, or give -t ds_pp"
+    if recipe.noise.neftune_alpha:
+        yield (
+            f"noise.neftune_alpha={recipe.noise.neftune_alpha:g}: -t hf adds no noise; set it to 0, or give -t ds_pp"
+        )
     if recipe.lora.rank:
         yield f"lora.rank={recipe.lora.rank}: -t hf trains all weights; leave lora out, or give -t ds_pp"
     for key in ("residual_dropout", "attention_dropout"):

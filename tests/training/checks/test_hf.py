@@ -36,6 +36,7 @@ def test_each_key_that_cannot_be_honoured_is_named(tmp_path: Path) -> None:
         "communication_dtype=fp16": "communication_dtype=fp16: small gradients vanish",
         "norm=layernorm": "no family of Hugging Face models (llama, qwen2, mistral) can express model.norm=layernorm",
         "attention.pattern=s2": "attention.pattern=s2: -t hf has full attention only",
+        "neftune_alpha=5": "noise.neftune_alpha=5: -t hf adds no noise",
         "stage_bounds=[0,2,4]": "stage_bounds=[0, 2, 4]: -t hf has no stages",
     }
     lines = refusals(tmp_path, *refused).split("\nerror: ")
