@@ -49,6 +49,12 @@ def test_each_key_that_cannot_be_honoured_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_lora_is_refused(tmp_path: Path) -> None:
+    assert refusals(tmp_path, "lora.rank=8", "initial_checkpoint=base").startswith(
+        "lora.rank=8: -t hf trains all weights; leave lora out, or give -t ds_pp"
+    )
+
+
 def test_stages_are_refused_wherever_they_are_given(tmp_path: Path) -> None:
     assert refusals(tmp_path, request=Request(engine="hf")).startswith("pipe_parallel_size=2: -t hf has replicas only")
     assert refusals(tmp_path, request=Request(engine="hf", stages=3)).startswith("pipe_parallel_size=3")

@@ -62,6 +62,15 @@ def test_another_model(tmp_path: Path, stories: Path, trained: RunFolder) -> Non
     assert "model.parallel_residual=True" in third
 
 
+def test_weights_with_low_rank_pairs_are_to_be_merged_first(tmp_path: Path, stories: Path) -> None:
+    recipe = write_recipe(tmp_path / "lora.yaml", stories, lora={"rank": 2}, initial_checkpoint="base")
+    checkpoint = make_run(tmp_path / "lora", recipe).checkpoints / "step_00000006"
+    with pytest.raises(UsageError, match=rf"low-rank pairs .* merge them with 'megazh export {checkpoint} --to hf OUT'"):
+        found(tmp_path, stories, checkpoint)
+    export_to_hf(find_model(checkpoint), tmp_path / "hf", ExportOptions())
+    assert found(tmp_path, stories, tmp_path / "hf") == []
+
+
 def test_positions_that_the_weights_do_not_know(tmp_path: Path, stories: Path, trained: RunFolder) -> None:
     checkpoint = trained.checkpoints / "step_00000006"
     (line,) = found(tmp_path, stories, checkpoint, "rope_theta=1e6")
