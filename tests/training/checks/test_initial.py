@@ -65,7 +65,7 @@ def test_another_model(tmp_path: Path, stories: Path, trained: RunFolder) -> Non
 def test_weights_with_low_rank_pairs_are_to_be_merged_first(tmp_path: Path, stories: Path) -> None:
     recipe = write_recipe(tmp_path / "lora.yaml", stories, lora={"rank": 2}, initial_checkpoint="base")
     checkpoint = make_run(tmp_path / "lora", recipe).checkpoints / "step_00000006"
-    with pytest.raises(UsageError, match=rf"low-rank pairs .* merge them with 'megazh export {checkpoint} --to hf OUT'"):
+    with pytest.raises(UsageError, match=rf"low-rank pairs .* with 'megazh export {checkpoint} --to hf OUT'"):
         found(tmp_path, stories, checkpoint)
     export_to_hf(find_model(checkpoint), tmp_path / "hf", ExportOptions())
     assert found(tmp_path, stories, tmp_path / "hf") == []
