@@ -11,7 +11,7 @@ code  meaning
 5     a worker, a rank or the machine failed; finished work is kept, run again
 6     training diverged: steps or weights are not finite; the same again diverges again, so change a setting first
 7     three checkpoints in a row could not be written: make room on the disk, then run again
-130   stopped by Ctrl-C; finished work is kept, run again
+130   stopped by Ctrl-C; training, builds of an index and `prefs generate` go on when they are run again
 141   the reader of the output (head, less) ended before the output did
 ====  =======================================================================
 """

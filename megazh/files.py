@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from megazh.writing import free_bytes, write_all, write_error, writing
 
 _BLOCK = 1 << 18  # stays in the processor's cache between reading and hashing
 _LARGE = 1 << 31
+_ATTEMPTS = 100  # to make a lock file in a folder that other processes make and remove
 _locks: set[TextIO] = set()  # lock files that this process holds
 
 
@@ -219,14 +221,14 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
         WriteError: the lock file cannot be made.
         WorkerError: its file system has no locks.
     """
-    while True:
+    for attempt in itertools.count(1):
         new = not path.parent.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # the holder before us may have removed the folder, too
             file = open(path, "a+")  # noqa: SIM115 (closed below: the lock lives as long as the file)
-        except FileNotFoundError:
-            continue  # removed between mkdir and open
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS:
+                continue  # removed between mkdir and open; again and again only where nothing can be made, as in /proc
             if new:
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()

@@ -13,7 +13,7 @@ import pytest
 from textdata import ROOT, finish, kill_group, start
 
 from megazh import files
-from megazh.errors import BusyError, DataError
+from megazh.errors import BusyError, DataError, WriteError
 from megazh.files import check_sha256, known_sha256, locked, new_folder, remember_sha256, sha256_file, write_atomic
 
 
@@ -96,6 +96,11 @@ def test_lock_is_refused_while_held_and_free_after_a_kill(tmp_path: Path) -> Non
         process.stderr.close()
     with locked(lock, "in use"):
         assert f"process {os.getpid()} " in lock.read_text()
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_an_error() -> None:
+    with pytest.raises(WriteError, match=r"^/proc/lock: cannot be written"), locked(Path("/proc/lock"), "in use"):
+        pass
 
 
 def test_second_process_is_refused_with_exit_4_message(tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ def _guarded(options: Callable[[], argparse.Namespace]) -> int:
             sys.stdout.flush()  # here, where a reader that has gone is no error
         except MegazhError as error:
             code = _failed(f"error: {runnable(str(error))}", error.exit_code)
-        except KeyboardInterrupt:
-            code = _failed("interrupted; finished work is kept: run the same command again to continue", INTERRUPTED)
+        except KeyboardInterrupt:  # while the line was parsed
+            code = _failed("interrupted", INTERRUPTED)
         except ReaderGone:
             code = READER_GONE
         except OSError as error:  # a disk that is full or gone, a file without permission
@@ -120,6 +120,7 @@ def _guarded(options: Callable[[], argparse.Namespace]) -> int:
 
 
 def _call(console: Console, options: Callable[[], argparse.Namespace]) -> int:
+    given = argparse.Namespace()
     try:
         given = options()
         if getattr(given, "outlives_output", False) and not getattr(given, "dry_run", False):
@@ -131,7 +132,18 @@ def _call(console: Console, options: Callable[[], argparse.Namespace]) -> int:
         if isinstance(ended.code, str):
             return _failed(ended.code, 1)
         return ended.code or 0
+    except KeyboardInterrupt:
+        return _failed(_interrupted(given), INTERRUPTED)
     return 0
+
+
+def _interrupted(given: argparse.Namespace) -> str:
+    """What Ctrl-C leaves: commands that continue have set `continues`."""
+    if getattr(given, "continues", False):
+        return "interrupted; finished work is kept: run the same command again to continue"
+    if getattr(given, "outlives_output", False):
+        return "interrupted; nothing is kept of it: the same command begins anew"
+    return "interrupted"
 
 
 def _failed(line: str, code: int) -> int:

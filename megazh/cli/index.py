@@ -110,7 +110,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="discard the finished pieces of an interrupted build, and replace a complete index",
     )
-    parser.set_defaults(call=build, outlives_output=True)
+    parser.set_defaults(call=build, outlives_output=True, continues=True)
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:

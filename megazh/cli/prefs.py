@@ -63,7 +63,7 @@ def add_to(commands: Subparsers) -> None:
         "--seed", type=int, default=0, metavar="N", help="the same seed, the same answers (default: 0)"
     )
     generate.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
-    generate.set_defaults(call=_generate, outlives_output=True)
+    generate.set_defaults(call=_generate, outlives_output=True, continues=True)
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:

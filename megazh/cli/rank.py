@@ -13,7 +13,7 @@ def add_to(commands: Subparsers) -> None:
     """Add `rank`."""
     parser = add_command(commands, "rank", "train as one rank of the run in a folder (pretrain starts them)", EXAMPLE)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, whose config.yaml says how to train")
-    parser.set_defaults(call=_rank, outlives_output=True)
+    parser.set_defaults(call=_rank, outlives_output=True, continues=True)
 
 
 def _rank(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megazh.cli.options import Subparsers, add_command, add_encoding, count, encoding, share
+from megazh.errors import UsageError
 
 if TYPE_CHECKING:
     from megazh.finetune.fit import Fitting
@@ -174,6 +175,8 @@ def _preview(options: argparse.Namespace) -> None:
     from megazh.writing import check_writable
 
     if options.html:
+        if options.html.exists() and options.html.suffix.lower() not in (".html", ".htm"):
+            raise UsageError(f"--html {options.html}: exists, and is no .html file; give another name for the page")
         check_writable(options.html.parent, "give another file with --html", f"--html {options.html}")
     limit = options.limit
     sets = [

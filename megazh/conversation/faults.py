@@ -32,6 +32,7 @@ class RowError(Exception):
     """A row is refused. Carries the reason and a detail, both for the file of rejected rows."""
 
     def __init__(self, fault: StrEnum, detail: str) -> None:
+        detail = " ".join(detail.split())  # one line, whatever it quotes
         super().__init__(detail)
         self.fault = fault
         """A member of `Fault`, or of the reader's own enumeration of further reasons."""

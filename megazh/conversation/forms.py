@@ -116,7 +116,7 @@ def conversation_of(row: Mapping[str, Any], layout: Layout = ANY_LAYOUT) -> Read
 def _alpaca(row: Mapping[str, Any], columns: Columns) -> list[Turn]:
     for key in (columns.prompt, columns.response):
         if row.get(key) is None:
-            raise RowError(Fault.MISSING_KEY, f"no '{key}'; {_keys(row)}")
+            raise RowError(Fault.MISSING_KEY, f"'{key}' is null" if key in row else f"no '{key}'; {_keys(row)}")
     prompt = text_of(row[columns.prompt], columns.prompt)
     query = "" if row.get(columns.query) is None else text_of(row[columns.query], columns.query).strip("\n")
     answer = Turn(Role.ASSISTANT, text_of(row[columns.response], columns.response))

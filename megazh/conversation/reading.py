@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megazh.conversation.conversation import Conversation
-from megazh.conversation.faults import RowError
+from megazh.conversation.faults import Fault, RowError
 from megazh.conversation.forms import conversation_of
 from megazh.conversation.registry import DataSet
 from megazh.conversation.rejects import Rejects
@@ -39,6 +39,8 @@ class Count:
     """By reason."""
     trimmed: Counter[str] = field(default_factory=Counter)
     """What was left out of rows that were kept."""
+    first: str = ""
+    """File, line and detail of the first rejected row."""
 
     def describe(self) -> str:
         """One line, such as `9 conversations; 1 row rejected: 1 no answer`."""
@@ -49,7 +51,16 @@ class Count:
                     f"{counts.total():,} {what}: "
                     + ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
                 )
+        if self.first:
+            parts.append(f"the first: {self.first}{self.remedy}")
         return "; ".join(parts)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about the rejected rows, to follow their reasons; empty where nothing is known to help."""
+        if self.kept or Fault.MISSING_KEY.value not in self.rejected:
+            return ""
+        return "; name the columns of these rows in a registry (columns: {prompt: ..., response: ...})"
 
 
 class DataSets:
@@ -128,6 +139,7 @@ class DataSets:
                 reading = conversation_of(row.value, data_set.layout)
             except RowError as error:
                 count.rejected[error.fault.value] += 1
+                count.first = count.first or f"{source.name} line {row.line:,}: {error.detail}"
                 if rejects:
                     rejects.add(f"{data_set.name}: {source.name}", row.line, error)
             else:

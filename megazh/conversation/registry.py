@@ -158,6 +158,9 @@ def registered_sets(path: Path, names: Sequence[str] | None = None) -> list[Data
             near = difflib.get_close_matches(name, map(str, entries), n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known sets: {', '.join(map(str, list(entries)[:8]))}"
             raise UsageError(f"{path}: no set '{name}'; {hint}")
+    for name in entries:
+        if not isinstance(name, str):
+            raise UsageError(f"{path}: set {name!r}: expected text as its name; put it in quotes")
     return [_data_set(path, name, entries[name], lines) for name in (entries if names is None else names)]
 
 

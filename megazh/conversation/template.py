@@ -6,8 +6,11 @@ rendering itself: the template is rendered with a mark in place of each turn's t
 is the template's own.
 """
 
+import contextlib
 import re
-from collections.abc import Collection, Sequence
+import signal
+import threading
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -40,6 +43,8 @@ END_OF_TEXT = "<|endoftext|>"
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 _CONTROL = r"<\|[^<>|\s]+\|>"
 _PROBE = "问"
+_SECONDS = 10  # in which a template has to try itself; others take milliseconds
+_MOST_OWN = 1 << 20  # characters of a template's own in a conversation
 
 
 class TemplateFault(StrEnum):
@@ -99,7 +104,8 @@ class Template:
         self._controls = re.compile(f"({'|'.join([*map(re.escape, strings), _CONTROL])})")
         self.warnings: list[str] = []
         self._compiled = self._compile()
-        self.stop = self._probe()
+        with _time_limit():
+            self.stop = self._probe()
 
     def _compile(self) -> Any:
         import jinja2
@@ -116,8 +122,9 @@ class Template:
         environment.globals["raise_exception"] = raise_exception
         try:
             return environment.from_string(self.jinja)
-        except jinja2.TemplateError as error:
-            raise UsageError(f"{self.name}: not a jinja template: {error}; correct it") from None
+        except Exception as error:  # also RecursionError and SyntaxError, where it is nested too deeply
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(f"template {self.name}: not a jinja template: {reason}; correct it") from None
 
     def render(self, conversation: Conversation, for_answer: bool = False) -> str:
         """The text of a conversation, as `apply_chat_template` of `transformers` gives it.
@@ -133,11 +140,18 @@ class Template:
 
     def _render(self, turns: Sequence[tuple[Role, str]], for_answer: bool) -> str:
         messages = [{"role": role.value, "content": text} for role, text in turns]
+        left = _MOST_OWN + sum(len(text) for _, text in turns)
+        pieces = []
         try:
-            rendered: str = self._compiled.render(messages=messages, add_generation_prompt=for_answer, **self._special)
+            for piece in self._compiled.generate(messages=messages, add_generation_prompt=for_answer, **self._special):
+                pieces.append(piece)
+                left -= len(piece)
+                if left < 0:
+                    raise ValueError(f"it writes more than {_MOST_OWN:,} characters of its own")
         except Exception as error:  # whatever the code in the template raises
-            raise RowError(TemplateFault.REFUSED, f"template {self.name}: {error}") from None
-        return rendered
+            reason = str(error) or type(error).__name__
+            raise RowError(TemplateFault.REFUSED, f"template {self.name}: {reason}") from None
+        return "".join(pieces)
 
     def segments(self, conversation: Conversation, for_answer: bool = False) -> list[Segment]:
         """The rendered text in segments; joined, they are what `render` gives.
@@ -188,7 +202,7 @@ class Template:
             whole = self.segments(Conversation(turns))
             prompts = [self.segments(Conversation(turns[:length]), for_answer=True) for length in (1, 3)]
         except RowError as error:
-            raise UsageError(f"{error}, though it has two questions and two answers and nothing else") from None
+            raise UsageError(f"{error}, in a conversation of two questions and two answers; correct it") from None
         ends = [segment.special for segment in whole if segment.trained and segment.special]
         if len(ends) != 2 or len(set(ends)) != 1 or ends[0] is None:
             raise UsageError(
@@ -217,6 +231,25 @@ class Template:
         return tuple(dict.fromkeys(s.special for s in self.segments(Conversation(turns)) if s.special))
 
 
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise TimeoutError in a block that takes longer than `_SECONDS`; Python can do so in the main thread only."""
+
+    def expired(*_: object) -> None:
+        raise TimeoutError(f"it does not end within {_SECONDS} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def load_template(given: str, eos_token: str = END_OF_TEXT, controls: Collection[str] = ()) -> Template:
     """The built-in template of a name, or the one in a file. For the other arguments see `Template`.
 
@@ -226,7 +259,7 @@ def load_template(given: str, eos_token: str = END_OF_TEXT, controls: Collection
     if given in BUILT_IN:
         return Template(BUILT_IN[given], given, eos_token, controls)
     try:
-        text = Path(given).read_text(encoding="utf-8")
+        text = Path(given).read_text(encoding="utf-8-sig")  # a mark of byte order would be text of every conversation
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         names = ", ".join(BUILT_IN)

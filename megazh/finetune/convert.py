@@ -221,6 +221,7 @@ class _Conversion:
             return f"set '{self._found.name}': no row in its files"
         return (
             f"set '{self._found.name}': no conversation to train on: {rejects.describe()}; the first: {rejects.first}"
+            f"{self._found.rows.remedy}"
         )
 
     def _commit(self, writer: IndexWriter, scratch: Path) -> Metadata:

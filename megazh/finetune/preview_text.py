@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megazh.finetune.fit import Fitting
-from megazh.finetune.preview import Kind, Preview, Run, Shown, facts, histogram
+from megazh.finetune.preview import Kind, Preview, Run, Shown, facts, histogram, visible
 
 # In the order of preference; the last ones are for outputs without the others.
 _BRACKETS = ["⟦⟧", "⟪⟫", "⟬⟭", "⦃⦄", "⦅⦆", "⦉⦊", "[[]]", "{{}}", "<<>>", "[%%]"]
@@ -42,7 +42,7 @@ def text_lines(found: Preview, fitting: Fitting, colour: bool, encoding: str = "
         yield f"{name:<15}{value}"
     yield from _bars(found.lengths)
     for name, count in found.sets.items():
-        yield f"{'set':<15}{name}: {count.describe()}"
+        yield f"{'set':<15}{visible(f'{name}: {count.describe()}')}"
     for line in found.warnings:
         yield f"warning: {line}"
 

@@ -53,6 +53,41 @@ def test_preview_of_a_registry_keeps_its_limits(rows: Path, tmp_path: Path, capf
     assert "set            a: 3 conversations\nset            b: 4 conversations\n" in out
 
 
+def test_a_page_replaces_pages_only(rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = rows.read_bytes()
+    code, out, err = sft(capfd, "preview", rows, "--tokenizer", tokenizer_path(), "--html", rows)
+    assert (code, out) == (2, "")
+    assert err == f"error: --html {rows}: exists, and is no .html file; give another name for the page\n"
+    assert rows.read_bytes() == before
+    (tmp_path / "page.html").write_text("old")
+    assert sft(capfd, "preview", rows, "--tokenizer", tokenizer_path(), "--html", tmp_path / "page.html")[0] == 0
+
+
+@pytest.mark.parametrize("command", [["preview"], ["convert", "-o", "out"]])
+def test_columns_of_other_names_have_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"question": "问", "answer": "答"}\n' * 2)
+    _, out, err = sft(capfd, *command, "rows.jsonl", "--tokenizer", tokenizer_path())
+    assert (
+        "rows.jsonl line 1: no 'instruction'; keys: question, answer; name the columns of these rows in a registry "
+        "(columns: {prompt: ..., response: ...})\n"
+    ) in out + err
+
+
+def test_an_interrupted_conversion_begins_anew(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megazh.finetune.convert.write_manifest", interrupt)
+    code, out, err = sft(capfd, "convert", rows, "--tokenizer", tokenizer_path(), "-o", tmp_path / "out")
+    assert (code, out, err) == (130, "", "interrupted; nothing is kept of it: the same command begins anew\n")
+    assert [each.name for each in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_a_broken_file_is_shown_and_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"instruction": "问", "output": "答"}] * 4)[:-20])

@@ -145,3 +145,8 @@ def test_an_untrained_turn_stays_untrained() -> None:
     row = {"messages": [said[0], {**said[1], "weight": 0}, *said[2:]]}
     found = conversation_of(row).conversation.turns
     assert [each.trained for each in found if each.role is Role.ASSISTANT] == [False, True]
+
+
+def test_a_value_that_is_null_is_not_called_missing() -> None:
+    with pytest.raises(RowError, match=r"^'output' is null$"):
+        conversation_of({"instruction": "一", "output": None})

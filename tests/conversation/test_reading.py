@@ -91,7 +91,8 @@ def test_sets_in_order_with_counts_and_rejected_rows(tmp_path: Path) -> None:
     assert [(each.set, each.file, each.row) for each in found] == expected
     assert data.counts["talk"].describe() == (
         "1 conversations; 1 rows rejected: 1 two turns of one role running; "
-        "1 parts left out: 1 answer before the first question"
+        "1 parts left out: 1 answer before the first question; "
+        "the first: talk.json line 2: turns 1 and 2 of 2 are both of the user"
     )
     assert data.counts["raw"].rejected == {"empty answer": 1, "broken JSON": 1, "missing key": 1, "not an object": 1}
     written = [json.loads(line) for line in rejects.path.read_text(encoding="utf-8").splitlines()]

@@ -101,6 +101,9 @@ def test_an_error_in_yaml_names_its_line(tmp_path: Path) -> None:
 
 
 def test_names_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "number.yaml").write_text("2024: {file_name: x}\n")
+    with pytest.raises(UsageError, match=r"number.yaml: set 2024: expected text as its name; put it in quotes"):
+        sets_of([str(tmp_path / "number.yaml")])
     path = info(tmp_path, alpaca={"file_name": "x"})
     with pytest.raises(UsageError, match="no set 'alpacca'; did you mean 'alpaca'"):
         registered_sets(path, ["alpacca"])

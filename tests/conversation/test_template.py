@@ -1,5 +1,6 @@
 """Chat templates: the text that transformers renders, in segments of which the trained ones are known."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -104,11 +105,26 @@ def test_the_tag_generation_is_rendered_as_transformers_does() -> None:
         (CHATML.replace("message['content']", "(message['content'] | replace('问', '答'))"), "changes the text"),
         ("{{ raise_exception('no') }}", "no"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        (
+            "{{ raise_exception('not\n  so') }}",
+            "not so, in a conversation of two questions and two answers; correct it",
+        ),
+        (f"{{{{ {'(' * 3000}1{')' * 3000} }}}}", "not a jinja template: maximum recursion depth"),
+        ("{% for at in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "writes more than 1,048,576 characters"),
     ],
 )
 def test_a_template_that_cannot_be_trained_with_is_refused(jinja: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Template(jinja)
+
+
+def test_a_template_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megazh.conversation.template._SECONDS", 0.2)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UsageError, match=r"does not end within 0\.2 s"):
+        Template(loop + CHATML)
+    Template(CHATML)  # the next one has its own time
+    time.sleep(0.3)
 
 
 def test_a_template_without_place_for_a_system_turn_says_so() -> None:
@@ -123,5 +139,7 @@ def test_a_template_without_place_for_a_system_turn_says_so() -> None:
 def test_a_template_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "my.jinja").write_text(CHATML, encoding="utf-8")
     assert load_template(str(tmp_path / "my.jinja")).jinja == CHATML
+    (tmp_path / "marked.jinja").write_text(CHATML, encoding="utf-8-sig")
+    assert load_template(str(tmp_path / "marked.jinja")).jinja == CHATML
     with pytest.raises(UsageError, match="neither chatml, human-assistant nor a file"):
         load_template("chatmI")
