@@ -90,7 +90,36 @@ def _add_convert(below: Subparsers) -> None:
         metavar="SHARE",
         help="share of the conversations to keep for validation, by their hash (default: 0.01; 0: none)",
     )
-    convert.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the manifest (default: 0)")
+    convert.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the manifest and of noise (default: 0)"
+    )
+    convert.add_argument(
+        "--noise",
+        type=share,
+        metavar="P",
+        help="probability that letters of a question are dropped or repeated (default: none; 0.15 is usual)",
+    )
+    convert.add_argument(
+        "--noise-drop",
+        type=share,
+        default=0.1,
+        metavar="P",
+        help="probability of a letter to be dropped (default: 0.1)",
+    )
+    convert.add_argument(
+        "--noise-repeat",
+        type=share,
+        default=0.1,
+        metavar="P",
+        help="probability of a letter to come twice (default: 0.1)",
+    )
+    convert.add_argument(
+        "--copies",
+        type=count,
+        default=1,
+        metavar="N",
+        help="copies of each conversation with noise of their own, one for each epoch (default: 1)",
+    )
     convert.add_argument("--force", action="store_true", help="replace the folder of an earlier conversion")
     convert.set_defaults(call=_convert, outlives_output=True)
 
@@ -124,7 +153,13 @@ def _convert(options: argparse.Namespace) -> None:
     from megazh.conversation.registry import sets_of
     from megazh.corpus.formats import Format
     from megazh.finetune.convert import Request, convert
+    from megazh.finetune.noise import Noise
 
+    if options.copies > 1 and options.noise is None:
+        raise UsageError(f"--copies {options.copies}: all would be equal; give --noise, or leave it out")
+    noise = (
+        None if options.noise is None else Noise(options.noise, options.noise_drop, options.noise_repeat, options.seed)
+    )
     sets, fitting = sets_of(options.input), _fitting(options)
     for warning in fitting.template.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -137,6 +172,8 @@ def _convert(options: argparse.Namespace) -> None:
         format=Format(options.format) if options.format else None,
         encoding=encoding(options),
         overwrite=options.force,
+        noise=noise,
+        copies=options.copies,
     )
     manifest = convert(request, print)
     print(f"train on it with data.manifest={manifest}")

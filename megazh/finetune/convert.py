@@ -3,7 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from megazh.errors import Collector, DataError
 from megazh.files import known_sha256, new_folder, remember_sha256, write_atomic
 from megazh.finetune.conversion_folder import MANIFEST, check_folder, write_manifest
 from megazh.finetune.fit import Fitted, Fitting
+from megazh.finetune.noise import Noise
 from megazh.index.metadata import Metadata, Options, Rejected, SourceInfo, TemplateInfo
 from megazh.index.plan import signature, tokenizer_info
 from megazh.index.writer import IndexWriter
@@ -48,6 +49,11 @@ class Request:
     """Encoding of JSON and JSONL, as `megazh.corpus.encodings.normal_encoding` gives it."""
     overwrite: bool = False
     """Whether to replace the folder of an earlier conversion."""
+    noise: Noise | None = None
+    """Noise on the turns of the user; None: none."""
+    copies: int = 1
+    """Copies of each conversation, which differ in their noise: one for each epoch. All have the content hash of the
+    conversation without noise, and so are on one side of the validation split."""
 
 
 @dataclass
@@ -152,7 +158,8 @@ class _Conversion:
         self._found = Converted(data_set.name, data_set.weight)
         self._prefix = folder / data_set.name
         self._text_bytes = 0
-        self._waiting: list[Fitted] = []
+        self._waiting: list[tuple[int, Fitted]] = []
+        """Content hash and tokens of conversations that are not written yet."""
 
     def run(self) -> tuple[Converted, Metadata]:
         found, tokenizer = self._found, self._request.fitting.tokenizer
@@ -177,22 +184,30 @@ class _Conversion:
         found = self._found
         try:
             for sample in self._data.read(rejects, self._progress):
-                try:
-                    fitted = self._request.fitting.fit(sample.conversation)
-                except RowError as error:
-                    found.dropped[error.fault.value] += 1
-                    rejects.add(f"{sample.set}: {sample.file}", sample.row, error)
-                    continue
-                self._count(fitted)
-                if len(self._waiting) == _TOGETHER:
+                for copy in range(self._request.copies):
+                    try:
+                        self._take(sample.conversation, copy)
+                    except RowError as error:
+                        found.dropped[error.fault.value] += 1
+                        rejects.add(f"{sample.set}: {sample.file}", sample.row, error)
+                if len(self._waiting) >= _TOGETHER:
                     self._write(writer)
         except DataError as error:
             return error
         return None
 
+    def _take(self, conversation: Conversation, copy: int) -> None:
+        """Count a copy of a conversation, and keep it until it is written. Raises RowError if it gives no sample."""
+        fitting, noise = self._request.fitting, self._request.noise
+        fitted = fitting.fit(conversation)
+        digest = _hash(fitted.conversation)
+        if noise is not None and (noised := noise.on(conversation, digest, copy)) != conversation:
+            fitted = fitting.fit(noised)
+        self._waiting.append((digest, fitted))
+        self._count(fitted)
+
     def _count(self, fitted: Fitted) -> None:
         found, encoded, unknown = self._found, fitted.encoded, self._request.fitting.tokenizer.unk_id
-        self._waiting.append(fitted)
         self._text_bytes += sum(len(turn.text.encode()) for turn in fitted.conversation.turns)
         found.conversations += 1
         found.tokens += len(encoded)
@@ -206,13 +221,14 @@ class _Conversion:
         """Append the conversations that wait."""
         if not self._waiting:
             return
-        hashes = np.array([_hash(each.conversation) for each in self._waiting], np.uint64)
+        hashes = np.array([digest for digest, _ in self._waiting], np.uint64)
+        encoded = [fitted.encoded for _, fitted in self._waiting]
         self._found.hashes.append(hashes)
         writer.append(
-            np.concatenate([each.encoded.ids for each in self._waiting]).astype(writer.dtype),
-            np.array([len(each.encoded) for each in self._waiting]),
+            np.concatenate([each.ids for each in encoded]).astype(writer.dtype),
+            np.array([len(each) for each in encoded]),
             hashes,
-            np.concatenate([each.encoded.trained for each in self._waiting]),
+            np.concatenate([each.trained for each in encoded]),
         )
         self._waiting.clear()
 
@@ -251,6 +267,8 @@ class _Conversion:
                 train=fitting.train.value,
                 max_tokens=fitting.max_tokens,
                 too_long=None if fitting.max_tokens is None else fitting.too_long.value,
+                noise=None if request.noise is None else asdict(request.noise),
+                copies=None if request.copies == 1 else request.copies,
             ),
             sources=[
                 SourceInfo(name=source.name, bytes=source.size, sha256=known_sha256(source.path))

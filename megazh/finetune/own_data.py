@@ -1,6 +1,7 @@
 """The user's own conversations, converted once for a run; the same call again only checks that they are the same."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from megazh.conversation.reading import DataSets
@@ -47,6 +48,8 @@ def _check_same(request: Request, data_set: DataSet, metadata: Metadata) -> None
         ("tokenizer", metadata.tokenizer.fingerprint, fitting.tokenizer.fingerprint),
         ("max_tokens", metadata.options.max_tokens, fitting.max_tokens),
         ("train", metadata.options.train, fitting.train.value),
+        ("noise", metadata.options.noise, None if request.noise is None else asdict(request.noise)),
+        ("copies", metadata.options.copies or 1, request.copies),
     ):
         if before != now:
             raise _differs(request, f"{key} {before}, not {now}")

@@ -94,11 +94,15 @@ class Options(Config):
     encoding: str | None = None
     """Encoding of text, JSON and CSV; null for UTF-8."""
     train: str | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Answers of conversations that are trained; for conversations only, as are the two keys below."""
+    """Answers of conversations that are trained; for conversations only, as are the keys below."""
     max_tokens: int | None = Field(default=None, exclude_if=lambda value: value is None)
     """Largest number of tokens of a conversation."""
     too_long: str | None = Field(default=None, exclude_if=lambda value: value is None)
     """What became of longer conversations."""
+    noise: dict[str, float] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Noise on the turns of the user, if any: values of `megazh.finetune.noise.Noise`."""
+    copies: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Copies of each conversation, if more than one."""
 
 
 class Rejected(Config):

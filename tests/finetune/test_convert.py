@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megazh.errors import DataError, UsageError
 from megazh.finetune.convert import Request
 from megazh.finetune.convert import convert as convert_sets
 from megazh.finetune.fit import Fitting, TooLong, Train
+from megazh.finetune.noise import Noise
 from megazh.index.check import verify_index
 from megazh.index.mask import unpack
 from megazh.index.mixture import Mixture
@@ -299,3 +301,29 @@ def test_real_rows(tmp_path: Path) -> None:
     mixture = Mixture(tmp_path / "sft" / "mixture.yaml", 2048)
     assert len(mixture.corpora[0].validation) == 246
     assert mixture.table(0).valid_labels.sum() + mixture.validation.valid_labels(0) > 1_100_000
+
+
+def test_copies_differ_in_noise_and_are_on_one_side(tmp_path: Path) -> None:
+    given = write_rows(
+        tmp_path / "rows.jsonl", [row(f"请写一首关于春天的诗{'啊' * number}", "好") for number in range(60)]
+    )
+    noise = Noise(probability=0.5, drop=0.3, repeat=0.3)
+    convert(given, tmp_path / "out", noise=noise, copies=3, validation=0.2)
+    index = IndexedDataset(tmp_path / "out" / "files")
+    texts = [text for text, _ in documents(tmp_path / "out" / "files")]
+    hashes = index.document_hashes()
+    assert len(texts) == 180
+    assert [len(set(hashes[at : at + 3])) for at in range(0, 180, 3)] == [1] * 60
+    assert sum(len(set(texts[at : at + 3])) > 1 for at in range(0, 180, 3)) > 40
+    assert all(text.count("好<|im_end|>") == 1 for text in texts), "answers have no noise"
+    assert index.metadata is not None
+    assert (index.metadata.options.copies, index.metadata.options.noise) == (3, asdict(noise))
+    convert(given, tmp_path / "again", noise=noise, copies=3, validation=0.2)
+    assert (tmp_path / "again" / "files.bin").read_bytes() == (tmp_path / "out" / "files.bin").read_bytes()
+
+
+def test_copies_without_noise_are_refused(tmp_path: Path) -> None:
+    given = write_rows(tmp_path / "rows.jsonl", rows(3))
+    code, _, err = command(given, "-o", tmp_path / "out", "--copies", 2)
+    assert code == 2
+    assert is_one_line_error(err, "--copies 2: all would be equal; give --noise")
