@@ -26,7 +26,7 @@ LAYOUTS = {
     3: {3: ["tied", "muon", "neox", "recorded"], 1: ["tied", "muon"]},
     4: {
         2: ["tied", "untied", "muon untied", "tied bf16", "bf16 between replicas"],
-        PARTS: ["tied", "untied", "untied bf16"],
+        PARTS: ["tied", "untied", "recorded pairs", "untied bf16"],
     },
 }
 RUNS = [(n, stages, name) for n, layouts in LAYOUTS.items() for stages, names in layouts.items() for name in names]
