@@ -104,7 +104,10 @@ def _base_tokenizer(recipe: Recipe) -> Tokenizer:
     wanted = recipe.checkpoint.initial_checkpoint
     if wanted is None:
         raise UsageError("checkpoint.initial_checkpoint: missing; name the run or folder of the model to fine-tune")
-    return find_model(Path(wanted)).tokenizer()
+    try:
+        return find_model(Path(wanted)).tokenizer()
+    except UsageError as error:
+        raise UsageError(f"{error}; train it first, or name another with checkpoint.initial_checkpoint") from None
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ _STAGES = {
 def _demo(request: Request) -> int:
     """Train the base where it is missing, make questions, fine-tune, and compare answers before and after."""
     stage = _STAGES[request.task]
+    request = replace(request, run=request.run or stage.run)
+    requested_case(request)  # first: a setting that cannot work is refused before anything is trained
     if not _is_trained(RunFolder(stage.base)):
         _say(f"{stage.base}: the model that this starts from is not there yet; it is trained first")
         earlier = replace(request, run=None, settings=[])
@@ -133,7 +138,6 @@ def _demo(request: Request) -> int:
         if code or request.dry_run:
             return code
         _say("")
-    request = replace(request, run=request.run or stage.run)
     recipe = requested_case(request).recipe
     if request.dry_run:
         return start(request)

@@ -121,6 +121,13 @@ def test_without_a_base_there_is_no_tokenizer(tmp_path: Path, rows: str, started
     assert started == []
 
 
+def test_a_base_that_is_not_there_is_named_with_the_remedy(tmp_path: Path, rows: str, started: list[Request]) -> None:
+    request = replace(tuned(tmp_path, tmp_path), settings=["initial_checkpoint=runs/none"])
+    with pytest.raises(UsageError, match=r"runs/none: no run .*; train it first, or name another with checkpoint.init"):
+        finetune(request, OwnData([rows]))
+    assert started == []
+
+
 def test_the_demo_trains_what_is_missing_and_compares_answers(
     started: list[Request], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,3 +150,9 @@ def test_a_dry_run_of_the_demo_shows_the_first_run_that_is_missing(started: list
     assert finetune(Request(task=Task.LONG_CONTEXT, dry_run=True)) == 0
     assert [request.task for request in started] == [Task.PRETRAIN]
     assert list(Path().iterdir()) == []
+
+
+def test_a_setting_that_cannot_work_is_refused_before_a_base_is_trained(started: list[Request]) -> None:
+    with pytest.raises(UsageError, match=r"steps=0|schedule.steps"):
+        finetune(Request(task=Task.LONG_CONTEXT, settings=["steps=0"]))
+    assert started == []

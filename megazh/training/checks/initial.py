@@ -21,7 +21,10 @@ def initial_checkpoint(case: Case) -> Iterator[str]:
     wanted = case.recipe.checkpoint.initial_checkpoint
     if wanted is None or list_checkpoints(case.run.checkpoints):
         return
-    source = find_model(Path(wanted))
+    try:
+        source = find_model(Path(wanted))
+    except UsageError as error:
+        raise UsageError(f"{error}; train it first, or name another with checkpoint.initial_checkpoint") from None
     if source.path != Path(wanted):
         raise UsageError(f"checkpoint.initial_checkpoint={wanted}: a run; name one of its checkpoints: {source.path}")
     if any(PART in entry.parameter for entry in source.manifest.tensors):
