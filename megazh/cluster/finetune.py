@@ -90,6 +90,8 @@ def _with_data(request: Request, own: OwnData) -> Request:
         request, run=request.run or Path("runs") / name, settings=[f"data.manifest={manifest}", *request.settings]
     )
     if request.dry_run:
+        if not manifest.exists():
+            _say(f"data: a start converts -i into {folder} first; until then {manifest} is missing")
         return request
     recipe = requested_case(request).recipe
     tokenizer = _base_tokenizer(recipe)

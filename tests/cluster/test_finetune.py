@@ -156,3 +156,12 @@ def test_a_setting_that_cannot_work_is_refused_before_a_base_is_trained(started:
     with pytest.raises(UsageError, match=r"steps=0|schedule.steps"):
         finetune(Request(task=Task.LONG_CONTEXT, settings=["steps=0"]))
     assert started == []
+
+
+def test_a_dry_run_converts_nothing(
+    tmp_path: Path, base: Path, rows: str, started: list[Request], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(replace(tuned(tmp_path, base), dry_run=True), OwnData([rows])) == 0
+    assert capsys.readouterr().out.startswith("data: a start converts -i into data_index/talks first; until then ")
+    assert started[0].dry_run
+    assert not Path("data_index").exists()

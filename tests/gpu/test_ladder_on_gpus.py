@@ -133,6 +133,14 @@ def assert_equal(one: Run, other: Run, tolerance: tuple[float, float], last: int
     assert found[1] <= tolerance[1], "\n".join(lines)
 
 
+def test_noise_on_embeddings(pretrain: Callable[..., Run]) -> None:
+    """Fused blocks with noise, whose passes are not recorded: other losses, which fall all the same."""
+    plain, noisy = losses(pretrain("one", "dtype=bf16")), losses(pretrain("one", "dtype=bf16", "noise.neftune_alpha=5"))
+    assert noisy[STEPS][0] != plain[STEPS][0]
+    assert noisy[1][0] == pytest.approx(plain[1][0], rel=0.05)
+    assert noisy[1][0] > noisy[5][0] > noisy[STEPS][0] + 0.1, noisy
+
+
 def test_a_model_learns(pretrain: Callable[..., Run]) -> None:
     """What follows compares runs that train: the loss falls, also after the steps that are compared first."""
     found = losses(pretrain("one", "dtype=bf16"))
