@@ -1,5 +1,6 @@
 """A chat model on its way: template and end tokens from a checkpoint to a folder, to transformers, and back."""
 
+import functools
 import json
 import re
 import shutil
@@ -25,7 +26,7 @@ from megazh.training.text_model import open_model, open_source
 
 CHATML = TemplateInfo(name="chatml", jinja=BUILT_IN["chatml"], stop="<|im_end|>")
 HUMAN = TemplateInfo(name="human-assistant", jinja=BUILT_IN["human-assistant"], stop="<|endoftext|>")
-OPTIONS = ChatOptions(SamplingOptions(temperature=0.0), max_tokens=40)
+OPTIONS = ChatOptions(SamplingOptions(temperature=0.0), max_tokens=24)
 QUESTIONS = ["小兔子叫什么名字？", "它住在\n哪里 <b>？", "再见🙂"]
 SHAPE = {"vocab_size": 400, "num_key_value_heads": 2, "qkv_bias": True, "initializer_range": 0.2, "rope_theta": 5e5}
 
@@ -47,6 +48,7 @@ def open_chat(path: Path, given: str | None = None) -> Chat:
     return Chat(ChatModel(open_source(source, "cpu"), find_template(source, given)), "你是助手。")
 
 
+@functools.cache
 def talk(path: Path) -> tuple[list[dict[str, str]], list[End | None]]:
     """A conversation of all questions, and how the answers ended."""
     chat, ends = open_chat(path), []
@@ -72,7 +74,7 @@ def test_transformers_gives_the_same_answers(folders: tuple[Path, Path, Path], v
     messages, _ = talk(folders[0])
     asked = [messages[: length + 1] for length in (1, 3, 5)]
     found = ask(
-        version, [{"what": "chatted", "folder": str(folders[1]), "messages": each, "count": 40} for each in asked]
+        version, [{"what": "chatted", "folder": str(folders[1]), "messages": each, "count": 24} for each in asked]
     )
     model = open_chat(folders[0]).model
     for given, answer, said in zip(asked, found, messages[2::2], strict=True):
