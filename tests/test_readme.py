@@ -60,4 +60,5 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     )
     assert (before, after > 100) == (0, True), "of 200"
     assert long_after > long_before + 10, "of 100"
+    assert "the answer is empty" not in done.stderr
     assert "hashes, boundaries, ids, document ends are right" in done.stdout
