@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megazh.cli.options import Subparsers, add_command, count
+from megazh.errors import UsageError
 
 if TYPE_CHECKING:
     from megazh.training.text_model import TextModel
@@ -93,6 +94,7 @@ def _passkey(options: argparse.Namespace) -> None:
     from megazh.evaluation.passkey import as_json, ask, questions, table
     from megazh.training.text_model import open_model
 
+    _check_json(options)
     filler = filler_of(options.filler) if options.filler else made_up
     model = open_model(options.model, options.checkpoint, options.device)
     languages = [Language(name) for name in dict.fromkeys(options.languages)]
@@ -113,7 +115,11 @@ def _position_loss(options: argparse.Namespace) -> None:
     from megazh.evaluation.position_loss import position_losses
     from megazh.training.text_model import open_model
 
-    model, bounds = open_model(options.model, options.checkpoint, options.device), sorted(set(options.bounds))
+    _check_json(options)
+    bounds = sorted(set(options.bounds))
+    if bounds[0] < 2:
+        raise UsageError(f"--bounds {bounds[0]}: the first token has no loss; give at least 2")
+    model = open_model(options.model, options.checkpoint, options.device)
     documents = long_documents(options.data, model.tokenizer, bounds[-1], options.limit, options.text_key)
     found = position_losses(model.model, documents.ids, bounds, options.batch_size)
     _head(options, model)
@@ -128,6 +134,18 @@ def _position_loss(options: argparse.Namespace) -> None:
 def _head(options: argparse.Namespace, model: "TextModel") -> None:
     """Print which model it is, and the context that it was trained on."""
     print(f"{options.model}: trained on {model.trained_length:,} tokens at a time")
+
+
+def _check_json(options: argparse.Namespace) -> None:
+    """Raises UsageError, before hours of work, where the figures could not be written, or would replace the data."""
+    from megazh.writing import check_writable
+
+    path, start = options.json, f"--json {options.json}"
+    if path is None:
+        return
+    if path.exists() and path.suffix.lower() != ".json":
+        raise UsageError(f"{start}: exists, and is no .json file; give another name for the figures")
+    check_writable(path.parent, "give another file", start)
 
 
 def _write_json(options: argparse.Namespace, model: "TextModel", figures: dict[str, Any]) -> None:

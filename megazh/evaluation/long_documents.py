@@ -44,6 +44,8 @@ def long_documents(data: str, tokenizer: Tokenizer, length: int, limit: int | No
     documents = (
         _of_index(data, tokenizer, length, limit) if is_index else _of_text(data, tokenizer, length, limit, text_key)
     )
+    if not documents.read:
+        raise UsageError(f"{data}: holds no document; of rows, --text-key names the key of the text")
     if not documents.ids:
         raise UsageError(
             f"{data}: none of {documents.read:,} documents has {length:,} tokens; give longer ones, or smaller --bounds"

@@ -126,7 +126,12 @@ def read_adapter(path: Path) -> AdapterFile:
     Raises:
         DataError: there is none, it is damaged, or its tensors are not those of its metadata.
     """
+    folder = path
     path = path / ADAPTER if path.is_dir() else path
+    if not path.is_file():
+        raise DataError(
+            f"{folder}: no adapter ({path.name} is missing); 'megazh export RUN --to adapter OUT' writes one"
+        )
     with TensorReader(path) as reader:
         entries, text = reader.entries(), reader.metadata().get(METADATA)
     if text is None:

@@ -58,3 +58,21 @@ def test_position_loss(run: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixt
     code, _, err = evaluate(capfd, "position-loss", run.path, data)
     assert code == 2
     assert "none of 3 documents has 8,192 tokens" in err
+    assert evaluate(capfd, "position-loss", run.path, data, "--bounds", "1", "8")[2] == (
+        "error: --bounds 1: the first token has no loss; give at least 2\n"
+    )
+    _, _, err = evaluate(capfd, "position-loss", run.path, data, "--text-key", "content")
+    assert err == f"error: {data}: holds no document; of rows, --text-key names the key of the text\n"
+
+
+@pytest.mark.parametrize("what", [["passkey"], ["position-loss"]])
+def test_figures_replace_figures_only_and_that_is_known_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], what: list[str]
+) -> None:
+    data = tmp_path / "books.jsonl"
+    data.write_bytes(json_lines(["从前"]))
+    words = [*what, tmp_path / "no-model", *([data] if "loss" in what[0] else [])]
+    for path, reason in ((data, "exists, and is no .json file"), (data / "a.json", "cannot be made")):
+        code, out, err = evaluate(capfd, *words, "--json", path)
+        assert (code, out, err.startswith(f"error: --json {path}: {reason}")) == (2, "", True), err
+    assert data.read_bytes() == json_lines(["从前"])

@@ -244,7 +244,7 @@ def test_a_damaged_adapter_is_refused(made: tuple[Path, Path], tmp_path: Path) -
     path.write_bytes(data[:-100])
     refused("not a file of tensors")
     path.unlink()
-    refused("cannot be read")
+    refused(f"no adapter .{ADAPTER} is missing.; 'megazh export RUN --to adapter OUT' writes one")
     save_file(tensors, path, {"format": "pt"})
     refused("names no base in its metadata")
     for text in ("{", "[]", "{}", metadata["megazh"].replace('"rank":4', '"rank":5'), '{"format_version": 2}'):

@@ -208,9 +208,15 @@ def vocabulary(case: Case) -> Iterator[str]:
     ids = max(corpus.metadata.tokenizer.vocab_size for corpus in found.corpora)
     fitting = -(-ids // 64) * 64
     if ids > rows:
+        weights = case.recipe.checkpoint.initial_checkpoint
+        remedy = (
+            f"set model.vocab_size={fitting}, or index with the recipe's tokenizer"
+            if weights is None
+            else f"make the data with the tokenizer of {weights}"
+        )
         raise UsageError(
-            f"the tokenizer of {case.recipe.data.manifest} has ids up to {ids - 1}, and the model has {rows} rows: set "
-            f"model.vocab_size={fitting}, or index with the recipe's tokenizer"
+            f"the tokenizer of {case.recipe.data.manifest} has ids up to {ids - 1}, and the model has {rows} rows: "
+            f"{remedy}"
         )
     unused = rows - ids
     if unused <= rows * _UNUSED_ROWS:

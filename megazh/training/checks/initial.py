@@ -40,7 +40,12 @@ def initial_checkpoint(case: Case) -> Iterator[str]:
                 f"warning: the weights of {wanted} were trained with model.{key}={there}, and this run has {here}"
             )
         elif key not in FREE | POSITIONS:
-            message = f"model.{key}={here}: the weights of {wanted} have {there}; set model.{key}={there}"
+            remedy = f"set model.{key}={there}"
+            if key == "vocab_size" and (data := needed_facts(case)) is not None:
+                ids = max(corpus.metadata.tokenizer.vocab_size for corpus in data.corpora)
+                if ids > there:
+                    remedy = f"the tokenizer of the data has {ids} ids: make the data with the tokenizer of the weights"
+            message = f"model.{key}={here}: the weights of {wanted} have {there}; {remedy}"
             found.add(UsageError(case.settings.with_places(message)))
     found.raise_all()
     yield from _tokenizer(case, source)

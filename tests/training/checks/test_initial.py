@@ -11,6 +11,7 @@ from tokenizer_kinds import index_with
 
 from megazh.errors import DataError, SeveralErrors, UsageError
 from megazh.run.folder import RunFolder
+from megazh.training.checks.data import vocabulary
 from megazh.training.checks.initial import initial_checkpoint
 from megazh.training.export import ExportOptions, export_to_hf
 from megazh.training.imported import import_folder
@@ -104,6 +105,18 @@ def test_another_tokenizer(tmp_path: Path, stories: Path, trained: RunFolder) ->
     shutil.copytree(trained.checkpoints / "step_00000006", moved)
     (line,) = found(tmp_path, stories, moved)
     assert "its tokenizer is not compared" in line
+
+
+def test_data_with_more_ids_than_the_weights_have_rows(tmp_path: Path, stories: Path) -> None:
+    """Neither check sends the user to the other one's error."""
+    recipe = write_recipe(tmp_path / "small.yaml", stories, model={"vocab_size": 256})
+    checkpoint = make_run(tmp_path / "small", recipe).checkpoints / "step_00000006"
+    with pytest.raises(UsageError, match="have 256; the tokenizer of the data has 400 ids: make the data with the tok"):
+        found(tmp_path, stories, checkpoint)
+    with pytest.raises(
+        UsageError, match=r"the model has 256 rows: make the data with the tokenizer of .*step_00000006"
+    ):
+        list(vocabulary(make_case(tmp_path, stories, [f"initial_checkpoint={checkpoint}", "vocab_size=256"])))
 
 
 def test_the_same_tokenizer_in_another_format(tmp_path: Path) -> None:
