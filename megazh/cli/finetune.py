@@ -5,6 +5,7 @@ import sys
 
 from megazh.cli.options import Subparsers, add_command, add_encoding, add_launch, encoding
 from megazh.cli.pretrain import apart
+from megazh.errors import UsageError
 
 EXAMPLES = """examples:
   bash jobs/run_finetune.sh -t normal                             the demo: questions about its stories, on a CPU
@@ -63,9 +64,12 @@ def _epochs(text: str) -> float:
 
 def _finetune(options: argparse.Namespace) -> None:
     from megazh.cluster.finetune import OwnData, finetune
+    from megazh.conversation.template import DEFAULT
     from megazh.training.job import Request, Task
 
     inputs, settings = apart(options.input, options.settings)
+    if not inputs and options.template != DEFAULT:
+        raise UsageError(f"--template {options.template}: goes with -i; converted data has its template already")
     request = Request(
         task=Task(options.type),
         recipe=options.config,

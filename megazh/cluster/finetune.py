@@ -55,6 +55,8 @@ def finetune(request: Request, own: OwnData | None = None, epochs: float | None 
         MegazhError: the request cannot work; nothing was started.
     """
     if own is None and request.recipe is None and request.gpus is None:
+        if epochs is not None:
+            raise UsageError(f"--epochs {epochs:g}: the demo has a length of its own; set steps=N, or give -i or -c")
         return _demo(request)
     if own is not None:
         request = _with_data(request, own)

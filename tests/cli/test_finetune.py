@@ -72,3 +72,9 @@ def test_refused(capsys: pytest.CaptureFixture[str], calls: list[Call], line: st
     code, _, err = finetune(capsys, line)
     assert (code, calls) == (2, [])
     assert err.splitlines()[-1].startswith("megazh finetune: error: argument ")
+
+
+def test_a_template_without_data_is_not_ignored(capsys: pytest.CaptureFixture[str], calls: list[Call]) -> None:
+    code, _, err = finetune(capsys, "-t normal --template human-assistant")
+    assert (code, calls) == (2, [])
+    assert err.startswith("error: --template human-assistant: goes with -i; converted data has its template already")

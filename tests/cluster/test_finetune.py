@@ -114,6 +114,12 @@ def test_two_lengths_are_refused(tmp_path: Path, base: Path, rows: str, started:
     assert started == []
 
 
+def test_the_demo_does_not_ignore_epochs(started: list[Request]) -> None:
+    with pytest.raises(UsageError, match="--epochs 2: the demo has a length of its own; set steps=N, or give -i or -c"):
+        finetune(Request(task=Task.NORMAL), epochs=2.0)
+    assert started == []
+
+
 def test_without_a_base_there_is_no_tokenizer(tmp_path: Path, rows: str, started: list[Request]) -> None:
     request = replace(tuned(tmp_path, tmp_path), settings=[])
     with pytest.raises(UsageError, match=r"checkpoint.initial_checkpoint: missing; name the run"):
