@@ -25,14 +25,14 @@ def question(seed: int, number: int) -> Row:
 
 
 def long_question(seed: int, number: int, length: int) -> Row:
-    """A conversation of many questions, of which the last one asks for what only the first one tells.
+    """A conversation of many questions; in one half of the cases, the last one asks for what only the first one tells.
 
     A pure function of its arguments.
 
     Args:
         seed: seed of the random draws.
         number: number of the conversation with this seed.
-        length: number of characters that the earlier questions and answers have, or a little more.
+        length: number of characters of the conversation, within about 60.
     """
     teller = Teller(random.Random(f"long question/{seed}/{number}"))
     a, b = teller.children(2)
@@ -49,7 +49,10 @@ def long_question(seed: int, number: int, length: int) -> Row:
         turns.append((between["instruction"], between["output"]))
         if not any(child.name in text for turn in turns for text in turn for child in (a, b)):
             history += turns
-    return _row(*last, *history)
+    if teller.chance():
+        return _row(*last, *history)
+    *others, last = turns
+    return _row(*last, *history[: -len(turns)], *others)
 
 
 def write_questions(path: Path, rows: Iterable[Row]) -> None:

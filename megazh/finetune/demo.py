@@ -49,7 +49,7 @@ class Questions:
 
 SHORT = Questions("questions", lambda number: question(SEED, number), trained=34_000, tried=200)
 LONG = Questions("long_questions", lambda number: long_question(SEED, number, 500), trained=1_200, tried=100)
-"""Conversations of about 900 tokens, whose last answer stands at their beginning."""
+"""Conversations of about 900 tokens; the answer to their last question stands at their beginning, or near."""
 
 
 def _asked(row: Row) -> str:
