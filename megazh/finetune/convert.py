@@ -20,7 +20,7 @@ from megazh.corpus.formats import Format
 from megazh.errors import Collector, DataError
 from megazh.files import known_sha256, new_folder, remember_sha256, write_atomic
 from megazh.finetune.conversion_folder import MANIFEST, check_folder, write_manifest
-from megazh.finetune.fit import Fitted, Fitting
+from megazh.finetune.fit import Drop, Fitted, Fitting
 from megazh.finetune.noise import Noise
 from megazh.index.metadata import Metadata, Options, Rejected, SourceInfo, TemplateInfo
 from megazh.index.plan import signature, tokenizer_info
@@ -193,6 +193,8 @@ class _Conversion:
                 if len(self._waiting) >= _TOGETHER:
                     self._write(writer)
         except DataError as error:
+            found.dropped[Drop.BEHIND_A_BREAK.value] += 1  # PREFIX.json has it, for whoever trains on the rest
+            rejects.add(found.name, 0, RowError(Drop.BEHIND_A_BREAK, str(error)))
             return error
         return None
 

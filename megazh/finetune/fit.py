@@ -36,6 +36,8 @@ class Drop(StrEnum):
     TOO_LONG = "too long"
     NOTHING_TRAINED = "nothing to train"
     """Every answer has weight 0."""
+    BEHIND_A_BREAK = "file broken off"
+    """What stands behind the break of damaged files; counted once, since nobody knows how many they are."""
 
 
 @dataclass(frozen=True)

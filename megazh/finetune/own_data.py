@@ -9,6 +9,7 @@ from megazh.conversation.registry import DataSet
 from megazh.errors import DataError, UsageError
 from megazh.files import known_sha256
 from megazh.finetune.convert import Request, convert
+from megazh.finetune.fit import Drop
 from megazh.index.manifest import load_manifest
 from megazh.index.metadata import Metadata, read_metadata
 
@@ -36,6 +37,11 @@ def prepare_conversations(request: Request, say: Callable[[str], None]) -> Path:
         if metadata is None:
             raise DataError(f"{request.output / prefix}.json: missing; remove {request.output} to convert -i anew")
         _check_same(request, wanted[name], metadata)
+        if Drop.BEHIND_A_BREAK.value in metadata.rejected.reasons:
+            say(
+                f"warning: {request.output / prefix}: a file was broken off when it was converted, and all behind the "
+                f"break is missing; repair the file and remove {request.output} to convert it anew"
+            )
     say(f"data: converted already, from the same conversations: {manifest}")
     return manifest
 

@@ -9,7 +9,7 @@ from previews import TOKENIZER
 
 from megazh.conversation.encode import template_for
 from megazh.conversation.registry import DataSet
-from megazh.errors import UsageError
+from megazh.errors import DataError, UsageError
 from megazh.finetune.convert import Request
 from megazh.finetune.fit import Fitting, Train
 from megazh.finetune.own_data import prepare_conversations
@@ -37,6 +37,17 @@ def test_the_same_again_changes_nothing(request_: Request) -> None:
     prepare_conversations(request_, said.append)
     assert said == [f"data: converted already, from the same conversations: {request_.output}/mixture.yaml"]
     assert {path: path.read_bytes() for path in request_.output.iterdir()} == before
+
+
+def test_a_file_that_broke_off_is_not_forgotten(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text("[" + '{"instruction": "问", "output": "好"}, ' * 40)
+    made = Request([DataSet("files", (str(rows),))], FITTING, tmp_path / "out", validation=0)
+    with pytest.raises(DataError, match="has the 40 conversations that could be read"):
+        prepare_conversations(made, nothing)
+    said: list[str] = []
+    prepare_conversations(made, said.append)
+    assert said[0].startswith(f"warning: {tmp_path}/out/files: a file was broken off when it was converted, and all ")
 
 
 def _changed_file(made: Request) -> Request:
