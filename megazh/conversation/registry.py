@@ -15,9 +15,10 @@ local; keys for data on a hub are refused. For instance, `data_index/sft/chinese
 """
 
 import difflib
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,6 +108,12 @@ class DataSet:
     """Largest number of conversations; None for all."""
     origin: str = ""
     """Place of its registry entry, for errors."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, as hex, of all that its registry entry says, but for its name and its files."""
+        values = [asdict(self.layout), self.weight, self.limit]
+        return hashlib.sha256(json.dumps(values, default=sorted).encode()).hexdigest()
 
 
 def sets_of(inputs: Sequence[str]) -> list[DataSet]:

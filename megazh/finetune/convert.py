@@ -271,6 +271,7 @@ class _Conversion:
                 too_long=None if fitting.max_tokens is None else fitting.too_long.value,
                 noise=None if request.noise is None else asdict(request.noise),
                 copies=None if request.copies == 1 else request.copies,
+                data_set=self._data.sets[0].fingerprint,
             ),
             sources=[
                 SourceInfo(name=source.name, bytes=source.size, sha256=known_sha256(source.path))

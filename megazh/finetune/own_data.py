@@ -59,6 +59,8 @@ def _check_same(request: Request, data_set: DataSet, metadata: Metadata) -> None
     ):
         if before != now:
             raise _differs(request, f"{key} {before}, not {now}")
+    if metadata.options.data_set != data_set.fingerprint:
+        raise _differs(request, f"another entry of '{data_set.name}' in its registry")
     sources = DataSets([data_set], request.format, request.encoding).sources
     before_it = {source.name: source.sha256 for source in metadata.sources}
     now_given = {source.name: source for source in sources}

@@ -103,6 +103,8 @@ class Options(Config):
     """Noise on the turns of the user, if any: values of `megazh.finetune.noise.Noise`."""
     copies: int | None = Field(default=None, exclude_if=lambda value: value is None)
     """Copies of each conversation, if more than one."""
+    data_set: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """`megazh.conversation.registry.DataSet.fingerprint` of the set."""
 
 
 class Rejected(Config):

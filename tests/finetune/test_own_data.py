@@ -70,6 +70,10 @@ def _another_file(made: Request) -> Request:
         (_another_file, "files without others.jsonl"),
         (lambda made: replace(made, sets=[replace(made.sets[0], name="mine")]), "sets files, and this run has mine"),
         (
+            lambda made: replace(made, sets=[replace(made.sets[0], limit=3)]),
+            "another entry of 'files' in its registry",
+        ),
+        (
             lambda made: replace(made, fitting=Fitting(template_for(TOKENIZER, "human-assistant"), TOKENIZER)),
             "template chatml, not human-assistant",
         ),
