@@ -157,6 +157,11 @@ def _convert(options: argparse.Namespace) -> None:
 
     if options.copies > 1 and options.noise is None:
         raise UsageError(f"--copies {options.copies}: all would be equal; give --noise, or leave it out")
+    for name in ("noise_drop", "noise_repeat"):
+        if options.noise is None and getattr(options, name) != getattr(Noise(), name.removeprefix("noise_")):
+            raise UsageError(
+                f"--{name.replace('_', '-')}: has no effect without --noise; give --noise, or leave it out"
+            )
     noise = (
         None if options.noise is None else Noise(options.noise, options.noise_drop, options.noise_repeat, options.seed)
     )

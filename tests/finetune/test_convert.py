@@ -327,3 +327,6 @@ def test_copies_without_noise_are_refused(tmp_path: Path) -> None:
     code, _, err = command(given, "-o", tmp_path / "out", "--copies", 2)
     assert code == 2
     assert is_one_line_error(err, "--copies 2: all would be equal; give --noise")
+    code, _, err = command(given, "-o", tmp_path / "out", "--noise-drop", 0.5)
+    assert code == 2
+    assert is_one_line_error(err, "--noise-drop: has no effect without --noise")
