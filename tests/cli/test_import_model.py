@@ -48,7 +48,7 @@ def test_a_start_from_it_passes_its_checks(run: RunFolder, tmp_path: Path, capfd
     assert code == 0, err
     assert str(folder) not in out + err, "no warning is about it"
     code, out, err = megazh(capfd, *words, *settings, "rope_theta=5e5")
-    assert "trained with model.rope_theta=10000" in out + err
+    assert "trained with positions of theta 10000, and this run has theta 500000" in out + err
 
 
 def test_a_folder_that_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

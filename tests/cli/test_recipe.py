@@ -46,8 +46,9 @@ def test_show_prints_the_whole_recipe_with_origins(
     where = "jobs/recipes" if folder == ROOT else f"{ROOT}/jobs/recipes"
     assert lines[0] == f"# {where}/demo.yaml learning_rate=3e-4 --steps=20"
     origins = {line.split(":")[0].strip(): line.rpartition("# ")[2] for line in lines if line.startswith("  ")}
-    number = (ROOT / "jobs/recipes/demo.yaml").read_text().splitlines().index("  hidden_size: 128") + 1
-    assert origins["hidden_size"] == f"{where}/demo.yaml:{number}"
+    for name, line in (("demo", "  seq_len: 256"), ("_demo", "  hidden_size: 128")):  # the second is included
+        number = (ROOT / f"jobs/recipes/{name}.yaml").read_text().splitlines().index(line) + 1
+        assert origins[line.split(":")[0].strip()] == f"{where}/{name}.yaml:{number}"
     assert origins["learning_rate"] == origins["steps"] == "command line"
     assert origins["seed"] == "default"
     saved = tmp_path / "saved.yaml"
