@@ -38,6 +38,8 @@ class AdapterInfo(Config):
     """Name of the base, as the recipe named it."""
     fingerprint: str
     """SHA-256, as hex, of the frozen weights of the base (see `megazh.training.adapter`)."""
+    sha256: str
+    """SHA-256, as hex, of the bytes of all tensors, in the order of `adapter_tensors`."""
     lora: LoraConfig
     model: ModelConfig
     """Model of the run, whose positions may be others than the base's."""

@@ -8,7 +8,7 @@ not count.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,10 +73,11 @@ def export_adapter(source: ModelSource, target: Path, dtype: Dtype | None = None
         streamed = [_streamed(reader, tensor, dtype.torch) for tensor in tensors]
         size = sum(tensor.bytes for tensor in streamed)
         check_room(target, size)
-        total = sum(entry.bytes for entry in reader.files) + _bytes(source, info.lora) + size
+        total = sum(entry.bytes for entry in reader.files) + _bytes(source, info.lora) + 2 * size
         with Progress("export", total) as progress, new_folder(target) as folder:
             reader.check(progress.advance)
-            info = info.model_copy(update={"fingerprint": fingerprint(source, info.lora, progress.advance)})
+            base, own = fingerprint(source, info.lora, progress.advance), _digest(streamed, progress.advance)
+            info = info.model_copy(update={"fingerprint": base, "sha256": own})
             metadata = {METADATA: info.model_dump_json(exclude_none=True)}
             write_streamed(folder / ADAPTER, streamed, progress.advance, metadata)
             text = json.dumps(peft_config(info), indent=2) + "\n"
@@ -85,7 +86,7 @@ def export_adapter(source: ModelSource, target: Path, dtype: Dtype | None = None
 
 
 def _info(source: ModelSource) -> AdapterInfo:
-    """The metadata, without fingerprint."""
+    """The metadata, without fingerprint and hash."""
     if not has_pairs(source):
         raise UsageError(
             f"{source.path}: has no low-rank pairs: its run trained all weights; export it as a whole with --to hf"
@@ -99,6 +100,7 @@ def _info(source: ModelSource) -> AdapterInfo:
     return AdapterInfo(
         base=base,
         fingerprint="",
+        sha256="",
         lora=lora,
         model=source.model,
         trained_length=source.trained_length,
@@ -116,6 +118,20 @@ def _streamed(reader: WeightReader, tensor: AdapterTensor, dtype: torch.dtype) -
         yield from reader.blocks(tensor.parameter, dtype=dtype)
 
     return StreamedTensor(tensor.name, tensor.shape, dtype, blocks)
+
+
+def _digest(tensors: Iterable[StreamedTensor], on_bytes: Callable[[int], None]) -> str:
+    """SHA-256, as hex, of the bytes of some tensors: it stands in the header, in front of them."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        for block in tensor.blocks():
+            digest.update(_memory(block))
+            on_bytes(block.nbytes)
+    return digest.hexdigest()
+
+
+def _memory(block: torch.Tensor) -> memoryview:
+    return memoryview(block.contiguous().view(torch.uint8).numpy())
 
 
 def fingerprint(source: ModelSource, lora: LoraConfig, on_bytes: Callable[[int], None]) -> str:
@@ -136,7 +152,7 @@ def fingerprint(source: ModelSource, lora: LoraConfig, on_bytes: Callable[[int],
                 continue
             digest.update(f"{name} {list(shape)}\n".encode())
             for block in reader.stored(name):
-                digest.update(memoryview(block.to(torch.bfloat16).view(torch.uint8).numpy()))
+                digest.update(_memory(block.to(torch.bfloat16)))
                 on_bytes(block.nbytes)
     return digest.hexdigest()
 
@@ -210,8 +226,13 @@ def _entries(adapter: AdapterFile) -> list[TensorEntry]:
 
 
 def _check_numbers(adapter: AdapterFile) -> None:
-    """Check that all numbers are finite, and that both copies of a tied embedding are equal. Raises DataError."""
+    """Check that all numbers are finite and as they were written, and both copies of a tied embedding equal.
+
+    Raises:
+        DataError: they are not.
+    """
     first: dict[str, str] = {}
+    digest = hashlib.sha256()
     with TensorReader(adapter.path) as reader:
 
         def blocks(name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
@@ -220,8 +241,10 @@ def _check_numbers(adapter: AdapterFile) -> None:
                 yield reader.read(name, adapter.dtypes[name], shape, begin, min(begin + _BLOCK, count))
 
         for tensor in adapter_tensors(adapter.info.model, adapter.info.lora):
-            if not all(bool(block.isfinite().all()) for block in blocks(tensor.name, tensor.shape)):
-                raise DataError(f"{adapter.path}: {tensor.name} has numbers that are not finite: it is of no use")
+            for block in blocks(tensor.name, tensor.shape):
+                if not block.isfinite().all():
+                    raise DataError(f"{adapter.path}: {tensor.name} has numbers that are not finite: it is of no use")
+                digest.update(_memory(block))
             one = first.setdefault(tensor.parameter, tensor.name)
             pairs = zip(blocks(one, tensor.shape), blocks(tensor.name, tensor.shape), strict=True)
             if one != tensor.name and not all(torch.equal(here, there) for here, there in pairs):
@@ -229,3 +252,5 @@ def _check_numbers(adapter: AdapterFile) -> None:
                     f"{adapter.path}: {tensor.name} differs from {one}, which is tied to it: a folder with one matrix "
                     "for both cannot be made of it"
                 )
+    if digest.hexdigest() != adapter.info.sha256:
+        raise DataError(f"{adapter.path}: its numbers have changed since it was written; copy or export it again")

@@ -243,6 +243,8 @@ def test_a_damaged_adapter_is_refused(made: tuple[Path, Path], tmp_path: Path) -
 
     path.write_bytes(data[:-100])
     refused("not a file of tensors")
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    refused("its numbers have changed since it was written; copy or export it again")
     path.unlink()
     refused(f"no adapter .{ADAPTER} is missing.; 'megazh export RUN --to adapter OUT' writes one")
     save_file(tensors, path, {"format": "pt"})
