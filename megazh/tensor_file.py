@@ -84,7 +84,7 @@ def write_tensor_file(path: Path, tensors: Sequence[NamedTensor]) -> str:
     """
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
-        for data in (memoryview(header_of(tensors)), *(_bytes_of(tensor.values) for tensor in tensors)):
+        for data in (memoryview(header_of(tensors)), *(bytes_of(tensor.values) for tensor in tensors)):
             for begin in range(0, len(data), _BLOCK):
                 block = data[begin : begin + _BLOCK]
                 digest.update(block)
@@ -93,7 +93,8 @@ def write_tensor_file(path: Path, tensors: Sequence[NamedTensor]) -> str:
     return digest.hexdigest()
 
 
-def _bytes_of(values: torch.Tensor) -> memoryview:
+def bytes_of(values: torch.Tensor) -> memoryview:
+    """The bytes of the numbers of a tensor on the CPU, in their order."""
     return memoryview(values.detach().reshape(-1).view(torch.uint8).numpy())
 
 

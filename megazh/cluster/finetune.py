@@ -10,6 +10,7 @@ from megazh.conversation.encode import template_for
 from megazh.conversation.registry import sets_of
 from megazh.conversation.template import DEFAULT
 from megazh.errors import UsageError
+from megazh.finetune.conversion_folder import MANIFEST
 from megazh.finetune.convert import Request as Conversion
 from megazh.finetune.demo import ANSWER_TOKENS, LONG, SHORT, Questions, prepare
 from megazh.finetune.fit import Fitting
@@ -85,7 +86,7 @@ def _with_data(request: Request, own: OwnData) -> Request:
     """The request with the manifest of own conversations; they are converted, unless that was done before."""
     name = request.run.name if request.run else name_of(own.inputs[0])
     folder = Path("data_index") / name
-    manifest = folder / "mixture.yaml"
+    manifest = folder / MANIFEST
     if any("data.manifest" in text or text.startswith("manifest=") for text in request.settings):
         raise UsageError("-i makes a manifest of its own, and data.manifest names another; give one of them")
     request = replace(

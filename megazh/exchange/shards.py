@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megazh.files import HashedFile, write_atomic
-from megazh.tensor_file import NamedTensor, header_of
+from megazh.tensor_file import NamedTensor, bytes_of, header_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Names of the file of a model in one shard, and of the index of a model in several."""
@@ -74,7 +74,7 @@ def write_streamed(
             for block in tensor.blocks():
                 if block.dtype != tensor.dtype:
                     raise ValueError(f"{tensor.key}: a block of {block.dtype}, expected {tensor.dtype}")
-                file.write(memoryview(block.contiguous().view(torch.uint8).numpy()))
+                file.write(bytes_of(block))
                 written += block.nbytes
                 on_bytes(block.nbytes)
             if written != tensor.bytes:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megazh.conversation.conversation import Conversation
-from megazh.conversation.encode import encode
+from megazh.conversation.encode import encode, stop_id
 from megazh.conversation.template import Template
 from megazh.model.generate import generate_batch
 from megazh.model.sampling import SamplingOptions
@@ -42,7 +42,7 @@ def answer_all(
         max_tokens: largest number of tokens of an answer; a longer one is wrong.
     """
     tokenizer, found = model.tokenizer, dict[int, Answer]()
-    ends = model.end_ids | {each for each in tokenizer.control_ids if tokenizer.piece(each) == template.stop}
+    ends = model.end_ids | {stop_id(template, tokenizer)}
     prompts = [
         encode(Conversation(each.turns[:-1]), template, tokenizer, for_answer=True).ids.tolist()
         for each in conversations

@@ -11,6 +11,7 @@ from megazh.conversation.forms import conversation_of
 from megazh.conversation.registry import DataSet
 from megazh.demo.questions import Row, long_question, question, write_questions
 from megazh.errors import UsageError
+from megazh.finetune.conversion_folder import MANIFEST
 from megazh.finetune.convert import Request, convert
 from megazh.finetune.fit import Fitting, TooLong
 from megazh.tokenizer import Tokenizer
@@ -75,8 +76,8 @@ def prepare(
     """
     if manifest.is_file():
         return
-    if manifest.name != "mixture.yaml":
-        raise UsageError(f"data.manifest={manifest}: the demo makes FOLDER/mixture.yaml; leave the setting out")
+    if manifest.name != MANIFEST:
+        raise UsageError(f"data.manifest={manifest}: the demo makes FOLDER/{MANIFEST}; leave the setting out")
     folder = manifest.parent
     rows = folder.with_name(f"{folder.name}.jsonl")
     write_questions(rows, questions.training_rows())

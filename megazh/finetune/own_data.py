@@ -8,6 +8,7 @@ from megazh.conversation.reading import DataSets
 from megazh.conversation.registry import DataSet
 from megazh.errors import DataError, UsageError
 from megazh.files import known_sha256
+from megazh.finetune.conversion_folder import MANIFEST
 from megazh.finetune.convert import Request, convert
 from megazh.finetune.fit import Drop
 from megazh.index.manifest import load_manifest
@@ -25,7 +26,7 @@ def prepare_conversations(request: Request, say: Callable[[str], None]) -> Path:
         UsageError: as `convert`; or the folder was converted from other files, with another template or length.
         DataError: as `convert`; or a file of the folder is missing or damaged.
     """
-    manifest = request.output / "mixture.yaml"
+    manifest = request.output / MANIFEST
     if not manifest.exists():
         return convert(request, say)
     there = {entry.name: entry.prefix for entry in load_manifest(manifest).corpora}

@@ -22,6 +22,7 @@ from megazh.prefs.files import check_output, only_writer
 from megazh.prefs.forms import Template
 from megazh.prefs.rows import Instruction, instruction_of
 from megazh.progress import Progress
+from megazh.tensor_file import bytes_of
 from megazh.training.text_model import TextModel, open_model
 
 _PAIR, _EQUAL, _EMPTY, _LONG = "pair", "equal", "empty", "long"
@@ -126,12 +127,10 @@ def _settings(request: Request, model: TextModel, sources: Sequence[Source]) -> 
 
 
 def _weights_hash(model: TextModel) -> str:
-    import torch
-
     digest = xxhash.xxh3_128()
     for name, weight in sorted(model.model.named_parameters()):
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(bytes_of(weight.cpu()))
     return digest.hexdigest()
 
 

@@ -34,7 +34,7 @@ from megazh.model.lora_config import PART, LoraConfig, trains_with_embedding
 from megazh.pipeline.precision import Dtype
 from megazh.pipeline.state import MASTER, WEIGHT
 from megazh.progress import Progress
-from megazh.tensor_file import TensorReader
+from megazh.tensor_file import TensorReader, bytes_of
 from megazh.training.checkpoint_list import MANIFEST, PieceEntry, TensorEntry
 from megazh.training.export import check_target
 from megazh.training.model_from import COMPUTED_WITH, FREE, POSITIONS, differences
@@ -125,13 +125,9 @@ def _digest(tensors: Iterable[StreamedTensor], on_bytes: Callable[[int], None]) 
     digest = hashlib.sha256()
     for tensor in tensors:
         for block in tensor.blocks():
-            digest.update(_memory(block))
+            digest.update(bytes_of(block))
             on_bytes(block.nbytes)
     return digest.hexdigest()
-
-
-def _memory(block: torch.Tensor) -> memoryview:
-    return memoryview(block.contiguous().view(torch.uint8).numpy())
 
 
 def fingerprint(source: ModelSource, lora: LoraConfig, on_bytes: Callable[[int], None]) -> str:
@@ -152,7 +148,7 @@ def fingerprint(source: ModelSource, lora: LoraConfig, on_bytes: Callable[[int],
                 continue
             digest.update(f"{name} {list(shape)}\n".encode())
             for block in reader.stored(name):
-                digest.update(_memory(block.to(torch.bfloat16)))
+                digest.update(bytes_of(block.to(torch.bfloat16)))
                 on_bytes(block.nbytes)
     return digest.hexdigest()
 
@@ -244,7 +240,7 @@ def _check_numbers(adapter: AdapterFile) -> None:
             for block in blocks(tensor.name, tensor.shape):
                 if not block.isfinite().all():
                     raise DataError(f"{adapter.path}: {tensor.name} has numbers that are not finite: it is of no use")
-                digest.update(_memory(block))
+                digest.update(bytes_of(block))
             one = first.setdefault(tensor.parameter, tensor.name)
             pairs = zip(blocks(one, tensor.shape), blocks(tensor.name, tensor.shape), strict=True)
             if one != tensor.name and not all(torch.equal(here, there) for here, there in pairs):
