@@ -299,9 +299,8 @@ class Mixture:
         if not self.manifest.validation or not self.manifest.validation.fraction:
             raise UsageError(f"{self.path}: keeps no documents for validation; add 'validation: {{fraction: 0.01}}'")
         kept = [corpus for corpus in self.corpora if len(corpus.validation)]
-        samples = ValidationSamples(
-            [self._pack(corpus, corpus.validation, "validation") for corpus in kept], self.shape
-        )
+        packed = [self._pack(corpus, corpus.validation, "validation") for corpus in kept]
+        samples = ValidationSamples(packed, self.shape, [corpus.entry.name for corpus in kept])
         if not len(samples):
             raise UsageError(f"{self.path}: masks train no token of the validation side; give a larger fraction")
         return samples
@@ -310,8 +309,10 @@ class Mixture:
 class ValidationSamples:
     """All validation samples, each once, corpus after corpus; the last sample of a corpus may be padded."""
 
-    def __init__(self, corpora: list[CorpusSamples], shape: SampleShape) -> None:
+    def __init__(self, corpora: list[CorpusSamples], shape: SampleShape, names: list[str]) -> None:
         self._corpora, self._shape = corpora, shape
+        self.names = names
+        """Names of the corpora, in the order of their samples."""
         self._ends = np.cumsum([len(samples) for samples in corpora])
 
     def __len__(self) -> int:
@@ -328,9 +329,13 @@ class ValidationSamples:
         corpus, row = self._locate(number)
         return int(self._corpora[corpus].table.valid_labels[row])
 
+    def corpus_of(self, number: int) -> int:
+        """Number of the corpus, in `names`, that validation sample `number` is from."""
+        return self._locate(number)[0]
+
     def index_of(self, number: int) -> IndexedDataset:
         """Index that validation sample `number` is from."""
-        return self._corpora[self._locate(number)[0]].index
+        return self._corpora[self.corpus_of(number)].index
 
     def sample(self, number: int) -> Sample:
         """Validation sample `number`."""

@@ -237,17 +237,6 @@ class StageEngine(PipelineEngine):
         """Norm of the last step's gradient, before clipping."""
         return self._totals.norm
 
-    def _reduce_outputs(
-        self, outputs: Any, reduce: str | None = "sum", reduce_dp: bool = True, micro_batches: int | None = None
-    ) -> Any:
-        """Sum the losses of a validation over micro-batches and replicas; on the last stage."""
-        if reduce is None:
-            return outputs
-        total = sum(outputs)
-        if reduce_dp and self.is_data_parallel:
-            dist.all_reduce(total, group=self.grid.get_data_parallel_group())
-        return total
-
     _INSTRUCTION_MAP: ClassVar[dict[Any, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,
         schedule.LoadMicroBatch: _exec_load_micro_batch,

@@ -3,14 +3,10 @@
 Both take long, so they ask now and then whether to go on. All ranks get the same answer at the same place.
 """
 
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -21,7 +17,7 @@ from megazh.pipeline.generate import pipeline_forward
 from megazh.progress import duration
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import decode_whole
-from megazh.training.feed import ValidationFeed
+from megazh.training.held_out import HeldOut, Validation
 from megazh.training.layout import Layout
 from megazh.training.prompting import Prompting
 
@@ -34,38 +30,15 @@ _LOG_SECONDS = 30.0
 _TOKENS_PER_POLL = 8
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Result of a pass over the held-out samples."""
-
-    loss: float
-    """Mean loss in nats per token."""
-    bits_per_byte: float
-    """Bits per byte of text, which does not depend on the tokenizer."""
-
-
 class Validator:
-    """Validates on the same samples each time.
-
-    Bits per byte are the loss summed over all labels (end-of-document tokens included), divided by ln 2 and by the
-    number of UTF-8 bytes of text that the labels stand for: the bytes of their tokens, times the bytes of text for each
-    byte of a token in the whole corpus (see `count_bytes`), which is 1 unless the tokenizer changes or drops text.
-
-    Args:
-        samples: all held-out samples.
-        layout: the arrangement of the ranks.
-        replica: number of this rank's replica.
-        limit: largest number of samples to use; None: all.
-        tokenizer: gives the bytes of each token.
-    """
+    """Validates on the same samples each time; arguments as for `HeldOut`."""
 
     def __init__(
         self, samples: ValidationSamples, layout: Layout, replica: int, limit: int | None, tokenizer: Tokenizer
     ) -> None:
-        self._feed = ValidationFeed(samples, layout, replica, limit)
-        self.samples = len(self._feed.numbers)
+        self._held_out = HeldOut(samples, layout, replica, limit, tokenizer)
+        self.samples = self._held_out.samples
         """Number of samples in a pass."""
-        self._bytes = count_bytes(samples, self._feed.numbers, tokenizer)
 
     def __call__(
         self,
@@ -84,8 +57,9 @@ class Validator:
         Returns:
             None if it was stopped.
         """
-        total, done, piece = self._feed.micro_batches, 0, _FIRST_PIECE
-        batches, losses = iter(self._feed), list[torch.Tensor]()
+        feed = self._held_out.feed
+        total, done, piece = feed.micro_batches, 0, _FIRST_PIECE
+        batches, losses = iter(feed), list[torch.Tensor]()
         begun = logged = time.monotonic()
         while done < total:
             count, piece_begun = min(piece, total - done), time.monotonic()
@@ -103,33 +77,7 @@ class Validator:
             piece = (
                 min(2 * piece, _LARGEST_PIECE) if faster else max(piece // 2, 1) if seconds > _PIECE_SECONDS else piece
             )
-        # As `eval_batch` does for all micro-batches at once, so that pieces change no bit of the loss.
-        reduced = engine._reduce_outputs(losses) if engine.is_last_stage() else None
-        loss = float(engine._bcast_pipe_scalar(reduced))
-        return Validation(loss, loss * self._feed.valid / math.log(2) / max(self._bytes, 1))
-
-
-def count_bytes(samples: ValidationSamples, numbers: Sequence[int], tokenizer: Tokenizer) -> float:
-    """Number of UTF-8 bytes of text that the labels of the samples `numbers` stand for.
-
-    Tokens of a byte-level BPE are bytes of text. Others stand for text that was normalized, and may have lost blanks
-    between words or unknown characters. For these, the bytes of the tokens are scaled by (bytes of text) / (bytes of
-    tokens) of their corpus, both counted when it was built: the sum over a whole corpus is the size of its text.
-    """
-    sizes: npt.NDArray[np.int64] | None = None
-    total = 0.0
-    for number in numbers:
-        if sizes is None:
-            sizes = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)], np.int64)
-        labels = samples.sample(number).labels
-        size = int(sizes[labels[labels >= 0]].sum())
-        corpus = samples.index_of(number).metadata
-        coverage = None if corpus is None else corpus.coverage
-        scale = 1.0
-        if corpus is not None and coverage is not None and coverage.token_bytes:
-            scale = corpus.text_bytes / coverage.token_bytes
-        total += size * scale
-    return total
+        return self._held_out.result(losses, engine.device)
 
 
 def sample_text(

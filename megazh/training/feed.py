@@ -64,7 +64,9 @@ def _micro_batch(batch: Batch, scale: torch.Tensor) -> MicroBatch:
 
 
 class ValidationFeed:
-    """The held-out samples in whole micro-batches for all replicas; the last one is filled up with ignored rows.
+    """The held-out samples in whole micro-batches for all replicas, each of one corpus.
+
+    Micro-batches at the end of a corpus, and those at the end of the pass, are filled up with ignored rows.
 
     Args:
         samples: all held-out samples.
@@ -75,21 +77,33 @@ class ValidationFeed:
 
     def __init__(self, samples: ValidationSamples, layout: Layout, replica: int, limit: int | None) -> None:
         count = min(len(samples), limit or len(samples))
-        self._samples, self._layout, self._replica = samples, layout, replica
+        self._samples, self._layout = samples, layout
         self.numbers = [place * len(samples) // count for place in range(count)]
         self.valid = sum(samples.valid_labels(number) for number in self.numbers)
         """Labels of these samples that are not ignored."""
-        self.micro_batches = -(-count // (layout.micro_batch_size * layout.replicas))
+        pieces = [
+            (corpus, piece)
+            for corpus, numbers in itertools.groupby(self.numbers, samples.corpus_of)
+            for piece in _pieces(list(numbers), layout.micro_batch_size)
+        ]
+        self.micro_batches = -(-len(pieces) // layout.replicas)
         """Micro-batches per replica in one validation pass."""
+        own = pieces[replica :: layout.replicas]
+        self._pieces = own + [(0, [])] * (self.micro_batches - len(own))
+        self.corpora = [corpus for corpus, _ in self._pieces]
+        """Number of the corpus of each micro-batch of this replica, in `samples.names`; 0 where it has ignored rows
+        alone."""
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        size, replicas = self._layout.micro_batch_size, self._layout.replicas
         scale = torch.tensor([1 / max(self.valid, 1)])
-        for number in range(self.micro_batches):
-            begin = (number * replicas + self._replica) * size
-            rows = self.numbers[begin : begin + size]
-            missing = size - len(rows)
+        for _, rows in self._pieces:
+            missing = self._layout.micro_batch_size - len(rows)
             samples = self._samples.batch([*rows, *[0] * missing])
             tokens, labels, position_ids, cu_seqlens = map(torch.from_numpy, samples)
-            labels[size - missing :] = -100
+            labels[len(rows) :] = -100
             yield (tokens, encode_document_map(position_ids, cu_seqlens)), (labels, scale)
+
+
+def _pieces(numbers: list[int], size: int) -> Iterator[list[int]]:
+    for begin in range(0, len(numbers), size):
+        yield numbers[begin : begin + size]

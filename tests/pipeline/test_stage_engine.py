@@ -33,7 +33,6 @@ SOURCES = {
     PipelineEngine._recv_tensor_meta: "ab38845ae896",
     PipelineEngine.eval_batch: "439640583d69",
     PipelineEngine._reduce_outputs: "2fc5a5aabb8c",
-    PipelineEngine._bcast_pipe_scalar: "13b548592a59",
     PipelineEngine._exec_optimizer_step: "6eb5218d55f5",
     DeepSpeedEngine._configure_optimizer: "dd82a70f2f92",
     DeepSpeedEngine._report_progress: "d901e71309a4",

@@ -3,6 +3,7 @@
 `python evaluate_rank.py FOLDER MANIFEST STAGES`.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def recipe_on(manifest: str) -> Recipe:
 
 
 def evaluate(recipe: Recipe, stages: int) -> dict[str, Any]:
-    """Losses and bits per byte by limit, each computed twice, and continuations by seed."""
+    """Losses and bits per byte by limit, together and by corpus, each computed twice, and continuations by seed."""
     from megazh.pipeline.engine import make_engine, quiet
     from megazh.pipeline.module import DecoderPipeline
     from megazh.pipeline.precision import Dtype, Precision
@@ -52,7 +53,8 @@ def evaluate(recipe: Recipe, stages: int) -> dict[str, Any]:
         validator = Validator(mixture.validation, layout, replica, limit, tokenizer)
         for _ in range(2):
             validation = validator(engine)
-            found["validations"].append((validator.samples, validation.loss, validation.bits_per_byte))
+            corpora = {name: dataclasses.asdict(each) for name, each in validation.corpora.items()}
+            found["validations"].append((validator.samples, validation.loss, validation.bits_per_byte, corpora))
     for seed in (1, 1, 2):
         module.train()
         found["texts"].append(sample_text(engine, Prompting(tokenizer), PROMPT, TOKENS, seed))

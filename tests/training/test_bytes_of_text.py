@@ -12,7 +12,7 @@ from megazh.index.metadata import load_tokenizer_of
 from megazh.index.mixture import Mixture, ValidationSamples
 from megazh.index.pools import InlinePool
 from megazh.tokenizer.tokenizer import RankKind, Tokenizer
-from megazh.training.evaluate import count_bytes
+from megazh.training.held_out import count_bytes
 
 EXACT = ("byte-level BPE", "BPE with bytes", "SentencePiece BPE with bytes", "SentencePiece Unigram with bytes")
 DOCUMENTS = texts(1200, 6, most=40)
@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_text_that_is_scored(name: str, tmp_path: Path) -
         true += len(text.encode()) - len(tokenizer.token_bytes(tokenizer.encode(text)[0]).removeprefix(b" "))
     if tokenizer.keeps_bytes:  # bytes after NFC
         true += sum(len(tokenizer.normalize(text).encode()) - len(text.encode()) for text in held_out)
-    found = count_bytes(samples, range(len(samples)), tokenizer)
+    (found,) = count_bytes(samples, range(len(samples)), tokenizer)
     assert found == pytest.approx(true, rel=0.001 if name in EXACT else 0.02)
 
 
@@ -56,7 +56,7 @@ def test_the_bytes_of_a_byte_level_bpe_are_those_of_its_tokens(tmp_path: Path) -
     samples, tokenizer, _ = opened(tmp_path, kinds.byte_level(tmp_path), DOCUMENTS)
     labels = np.concatenate([samples.sample(number).labels for number in range(len(samples))])
     expected = sum(len(tokenizer.token_bytes(int(token))) for token in labels[labels >= 0])
-    assert count_bytes(samples, range(len(samples)), tokenizer) == expected
+    assert count_bytes(samples, range(len(samples)), tokenizer)[0] == expected
 
 
 def test_normalised_text_counts_with_its_own_bytes(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_normalised_text_counts_with_its_own_bytes(tmp_path: Path) -> None:
     pieces = sum(len(tokenizer.normalize(text).encode()) for text in held_out)
     true = sum(len(text.encode()) for text in held_out)
     assert pieces < 0.85 * true
-    assert count_bytes(samples, range(len(samples)), tokenizer) == pytest.approx(true, rel=0.04)
+    assert count_bytes(samples, range(len(samples)), tokenizer)[0] == pytest.approx(true, rel=0.04)
 
 
 def test_added_words_count_with_their_bytes(tmp_path: Path) -> None:
@@ -79,4 +79,4 @@ def test_added_words_count_with_their_bytes(tmp_path: Path) -> None:
     samples, tokenizer, held_out = opened(tmp_path, kinds.byte_level(tmp_path, add), documents)
     firsts = sum(len(tokenizer.token_bytes(tokenizer.encode(text)[0])) for text in held_out)
     true = sum(len(tokenizer.normalize(text).encode()) for text in held_out) - firsts
-    assert count_bytes(samples, range(len(samples)), tokenizer) == true
+    assert count_bytes(samples, range(len(samples)), tokenizer)[0] == true

@@ -149,11 +149,19 @@ def test_validation_counts_each_label_once(
     assert {len(each) for each in batches} == {feeds[0].micro_batches}
     assert {tuple(labels.shape) for each in batches for _, (labels, _) in each} == {(size, SEQ)}
     tokens, document_maps, labels = rows([each[number] for number in range(feeds[0].micro_batches) for each in batches])
+    counted = (labels >= 0).any(1)  # other rows are filled up
     expected = samples.batch(feeds[0].numbers)
-    assert torch.equal(tokens[:count], torch.from_numpy(expected.tokens))
-    assert torch.equal(labels[:count], torch.from_numpy(expected.labels))
-    assert torch.equal(document_maps[:count, SEQ:-2], torch.from_numpy(expected.cu_seqlens))
-    assert (labels[count:] == -100).all(), "filler rows have no labels"
+    assert torch.equal(tokens[counted], torch.from_numpy(expected.tokens))
+    assert torch.equal(labels[counted], torch.from_numpy(expected.labels))
+    assert torch.equal(document_maps[counted, SEQ:-2], torch.from_numpy(expected.cu_seqlens))
+    by_corpus = [0] * len(samples.names)
+    for feed, own in zip(feeds, batches, strict=True):
+        for corpus, (_, (labels, _)) in zip(feed.corpora, own, strict=True):
+            by_corpus[corpus] += int((labels >= 0).sum())
+    assert by_corpus == [
+        sum(samples.valid_labels(number) for number in feeds[0].numbers if samples.corpus_of(number) == corpus)
+        for corpus in range(len(samples.names))
+    ], "a micro-batch holds samples of one corpus"
     valid = int((expected.labels >= 0).sum())
     assert {feed.valid for feed in feeds} == {valid}
     scaled = [(labels >= 0).sum() * scale for each in batches for _, (labels, scale) in each]

@@ -1,6 +1,5 @@
 """Validation and sampled continuations of a model under Hugging Face's Trainer."""
 
-import math
 import time
 from collections.abc import Callable
 
@@ -12,8 +11,8 @@ from megazh.model.generate import generate
 from megazh.progress import duration
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import decode_whole
-from megazh.training.evaluate import SAMPLING, Validation, count_bytes
-from megazh.training.feed import ValidationFeed
+from megazh.training.evaluate import SAMPLING
+from megazh.training.held_out import HeldOut, Validation
 from megazh.training.hf.model import PackedModel
 from megazh.training.layout import Layout
 from megazh.training.prompting import Prompting
@@ -23,15 +22,14 @@ _TOKENS_PER_POLL = 8
 
 
 class HfValidator:
-    """Validates on the same samples each time; arguments as for `megazh.training.evaluate.Validator`."""
+    """Validates on the same samples each time; arguments as for `HeldOut`."""
 
     def __init__(
         self, samples: ValidationSamples, layout: Layout, replica: int, limit: int | None, tokenizer: Tokenizer
     ) -> None:
-        self._feed = ValidationFeed(samples, layout, replica, limit)
-        self.samples = len(self._feed.numbers)
+        self._held_out = HeldOut(samples, layout, replica, limit, tokenizer)
+        self.samples = self._held_out.samples
         """Number of samples in a pass."""
-        self._bytes = count_bytes(samples, self._feed.numbers, tokenizer)
 
     @torch.no_grad()
     def __call__(self, model: PackedModel, stop: Callable[[], bool], log: Callable[[str], None]) -> Validation | None:
@@ -45,28 +43,26 @@ class HfValidator:
         Returns:
             None if it was stopped.
         """
-        total = torch.zeros((), device=model.device)
+        feed, losses = self._held_out.feed, list[torch.Tensor]()
         begun = logged = time.monotonic()
         piece = 1
         model.eval()
         try:
-            for done, ((tokens, document_map), (targets, scale)) in enumerate(self._feed):
+            for done, ((tokens, document_map), (targets, scale)) in enumerate(feed):
                 if done and done % piece == 0:
                     if stop():
                         return None
                     piece = _piece(done, time.monotonic() - begun, model.device)
                     if time.monotonic() - logged > _LOG_SECONDS:
                         logged = time.monotonic()
-                        left = (logged - begun) * (self._feed.micro_batches - done) / done
-                        samples = done * self.samples // self._feed.micro_batches
+                        left = (logged - begun) * (feed.micro_batches - done) / done
+                        samples = done * self.samples // feed.micro_batches
                         log(f"validation: {samples:,} of {self.samples:,} samples, {duration(left)} left")
                 moved = [each.to(model.device) for each in (tokens, document_map, targets)]
-                total += model(*moved, float(scale))
+                losses.append(model(*moved, float(scale)))
         finally:
             model.train()
-        dist.all_reduce(total)
-        loss = float(total)
-        return Validation(loss, loss * self._feed.valid / math.log(2) / max(self._bytes, 1))
+        return self._held_out.result(losses, model.device)
 
 
 def _piece(done: int, seconds: float, device: torch.device) -> int:
