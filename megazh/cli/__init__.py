@@ -34,6 +34,7 @@ COMMANDS = {
     "sft": "data for supervised fine-tuning: convert it, look at it",
     "eval": "what a trained model can do with long texts",
     "stories": "write Chinese micro-stories made from a seed: a small corpus to try everything with",
+    "plot": "draw the curves of one or several runs",
     "rank": "one rank of a run (pretrain starts them)",
 }
 

@@ -1,22 +1,54 @@
-"""The plot of a run: training and validation loss over tokens, learning rate and gradient norm below."""
+"""Pictures of runs: loss.png, which a run draws of itself, and curves of one or several runs as a PNG or SVG."""
 
-import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from megazh.errors import DataError, UsageError
+from megazh.errors import UsageError
 from megazh.files import write_atomic
-from megazh.run.metrics import read_metrics
+from megazh.run.drawing import (
+    COLOURS,
+    STYLES,
+    Y_LABELS,
+    add_legend,
+    draw_corpora,
+    draw_marks,
+    draw_rates,
+    draw_training,
+    draw_validation,
+    drawing,
+    encoded,
+    format_x,
+)
+from megazh.run.fonts import Fonts, fonts_for
+from megazh.run.history import Axis, History, Measure, drawable_history
+from megazh.run.smoothing import Smoothing
 
-_SMOOTH_FRACTION = 0.02
+SUFFIXES = (".png", ".svg")
+_MOST_WITH_EACH_STEP = 4  # runs; of more, only smoothed curves can be told apart
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """What a picture of runs shows."""
+
+    x: Axis = Axis.TOKENS
+    y: Measure = Measure.LOSS
+    smoothing: Smoothing = field(default_factory=Smoothing)
+    labels: Sequence[str] = ()
+    """Names of the runs in the legend; empty: those of their folders."""
+    title: str = ""
+    log_x: bool = False
+    log_y: bool = False
+    x_range: tuple[float, float] | None = None
+    """First and last value of the axis; None: all."""
+    y_range: tuple[float, float] | None = None
+    """As `x_range`."""
 
 
 def plot_losses(folder: Path, output: Path) -> None:
-    """Draw the run in `folder` to the PNG `output`.
-
-    The thick line is the moving average of the finite losses: a window centred on each step, 2 % of the steps wide and
-    at least nine steps.
+    """Draw the losses of the run in `folder` over its tokens to the PNG `output`.
 
     Raises:
         UsageError: the folder holds no metrics, or `output` is not named .png.
@@ -24,61 +56,114 @@ def plot_losses(folder: Path, output: Path) -> None:
     """
     if output.suffix.lower() != ".png":
         raise UsageError(f"{output}: a loss plot is a PNG; name it .png")
-    records = read_metrics(folder)
-    steps = [record for record in records if record["kind"] == "step"]
-    validations = [record for record in records if record["kind"] == "validation"]
-    if not steps:
-        raise DataError(f"{folder}: no step is recorded yet; let the run take one first")
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogFormatter
+    plot_runs([folder], output, PlotOptions())
 
-    tokens, loss = _column(steps, "tokens"), _column(steps, "loss")
-    finite = np.isfinite(loss)
 
-    figure = Figure(figsize=(8.0, 6.0), layout="constrained")  # pyplot would keep the figure in a global registry
-    top, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    marker = "." if len(steps) == 1 else None
-    top.plot(tokens, loss, color="tab:blue", alpha=0.35, linewidth=0.7, marker=marker, label="training, each step")
-    if finite.any():
-        top.plot(tokens[finite], _smoothed(loss[finite]), color="tab:blue", linewidth=1.6, label="training, smoothed")
-    if validations:
-        points = _column(validations, "tokens"), _column(validations, "loss")
-        top.plot(*points, color="tab:red", linewidth=1.0, marker="o", markersize=4, label="validation")
-    top.set_ylabel("loss (nats per token)")
+def plot_runs(folders: Sequence[Path], output: Path, options: PlotOptions) -> list[str]:
+    """Draw one or several runs to `output`, a .png or .svg. Of a single run, also learning rate, norm and events.
+
+    Returns:
+        Lines for the user: how a measure was derived, and characters that no font has.
+
+    Raises:
+        UsageError: a folder holds no metrics, `output` has another suffix, or labels and runs are not as many.
+        DataError: metrics are damaged, hold no step, or lack what the measure needs.
+        WriteError: `output` cannot be written.
+    """
+    suffix = output.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(f"{output}: a plot is a PNG or an SVG; name it .png or .svg")
+    if options.labels and len(options.labels) != len(folders):
+        raise UsageError(
+            f"--label: {len(options.labels)} for {len(folders)} runs; give one for each run, in their order"
+        )
+    histories = [drawable_history(folder) for folder in folders]
+    labels = list(options.labels) or labels_of(folders)
+    corpora = [name for history in histories for name in history.validation_of_corpora(options.y)]
+    fonts = fonts_for([*labels, options.title, *corpora])
+    shown = fonts if suffix == ".png" else Fonts(fonts.families)
+
+    from matplotlib.figure import Figure  # pyplot would keep the figure in a global registry
+
+    with drawing(fonts):
+        figure = Figure(figsize=(8.0, 6.0), layout="constrained")
+        if len(histories) == 1:
+            top, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+            entries = _draw_one(top, histories[0], options)
+            draw_rates(rates, histories[0], options.x)
+        else:
+            top = rates = figure.subplots()
+            entries = _draw_several(top, histories, labels, options)
+        _format(top, rates, options)
+        add_legend(top, entries, shown)
+        if options.title:
+            top.set_title(shown.drawable(options.title), parse_math=False)
+        write_atomic(output, encoded(figure, suffix, fonts))
+    return [*_derived(histories, options), *filter(None, [fonts.note])]
+
+
+def labels_of(folders: Sequence[Path]) -> list[str]:
+    """Names of runs for a legend: those of their folders, or their paths where two have the same name."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _draw_one(axes: Any, history: History, options: PlotOptions) -> list[tuple[Any, str]]:
+    """Training, validation and marks of one run; returns the entries of the legend."""
+    x, y = history.x(options.x), history.training(options.y)
+    look = {"color": COLOURS[0]}
+    training = draw_training(axes, x, y, options.smoothing, look, each=0.35)
+    entries = [(training, "training" if options.smoothing.off else "training, smoothed")]
+    if validation := draw_validation(axes, history, options.x, options.y, {"color": "tab:red", "zorder": 3}):
+        entries.append((validation, "validation"))
+    corpora = draw_corpora(axes, history, options.x, options.y)
+    entries += [(line, f"validation: {name}") for line, name in corpora]
+    return entries + draw_marks(axes, history, options.x)
+
+
+def _draw_several(
+    axes: Any, histories: Sequence[History], labels: Sequence[str], options: PlotOptions
+) -> list[tuple[Any, str]]:
+    """Training and validation of several runs, each in its colour; returns the entries of the legend."""
+    from matplotlib.lines import Line2D
+
+    entries: list[tuple[Any, str]] = []
+    each, validated = 0.2 if len(histories) <= _MOST_WITH_EACH_STEP else 0.0, False
+    for number, (history, label) in enumerate(zip(histories, labels, strict=True)):
+        style = STYLES[number // len(COLOURS) % len(STYLES)]
+        look = {"color": COLOURS[number % len(COLOURS)], "linestyle": style}
+        line = draw_training(axes, history.x(options.x), history.training(options.y), options.smoothing, look, each)
+        entries.append((line, label))
+        dots = {"color": look["color"], "linestyle": ":", "markeredgecolor": "black", "markeredgewidth": 0.6}
+        validated |= draw_validation(axes, history, options.x, options.y, dots) is not None
+    if validated:
+        dot = Line2D([], [], color="0.4", linestyle=":", marker="o", markersize=4, markeredgecolor="black")
+        entries.append((dot, "validation"))
+    return entries
+
+
+def _format(top: Any, bottom: Any, options: PlotOptions) -> None:
+    """Scales, ranges and names of the axes; `bottom` is the lowest one."""
+    from matplotlib.ticker import LogFormatter
+
+    if options.log_x:
+        top.set_xscale("log", nonpositive="mask")
+    if options.log_y:
+        top.set_yscale("log")
+        top.yaxis.set_major_formatter(LogFormatter())
+        top.yaxis.set_minor_formatter(LogFormatter())
+    if options.x_range:
+        top.set_xlim(*options.x_range)
+    if options.y_range:
+        top.set_ylim(*options.y_range)
+    top.set_ylabel(Y_LABELS[options.y])
     top.grid(alpha=0.3)
-    top.legend()
-
-    lines = rates.plot(
-        tokens, _column(steps, "learning_rate"), color="tab:green", linewidth=1.2, marker=marker, label="learning rate"
-    )
-    rates.set_ylabel("learning rate")
-    rates.set_ylim(bottom=0)
-    rates.set_xlabel("tokens")
-    rates.xaxis.set_major_formatter(EngFormatter(sep=""))
-    norms = rates.twinx()
-    norm = _column(steps, "grad_norm")
-    lines += norms.plot(tokens, norm, color="tab:gray", alpha=0.6, linewidth=0.7, marker=marker, label="gradient norm")
-    if (norm[np.isfinite(norm)] > 0).any():
-        norms.set_yscale("log")
-        norms.yaxis.set_major_formatter(LogFormatter())  # 2, not 2 x 10^0
-        norms.yaxis.set_minor_formatter(LogFormatter())
-    norms.set_ylabel("gradient norm")
-    rates.legend(handles=lines)
-
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
-    write_atomic(output, picture.getvalue())
+    format_x(bottom, options.x)
 
 
-def _column(records: list[dict], name: str) -> np.ndarray:
-    return np.array([record[name] for record in records], dtype=np.float64)
-
-
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Moving average over a centred window, which is cut off at both ends."""
-    count = len(values)
-    half = max(4, round(count * _SMOOTH_FRACTION / 2))
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    first = np.maximum(np.arange(count) - half, 0)
-    last = np.minimum(np.arange(count) + half + 1, count)
-    return (sums[last] - sums[first]) / (last - first)
+def _derived(histories: Sequence[History], options: PlotOptions) -> list[str]:
+    """How bits per byte of training were found."""
+    if options.y is not Measure.BITS:
+        return []
+    ratios = ", ".join(f"{history.path} {history.bits_per_nat():.4f}" for history in histories)
+    return [f"bits per byte of training are its loss times the bits per nat of the run's validation: {ratios}"]
