@@ -98,10 +98,27 @@ class SampleRecord:
     """See `StepRecord.time`."""
 
 
+@dataclass(frozen=True)
+class EventRecord:
+    """Something that happened to the run. Events stay when the steps around them are lost and taken anew."""
+
+    step: int
+    """Optimizer steps done before."""
+    name: str
+    """What happened: start, resume, relayout, ..."""
+    text: str
+    """The same in a line for people."""
+    details: dict[str, str | int | float | bool | None]
+    """Figures that belong to it, by name."""
+    time: float | None = None
+    """See `StepRecord.time`."""
+
+
 _KINDS: dict[str, TypeAdapter[Any]] = {
     "step": TypeAdapter(StepRecord),
     "validation": TypeAdapter(ValidationRecord),
     "sample": TypeAdapter(SampleRecord),
+    "event": TypeAdapter(EventRecord),
 }
 
 VALIDATION = "validation"
@@ -117,7 +134,7 @@ class Metrics:
     """Records a run on the terminal, in `folder/metrics.jsonl` and in `folder/tensorboard`.
 
     On resume, records after `first_step` are dropped: they belong to steps that the interruption lost. Records of
-    `first_step` itself stay.
+    `first_step` itself stay, and events of all steps. A new run keeps the events of attempts that saved nothing.
 
     Args:
         folder: the run folder.
@@ -137,9 +154,9 @@ class Metrics:
         path = folder / METRICS
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
-            if first_step and path.exists():
+            if path.exists():
                 _drop_after(path, first_step)
-            self._file = open(path, "ab" if first_step else "wb", buffering=0)  # noqa: SIM115 (closed by close)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._path, self._redrawing = path, Redrawing(folder)
         self._board = Board(folder / TENSORBOARD, first_step + 1 if first_step else 0)
 
@@ -193,6 +210,14 @@ class Metrics:
         shown = "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())  # TensorBoard reads Markdown
         self._board.text(f"sample/{one_line(prompt)[:_TAG_LENGTH]}", shown, step)
 
+    def event(self, step: int, name: str, text: str, **details: str | int | float | bool | None) -> None:
+        """Record that something happened; see `EventRecord`."""
+        if self._quiet:
+            return
+        record = EventRecord(step, name, _valid_text(text), {key: _json_value(each) for key, each in details.items()})
+        self._append("event", record)
+        _print(one_line(record.text))
+
     def evaluated_at(self, step: int) -> set[str]:
         """What is recorded at a step besides the step itself: `VALIDATION`, and `sample_of` each prompt."""
         if self._quiet:
@@ -201,7 +226,7 @@ class Metrics:
         return {
             VALIDATION if record["kind"] == "validation" else sample_of(record["prompt"])
             for record in records
-            if record["kind"] != "step"
+            if record["kind"] in ("validation", "sample")
         }
 
     def draw(self) -> None:
@@ -222,7 +247,7 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, kind: str, record: StepRecord | ValidationRecord | SampleRecord) -> None:
+    def _append(self, kind: str, record: StepRecord | ValidationRecord | SampleRecord | EventRecord) -> None:
         record = dataclasses.replace(record, time=round(time.time(), 3))
         values = {"kind": kind, **{name: _json_value(value) for name, value in dataclasses.asdict(record).items()}}
         line = json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -244,8 +269,9 @@ class Metrics:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the records of the run in `folder`, oldest first.
 
-    A record holds the fields of `StepRecord`, `ValidationRecord` or `SampleRecord` and, under "kind", "step",
-    "validation" or "sample". An incomplete last line (a crash, or a run that is just writing it) is left out.
+    A record holds the fields of `StepRecord`, `ValidationRecord`, `SampleRecord` or `EventRecord` and, under "kind",
+    "step", "validation", "sample" or "event". An incomplete last line (a crash, or a run that is just writing it) is
+    left out.
 
     Raises:
         UsageError: the folder holds no metrics.jsonl.
@@ -258,8 +284,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Rewrite metrics.jsonl without records after `step` and without an incomplete last line."""
-    kept = b"".join(line + b"\n" for line, record in _read(path) if record["step"] <= step)
+    """Rewrite metrics.jsonl without records after `step`, but for events, and without an incomplete last line."""
+
+    def keeps(record: dict[str, Any]) -> bool:
+        return record["kind"] == "event" or 0 < step >= record["step"]
+
+    kept = b"".join(line + b"\n" for line, record in _read(path) if keeps(record))
     if kept != path.read_bytes():
         write_atomic(path, kept)
 
@@ -276,13 +306,13 @@ def _read(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             if number == len(lines):  # incomplete, or the empty string behind the last newline
                 return
             raise DataError(
-                f"{path}: line {number:,} is no record of a step, a validation or a sample; repair it, or move the "
-                "file away to go on without the history"
+                f"{path}: line {number:,} is no record of a step, a validation, a sample or an event; repair it, or "
+                "move the file away to go on without the history"
             ) from None
         yield line, {"kind": kind, **dataclasses.asdict(record)}
 
 
-def _json_value(value: object) -> object:
+def _json_value(value: Any) -> Any:
     """Write nan and inf, which JSON lacks, as text that `float` and pydantic read back."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 

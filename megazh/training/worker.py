@@ -57,7 +57,8 @@ def _train(run: Path, stop: StopRequest, startup: Startup, notes: _Notes) -> int
         with _no_garbage_collection():
             import torch
 
-            from megazh.training.loop import Interrupted, train  # imports DeepSpeed, which looks for its accelerator
+            from megazh.training.loop import train  # imports DeepSpeed, which looks for its accelerator
+            from megazh.training.session import Interrupted
 
             if engine == "hf":
                 from megazh.training.hf.loop import train

@@ -147,6 +147,25 @@ def test_files_of_earlier_versions_have_no_times(metrics_file: Path) -> None:
     assert [each["time"] is None for each in read_metrics(metrics_file.parent)] == [True] * 8 + [False]
 
 
+def test_events_outlive_the_steps_around_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(tmp_path, 0, quiet=False) as metrics:
+        metrics.event(0, "start", "started by 1 x 2 ranks", stages=1, loss=math.inf)
+        metrics.step(record(1))
+        metrics.event(1, "skip", "step 2\nskipped")
+    assert [line for line in _lines(capsys) if " tok/s " not in line] == ["started by 1 x 2 ranks", "step 2 skipped"]
+    for lost in (0, 1):  # killed before anything was saved, and after step 1
+        with Metrics(tmp_path, lost, quiet=False) as metrics:
+            metrics.event(lost, "resume", "once more")
+            metrics.step(record(lost + 1))
+    assert recorded(tmp_path) == [("event", 0), ("event", 1), ("event", 0), ("step", 1), ("event", 1), ("step", 2)]
+    assert [each["name"] for each in read_metrics(tmp_path) if each["kind"] == "event"] == [
+        "start", "skip", "resume", "resume",
+    ]  # fmt: skip
+    assert read_metrics(tmp_path)[0]["details"] == {"stages": 1, "loss": "inf"}
+    with Metrics(tmp_path, 1, quiet=False) as metrics:
+        assert metrics.evaluated_at(1) == set()
+
+
 def test_what_is_evaluated_at_a_step(metrics_file: Path) -> None:
     with Metrics(metrics_file.parent, 4, quiet=False) as metrics:
         assert metrics.evaluated_at(4) == {VALIDATION, sample_of("从前")}

@@ -21,7 +21,8 @@ from megazh.training.stop import StopRequest
 
 def train(folder: Path, manifest: str) -> dict[str, Any]:
     """Whether objects are frozen and collection is automatic, before each step; and the steps with collections."""
-    from megazh.training.loop import Interrupted, Trainer
+    from megazh.training.loop import Trainer
+    from megazh.training.session import Interrupted
 
     recipe = make_recipe(
         model={"vocab_size": 512}, data={"manifest": manifest}, seq_len=64, steps=5, validate_every=3, sample_every=0,
@@ -36,15 +37,15 @@ def train(folder: Path, manifest: str) -> dict[str, Any]:
 
     def note(phase: str, info: dict[str, int]) -> None:
         if phase == "start" and info["generation"] == 2 and not gc.isenabled():
-            collected_after.append(trainer._step)
+            collected_after.append(trainer.step)
 
     take_step = trainer.take_step
 
-    def noting_step(metrics: Any) -> bool:
+    def noting_step() -> Any:
         before_steps.append((gc.get_freeze_count() > 10_000, gc.isenabled()))
         if len(before_steps) == 5:
             raise Interrupted
-        return take_step(metrics)
+        return take_step()
 
     trainer.take_step = noting_step  # type: ignore[method-assign]
     gc.callbacks.append(note)

@@ -46,7 +46,7 @@ def recipe_on(manifest: str, stages: int, dtype: str) -> Recipe:
 
 def error_of(call: Callable[[], object]) -> str:
     """The class and the message of what `call` raises; empty if it raises nothing."""
-    from megazh.training.loop import Interrupted
+    from megazh.training.session import Interrupted
 
     try:
         call()
@@ -84,53 +84,53 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
 
     own, results = trainer(), dict[str, Any]()
     pieces = own.engine.optimizer.pieces_to_load()
-    with Metrics(run_folder.path, 0, quiet=dist.get_rank() != 0) as metrics:
+    with Metrics(run_folder.path, 0, quiet=dist.get_rank() != 0) as own.metrics:
         for _ in range(2):
-            own.take_step(metrics)
+            own.take_step()
         weight = next(own.engine.module.parameters())
-        results["weight"] = poisoned(weight.data, math.nan, 1, own._save)
-        results["infinite"] = poisoned(weight.data, math.inf, 0, own._save)
+        results["weight"] = poisoned(weight.data, math.nan, 1, own.save)
+        results["infinite"] = poisoned(weight.data, math.inf, 0, own.save)
         for kind in ("master", "exp_avg_sq"):
             values = next((piece.values for piece in pieces if piece.kind == kind), None)
             if values is not None:
-                results[kind] = poisoned(values, math.nan, 1, own._save)
+                results[kind] = poisoned(values, math.nan, 1, own.save)
         dist.barrier()
         results["saved while poisoned"] = saved()
         # A loss that is not finite while gradients are.
         plain = own.engine.train_batch
         own.engine.train_batch = lambda feed: plain(feed) * math.nan
-        own.take_step(metrics)
+        agreed = own.take_step()
         own.engine.train_batch = plain
-        own._check_health(metrics)
-        results["skipped by a loss"] = own._health.skipped_in_row
+        own.check_health(agreed)
+        results["skipped by a loss"] = own.health.skipped_in_row
         # Logits that are not finite.
         norm = own.engine.module._norm
         kept = None if norm is None else norm.weight.data.clone()
         if norm is not None:
             norm.weight.data.fill_(math.nan)
-        own._evaluated = set()
-        results["samples of NaN"] = error_of(lambda: own._sample(metrics))
-        results["validation of NaN"] = error_of(lambda: own._validate(metrics))
+        own.evaluated = set()
+        results["samples of NaN"] = error_of(own.sample)
+        results["validation of NaN"] = error_of(own.validate)
         if norm is not None:
             norm.weight.data.copy_(kept)
         # Only one rank knows of the request to stop.
-        own._evaluated = set()
+        own.evaluated = set()
         stop.requested = dist.get_rank() == 1
-        results["stop in validation"] = error_of(lambda: own._evaluate(metrics))
-        own._evaluated, own._saver.saved_at = {"validation"}, own._step
-        results["stop in a sample"] = error_of(lambda: own._sample(metrics))
+        results["stop in validation"] = error_of(own.evaluate)
+        own.evaluated, own.saver.saved_at = {"validation"}, own.step
+        results["stop in a sample"] = error_of(own.sample)
         stop.requested = False
         results["saved by a stop"] = saved()
-        results["evaluated"] = of_rank_0(sorted(metrics.evaluated_at(3)))
+        results["evaluated"] = of_rank_0(sorted(own.metrics.evaluated_at(3)))
         # A checkpoint that an earlier version saved with weights that are not finite.
-        own.take_step(metrics)
+        own.take_step()
         with torch.no_grad():
             weight.view(-1)[5] = math.nan
-        import megazh.training.loop as loop
+        import megazh.training.session as session
 
-        look, loop.find_not_finite = loop.find_not_finite, lambda optimizer, device: None
-        own._save()
-        loop.find_not_finite = look
+        look, session.find_not_finite = session.find_not_finite, lambda optimizer, device: None
+        own.save()
+        session.find_not_finite = look
     results["resume"] = error_of(trainer)
     return results
 

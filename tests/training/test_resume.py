@@ -102,9 +102,15 @@ def newest(run: Path) -> Path:
 
 
 def curve(run: Path) -> list[tuple[Any, ...]]:
-    """All recorded results of a run, in order, without times."""
+    """All recorded results of a run, in order, without times and without events."""
     names = ("kind", "step", "tokens", "loss", "grad_norm", "learning_rate", "skipped", "bits_per_byte", "text")
-    return [tuple(record.get(name) for name in names) for record in read_metrics(run)]
+    records = [record for record in read_metrics(run) if record["kind"] != "event"]
+    return [tuple(record.get(name) for name in names) for record in records]
+
+
+def events(run: Path) -> list[tuple[str, int]]:
+    """Names and steps of what happened to a run."""
+    return [(record["name"], record["step"]) for record in read_metrics(run) if record["kind"] == "event"]
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -140,6 +146,7 @@ def test_the_same_bits_after_a_kill(recipe: Path, tmp_path: Path, ranks: int, st
     finished = attempts.to_the_end(broken)
     assert f"resumed at step {kept} of {STEPS}" in finished.stdout
     assert [path.name for path in (broken / "checkpoints").glob(".*")] == []
+    assert events(broken) == [("start", 0), ("resume", kept)]
     assert_same(whole, broken)
 
 

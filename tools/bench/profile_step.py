@@ -96,13 +96,13 @@ def profile(arguments: argparse.Namespace, folder: Path) -> None:
     run_folder = RunFolder(folder / "run")
     run_folder.begin(recipe.to_yaml(), recipe.open_mixture())
     trainer = Trainer(run_folder, recipe, make_layout(recipe, 1), join("cuda"), StopRequest())
-    with Metrics(folder / "run", 0, quiet=True) as metrics:
+    with Metrics(folder / "run", 0, quiet=True) as trainer.metrics:
         for _ in range(WARM_UP):
-            trainer.take_step(metrics)
+            trainer.take_step()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             begun = time.perf_counter()
-            trainer.take_step(metrics)
+            trainer.take_step()
             torch.cuda.synchronize()
             wall = (time.perf_counter() - begun) * 1e3
     kernels: dict[str, list[float]] = defaultdict(list)

@@ -185,8 +185,9 @@ def serve(arguments: argparse.Namespace) -> None:
     if stage > 0:
         _tell_shapes(trainer.engine, recipe, mixture.shape.max_docs)
     with _Steps(path) as steps:
+        trainer.metrics = steps
         for _ in range(STEPS):
-            trainer.take_step(steps)
+            trainer.take_step()
     _check(steps.records)
     on_gpu = device.type == "cuda"
     found = {

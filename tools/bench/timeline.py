@@ -103,14 +103,14 @@ def serve(path: Path) -> None:
     folder = RunFolder(path)
     recipe = run_recipe(folder)
     trainer = Trainer(folder, recipe, make_layout(recipe, dist.get_world_size()), device, StopRequest())
-    with Metrics(path, 0, quiet=dist.get_rank() != 0) as metrics:
+    with Metrics(path, 0, quiet=dist.get_rank() != 0) as trainer.metrics:
 
         def steps(number: int) -> float:
             torch.cuda.synchronize()
             dist.barrier()
             begun = time.perf_counter()
             for _ in range(number):
-                trainer.take_step(metrics)
+                trainer.take_step()
             torch.cuda.synchronize()
             return (time.perf_counter() - begun) * 1e3 / number
 

@@ -110,10 +110,10 @@ def serve_megazh(path: Path, device_type: str) -> None:
         leave(0)
     trainer = Trainer(folder, recipe, layout, device, StopRequest(), startup)
     seconds = []
-    with Metrics(path, 0, quiet=dist.get_rank() != 0) as metrics:
+    with Metrics(path, 0, quiet=dist.get_rank() != 0) as trainer.metrics:
         for _ in range(recipe.total_steps):
             begun = time.perf_counter()
-            trainer.take_step(metrics)
+            trainer.take_step()
             seconds.append(time.perf_counter() - begun)
     memory: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(memory, torch.cuda.max_memory_allocated() if device_type == "cuda" else 0)

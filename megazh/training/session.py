@@ -1,0 +1,455 @@
+"""Training of one run on one rank: what both engines do around a step.
+
+A step is taken by the engine: `loop` has the pipelines of DeepSpeed, `hf.loop` the Trainer of Hugging Face. What comes
+before and after it is here: the state that a run begins or goes on with, and then for each step its record, a
+checkpoint, a validation and samples, as far as each is due. All ranks call all methods, in the same order.
+"""
+
+import gc
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from megazh.errors import DataError, DivergedError
+from megazh.run.folder import RunFolder
+from megazh.run.metrics import VALIDATION, Metrics, StepRecord, sample_of
+from megazh.run.peaks import mfu, peak_flops
+from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path
+from megazh.training.checkpoint_read import load_checkpoint
+from megazh.training.collect import largest, of_rank_0
+from megazh.training.describe import describe_devices
+from megazh.training.evaluate import Validation
+from megazh.training.garbage import COLLECT_EVERY, collect_on_request_only
+from megazh.training.gpu_memory import limit_memory, peak_memory
+from megazh.training.health import Health, diverged, find_not_finite
+from megazh.training.layout import Layout, make_layout
+from megazh.training.pace import Pace, due
+from megazh.training.prompting import Prompting
+from megazh.training.recipe import Device, Recipe, Resume, run_recipe
+from megazh.training.resume import Found, agree_on_checkpoint, agree_on_initial
+from megazh.training.retention import keep_rule, prune, validation_losses
+from megazh.training.saver import Saver, mark_complete
+from megazh.training.startup import Startup
+from megazh.training.stop import StopRequest
+
+
+class Interrupted(Exception):
+    """A rank was requested to stop; finished steps are saved."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What this rank knows of a step that it has taken."""
+
+    loss: float
+    """Mean cross entropy in nats per token, the same on all ranks."""
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    data_seconds: float
+    """Part of `seconds` spent waiting for samples."""
+    skipped: bool = False
+    """Whether no weight was changed, since numbers were not finite."""
+    skipped_so_far: int = 0
+    odd: bool = False
+    """Whether loss or gradient norm are not finite."""
+    z_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know of a step: whether it was so on any rank."""
+
+    stop: bool
+    """A rank was requested to stop."""
+    skipped: bool
+    odd: bool
+
+
+class Session(ABC):
+    """The state of training on one rank. All ranks make one, with equal arguments except for the device."""
+
+    engine_name: str
+    """Engine, as `megazh pretrain -t` names it."""
+    bounds: list[int]
+    """Cut into stages, over the parts of the model."""
+    state: Any
+    """What holds this rank's weights and optimizer state: has `pieces_to_save()`, `pieces_to_load()`, `name` and
+    `updates`."""
+    saver: Saver
+    metrics: Metrics
+    """Records of the run, while it trains."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        recipe: Recipe,
+        layout: Layout,
+        device: torch.device,
+        stop: StopRequest,
+        startup: Startup | None = None,
+    ) -> None:
+        """Open the data, and agree with the other ranks on the checkpoint to go on from.
+
+        Args:
+            run: the run's folder.
+            recipe: the recipe.
+            layout: the arrangement of the ranks.
+            device: this rank's device.
+            stop: the request to stop, if one comes.
+            startup: the clock of this start.
+
+        Raises:
+            MegazhError: data or checkpoints fail, as the functions called here document.
+        """
+        self.startup = startup or Startup()
+        self.folder, self.recipe, self.layout, self.device, self.stop = run, recipe, layout, device, stop
+        self.steps = recipe.total_steps
+        """Optimizer steps of the run."""
+        self.precision = recipe.precision.on(Device(device.type))
+        limit_memory(device, recipe.parallel.memory_limit_gib)
+        self.mixture = recipe.open_mixture()
+        run.check_data(self.mixture)  # on another machine or a moment later, the paths may lead to other data
+        self.tokenizer = run.tokenizer()
+        self.prompting = Prompting(self.tokenizer, self.mixture.template)
+        self.startup.done("data")
+        self.run_id = run.info().run_id
+        resume = recipe.checkpoint.resume
+        named = None if isinstance(resume, Resume) else resume
+        self.found: Found | None = agree_on_checkpoint(run.checkpoints, self.run_id, self.log, named)
+        """The checkpoint that the run goes on from; None where it begins."""
+        self.step = self._begun_at = self.found[1].step if self.found else 0
+        """Optimizer steps done."""
+        self.health = Health()
+        self.evaluated: set[str] = set()
+        """Evaluations that are done for the current step, see `evaluate`."""
+        self._save_is_due = False
+        """Whether a checkpoint waits for a step that is not skipped."""
+        self._pace = Pace(self.step, self.steps)
+        self._flops_per_token = recipe.flops_per_token.total
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        self._peak_flops = peak_flops(name, recipe.logging.peak_tflops)
+
+    # What each engine does in its own way.
+
+    @abstractmethod
+    def run(self) -> None:
+        """Train all remaining steps, validate and sample, and mark the run as complete.
+
+        Raises:
+            MegazhError: data, checkpoint or machine fail, as the functions called here document.
+            DivergedError: steps or weights are not finite; nothing more was saved.
+            Interrupted: a rank was requested to stop; a checkpoint of the last finished step is written.
+        """
+
+    @property
+    @abstractmethod
+    def validation_samples(self) -> int:
+        """Samples that a validation takes; 0 without held-out documents."""
+
+    @abstractmethod
+    def compute_validation(self) -> Validation | None:
+        """Validate; None where a rank was requested to stop meanwhile."""
+
+    @abstractmethod
+    def generate(self, prompt: str, tokens: int, seed: int) -> str | None:
+        """Continue a prompt by up to `tokens` tokens; None where it was stopped. Raises DataError: logits are not
+        finite."""
+
+    def complete_folder(self, folder: Path) -> None:  # noqa: B027 (most engines add nothing)
+        """Add files to the folder of a checkpoint, before it gets its name; called in a thread of rank 0."""
+
+    # What they do alike.
+
+    @property
+    def recorded_recipe(self) -> Recipe:
+        """The recipe with what the ranks have decided."""
+        return self.recipe
+
+    def log(self, line: str) -> None:
+        """Print a line once, on rank 0."""
+        if dist.get_rank() == 0:
+            print(line, flush=True)
+
+    def load(self) -> None:
+        """Restore the state of the checkpoint found or, where the run begins, the weights that the recipe names.
+
+        Afterwards the run can be saved. To be called once, when `state` is there.
+        """
+        initial = self.recipe.checkpoint.initial_checkpoint
+        found, begins = self.found, self.found is None
+        if found is None and initial is not None:
+            found = agree_on_initial(Path(initial))
+        if found is not None:
+            self._load(*found, begins)
+        self.saver = Saver(self.state, self.folder.checkpoints, self.log, self._retain, self.complete_folder)
+        self.saver.saved_at = self.found[1].step if self.found else None
+        self.saver.check_room()  # now, not after hours
+
+    def _load(self, path: Path, manifest: CheckpointManifest, begins: bool) -> None:
+        load_checkpoint(self.state, path, manifest, self.log, weights_only=begins)
+        if wrong := find_not_finite(self.state, self.device):
+            remedy = "name other weights" if begins else "remove this checkpoint to resume from the one before it"
+            raise DataError(f"{path}: {wrong} is not finite: training had diverged; {remedy}")
+        self.startup.done("checkpoint")
+        if begins:
+            origin = f", step {manifest.step} of run {manifest.run_id}" if manifest.step else ""
+            self.log(f"weights are those of {path}{origin}")
+
+    def open_metrics(self) -> Metrics:
+        """The records of the run, from its current step on; notes there how it begins."""
+        metrics = Metrics(self.folder.path, self.step, quiet=dist.get_rank() != 0)
+        layout, size = self.layout, self.recipe.batch.micro_batch_size
+        shape = f"{layout.stages} x {layout.replicas}"
+        now: dict[str, Any] = {"stages": layout.stages, "replicas": layout.replicas, "micro_batch_size": size}
+        if self.found is None:
+            metrics.event(0, "start", f"started by {shape} ranks (stages x replicas)", **now)
+            return metrics
+        path, saved = self.found
+        metrics.event(self.step, "resume", f"resumed at step {self.step} of {self.steps} from {path.name}", **now)
+        if (saved.stages, saved.replicas) != (layout.stages, layout.replicas):
+            before = {"stages_before": saved.stages, "replicas_before": saved.replicas}
+            text = f"the layout was {saved.stages} x {saved.replicas}, and is now {shape} ranks (stages x replicas)"
+            metrics.event(self.step, "relayout", text, **before, **now)
+        return metrics
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint, and mark the run as complete."""
+        self.saver.wait()
+        mark_complete(checkpoint_path(self.folder.checkpoints, self.step))
+
+    def record(self, result: StepResult) -> Agreed:
+        """Count and record a step; returns what all ranks know of it."""
+        self.step += 1
+        if self.step == self._begun_at + 1:
+            self.startup.done("first step")
+            self.log(self.startup.describe())
+            collect_on_request_only()
+        stop, data_seconds, memory, reserved, skipped, odd, saving = largest(
+            [
+                float(self.stop.requested),
+                result.data_seconds,
+                *peak_memory(self.device),
+                float(result.skipped),
+                float(result.odd),
+                float(self.saver.busy),
+            ],
+            self.device,
+        )
+        self.saver.poll(saving > 0)
+        self.health.count(skipped > 0, not odd)
+        rate_all = self.recipe.batch_tokens / result.seconds
+        rate = rate_all / self.layout.ranks
+        self.metrics.step(
+            StepRecord(
+                step=self.step,
+                steps=self.steps,
+                tokens=self.step * self.recipe.batch_tokens,
+                loss=result.loss,
+                learning_rate=result.learning_rate,
+                grad_norm=result.grad_norm,
+                step_seconds=result.seconds,
+                tokens_per_second=rate_all,
+                tokens_per_second_per_gpu=rate,
+                mfu=mfu(rate, self._flops_per_token, self._peak_flops),
+                memory_bytes=int(memory) if memory else None,
+                memory_reserved=int(reserved) if memory else None,
+                data_seconds=data_seconds,
+                skipped=skipped > 0,
+                skipped_so_far=result.skipped_so_far,
+                z_loss=result.z_loss,
+                eta_seconds=self._pace.remaining(self.step, result.seconds),
+            )
+        )
+        return Agreed(stop > 0, skipped > 0, odd > 0)
+
+    def after_step(self, agreed: Agreed) -> None:
+        """Save, validate and sample after a step that is recorded, as far as each is due.
+
+        Raises:
+            DivergedError: as `check_health`.
+            Interrupted: a rank was requested to stop; the step is saved.
+        """
+        self.evaluated = set()
+        self.check_health(agreed)
+        self._save_if_due(agreed.stop)
+        if agreed.stop:
+            raise Interrupted
+        self.evaluate()
+        if self.step < self.steps and (self.saved_or_saving or VALIDATION in self.evaluated):
+            self.metrics.draw()
+            gc.collect()
+        elif due(COLLECT_EVERY, self.step):
+            gc.collect()
+
+    @abstractmethod
+    def check_health(self, agreed: Agreed) -> None:
+        """End a run that has diverged, before anything is saved. Raises DivergedError."""
+
+    def _save_if_due(self, stop: bool) -> None:
+        """Save before anything that takes time or may fail: at the end, on a request to stop, and at intervals.
+
+        At an interval, a checkpoint waits for a step that is not skipped: until then it would hold nothing new.
+        """
+        self._save_is_due |= due(self.recipe.checkpoint.checkpoint_every, self.step)
+        if stop or self.step == self.steps:
+            self.save()
+        elif self._save_is_due and not self.health.skipped_in_row:
+            self.save(wait=False)
+
+    @property
+    def last(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.steps
+
+    def begin_evaluating(self) -> None:
+        """Evaluate a new run, or what an interruption prevented, before the first step.
+
+        Raises:
+            Interrupted: a rank was requested to stop.
+        """
+        if self.stop_is_agreed():
+            raise Interrupted  # during start-up: there is nothing to save
+        self.evaluated = of_rank_0(self.metrics.evaluated_at(self.step))
+        self.evaluate()
+        self.startup.done("validation")
+
+    def evaluate(self) -> None:
+        """Validate and sample, as far as each is due now and not done.
+
+        Raises:
+            Interrupted: a rank was requested to stop; the current step is saved.
+        """
+        every = self.recipe.evaluation
+        if self.step == 0 or self.last or due(every.validate_every, self.step):
+            self.validate()
+        if self.step and (self.last or due(every.sample_every, self.step)):
+            self.sample()
+
+    def validate(self) -> Validation | None:
+        """Validate, unless that is done for this step; None then, and without held-out documents."""
+        if not self.validation_samples or VALIDATION in self.evaluated:
+            return None
+        found = self.compute_validation()
+        if found is None:
+            self._interrupt()
+        tokens = self.step * self.recipe.batch_tokens
+        self.metrics.validation(self.step, tokens, found.loss, found.bits_per_byte, self.validation_samples)
+        self.evaluated.add(VALIDATION)
+        return found
+
+    def sample(self) -> None:
+        """Sample a continuation of each prompt that has none at this step."""
+        evaluation = self.recipe.evaluation
+        for number, prompt in enumerate(evaluation.sample_prompts):
+            if sample_of(prompt) in self.evaluated:
+                continue
+            seed = hash_seed(self.recipe.schedule.seed, self.step, number)
+            text: str | None = ""
+            try:
+                text = self.generate(prompt, evaluation.sample_tokens, seed)
+            except DataError as error:  # logits that are not finite; the run has what it needs, and may recover
+                self.log(f"no sample after step {self.step}: {error}")
+            # Replicas draw for themselves, so a rank may know of the request that others have not seen yet.
+            if self.stop_is_agreed() or text is None:
+                self._interrupt()
+            self.metrics.sample(self.step, prompt, text)
+            self.evaluated.add(sample_of(prompt))
+
+    def stop_is_agreed(self) -> bool:
+        """Whether any rank was requested to stop."""
+        return largest([float(self.stop.requested)], self.device)[0] > 0
+
+    def _interrupt(self) -> NoReturn:
+        """Save the current step, unless that was done or it is the first, and end."""
+        self.saver.wait()
+        if self.step and not self.saved_or_saving:
+            self.save()
+        raise Interrupted
+
+    @property
+    def saved_or_saving(self) -> bool:
+        """Whether the current step has a checkpoint, or is being saved."""
+        return self.step in (self.saver.saved_at, self.saver.step)
+
+    def save(self, wait: bool = True) -> None:
+        """Save the current step.
+
+        Args:
+            wait: whether to wait until the checkpoint is there. Without, a thread writes it while training goes on.
+
+        Raises:
+            DivergedError: a weight or an optimizer state is not finite, on any rank.
+            WriteError: it cannot be written; only with `wait`.
+            SaveError: the third save in a row has failed.
+        """
+        self.saver.wait()
+        if wrong := find_not_finite(self.state, self.device):
+            raise self.diverged(f"{wrong} is not finite")
+        recipe = self.recipe
+        manifest = CheckpointManifest(
+            run_id=self.run_id,
+            step=self.step,
+            samples=self.step * recipe.batch.global_batch_size,
+            tokens=self.step * recipe.batch_tokens,
+            stages=self.layout.stages,
+            replicas=self.layout.replicas,
+            bounds=self.bounds,
+            precision=self.precision.compute.value,
+            engine=self.engine_name,
+            recipe=recipe.model_dump(mode="json", exclude_none=True),
+            data=self.mixture.fingerprint,
+            versions={},
+            template=self.mixture.template,
+        )
+        self._save_is_due = False
+        if wait:
+            self.saver.save(manifest)
+        else:
+            self.saver.begin(manifest)
+
+    def diverged(self, what: str) -> DivergedError:
+        """The error of a run that has diverged, once the save under way is done."""
+        self.saver.wait()
+        step = self.saver.saved_at
+        saved = None if step is None else checkpoint_path(self.folder.checkpoints, step)
+        return diverged(f"step {self.step}: training has diverged: {what}", self.recipe.optimizer, saved)
+
+    def _retain(self, saved: Path) -> list[str]:
+        """Remove the checkpoints that are no longer to be kept; called in a thread of rank 0."""
+        losses = validation_losses(self.folder.path)
+        return prune(saved.parent, keep_rule(self.recipe), losses, int(saved.name.removeprefix("step_")))
+
+
+def train_as(engine: type[Session], path: Path, device: torch.device, stop: StopRequest, startup: Startup) -> None:
+    """Train the run in folder `path` to its end, with an engine. All ranks call it.
+
+    Args:
+        engine: the engine's class.
+        path: the run folder; its config.yaml holds the recipe with the layout.
+        device: this rank's device.
+        stop: the request to stop, if one comes.
+        startup: the clock of this start.
+
+    Raises:
+        MegazhError, Interrupted: as `Session.run`.
+    """
+    run = RunFolder(path)
+    recipe = run_recipe(run)
+    session = engine(run, recipe, make_layout(recipe, dist.get_world_size()), device, stop, startup)
+    devices = describe_devices(device)
+    if dist.get_rank() == 0:
+        run.record(session.recorded_recipe.to_yaml())
+        run.add_devices(devices, {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {})
+    session.run()
+
+
+def hash_seed(*parts: int) -> int:
+    """Derive a 63-bit seed from some numbers; the same on every machine."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
