@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,20 +35,23 @@ MARK_COLOURS = {
 }
 """Events that are marked, by name."""
 _MARK_WORDS = {"skip": "skipped step", "relayout": "resume in another layout", "set": "setting changed"}
+_STRETCHES = 2000
 _MOST_MARKS = 300  # more would be one block of colour
 
 
 @contextmanager
-def drawing(fonts: Fonts, salt: str = "megazh") -> Iterator[None]:
+def drawing(fonts: Fonts, salt: str = "megazh", more: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Settings of matplotlib for a picture, from its begin until it is saved: text in an SVG stays text.
 
     Args:
         fonts: the fonts of its text.
         salt: names parts of an SVG; pictures on one page need different ones.
+        more: other settings, by matplotlib's names.
     """
     import matplotlib
 
     settings: dict[Any, Any] = {"font.family": list(fonts.families), "svg.fonttype": "none", "svg.hashsalt": salt}
+    settings |= more or {}
     with matplotlib.rc_context(settings):
         yield
 
@@ -79,14 +82,29 @@ def draw_training(
         each: opacity of the line of each step; 0 leaves it out.
     """
     finite = np.isfinite(y) & np.isfinite(x)
-    marker = "." if len(y) == 1 else None
-    line = None
     if smoothing.off or not finite.any():
-        return axes.plot(x, y, linewidth=1.0, marker=marker, **look)[0]
+        return draw_line(axes, x, y, linewidth=1.0, **look)
     if each:
-        axes.plot(x, y, alpha=each, linewidth=0.7, marker=marker, **{**look, "linestyle": "-"})
-    (line,) = axes.plot(x[finite], smoothing(y[finite]), linewidth=1.6, marker=marker, **look)
-    return line
+        draw_line(axes, x, y, alpha=each, linewidth=0.7, **{**look, "linestyle": "-"})
+    return draw_line(axes, x[finite], smoothing(y[finite]), linewidth=1.6, **look)
+
+
+def draw_line(axes: Axes, x: np.ndarray, y: np.ndarray, **look: Any) -> Any:
+    """Draw a line, or a dot for a single point; returns it. Of very many points, only extremes are drawn."""
+    return axes.plot(*_thinned(x, y), marker="." if len(y) == 1 else None, **look)[0]
+
+
+def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and largest value of each of `_STRETCHES` stretches; all points where they are not many."""
+    size = len(y) // _STRETCHES
+    if size < 4:
+        return x, y
+    whole = len(y) // size * size
+    low = np.where(np.isfinite(y), y, np.inf)[:whole].reshape(-1, size).argmin(1)
+    high = np.where(np.isfinite(y), y, -np.inf)[:whole].reshape(-1, size).argmax(1)
+    begins = np.arange(0, whole, size)
+    kept = np.unique(np.concatenate([[0], begins + low, begins + high, np.arange(whole, len(y)), [len(y) - 1]]))
+    return x[kept], y[kept]
 
 
 def draw_validation(axes: Axes, history: History, x: Axis, measure: Measure, look: dict[str, Any]) -> Any:
@@ -127,21 +145,19 @@ def draw_rates(axes: Axes, history: History, x: Axis) -> None:
     """Draw learning rate and gradient norm, with a scale for each."""
     from matplotlib.ticker import LogFormatter
 
-    at, marker = history.x(x), "." if len(history.steps) == 1 else None
-    lines = axes.plot(
-        at, history.column("learning_rate"), color="tab:green", linewidth=1.2, marker=marker, label="learning rate"
-    )
+    at = history.x(x)
+    rate = draw_line(axes, at, history.column("learning_rate"), color="tab:green", linewidth=1.2, label="learning rate")
     axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
     norms = axes.twinx()
     norm = history.column("grad_norm")
-    lines += norms.plot(at, norm, color="tab:gray", alpha=0.6, linewidth=0.7, marker=marker, label="gradient norm")
+    line = draw_line(norms, at, norm, color="tab:gray", alpha=0.6, linewidth=0.7, label="gradient norm")
     if (norm[np.isfinite(norm)] > 0).any():
         norms.set_yscale("log")
         norms.yaxis.set_major_formatter(LogFormatter())  # 2, not 2 x 10^0
         norms.yaxis.set_minor_formatter(LogFormatter())
     norms.set_ylabel("gradient norm")
-    axes.legend(handles=lines, loc="upper right")
+    axes.legend(handles=[rate, line], loc="upper right")
 
 
 def format_x(axes: Axes, x: Axis) -> None:

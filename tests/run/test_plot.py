@@ -131,8 +131,13 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 def test_a_single_run_has_its_marks_and_rates(tmp_path: Path) -> None:
     write_run(tmp_path, [3.0, math.nan, math.nan, 2.0])
+    with Metrics(tmp_path, 4, quiet=False) as metrics:
+        metrics.event(3, "relayout", "another layout")
+        metrics.event(3, "command", "not marked")
     plot_runs([tmp_path], tmp_path / "x.svg", PlotOptions(x=Axis.STEPS))
-    assert {"skipped step (2)", "learning rate", "gradient norm", "steps"} <= set(texts_of(tmp_path / "x.svg"))
+    assert {"skipped step (2)", "resume in another layout (1)", "learning rate", "gradient norm", "steps"} <= set(
+        texts_of(tmp_path / "x.svg")
+    )
 
 
 def test_bits_per_byte_by_the_ratio_of_the_validation(tmp_path: Path) -> None:
