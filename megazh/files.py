@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -21,6 +22,8 @@ from megazh.writing import free_bytes, write_all, write_error, writing
 _BLOCK = 1 << 18  # stays in the processor's cache between reading and hashing
 _LARGE = 1 << 31
 _ATTEMPTS = 100  # to make a lock file in a folder that other processes make and remove
+_LOCK_TRIES, _LOCK_TRY_SECONDS = 5, 0.02
+_LONGEST_NAME = 500  # of a lock's holder
 _locks: set[TextIO] = set()  # lock files that this process holds
 
 
@@ -43,22 +46,23 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes, durable: bool = True) -> None:
+def write_atomic(path: Path, data: bytes, durable: bool = True, mode: int = 0o644) -> None:
     """Write a file so that `path` holds either its old content or all of `data`: temporary name, fsync, rename.
 
     Args:
         path: the file; its folder is made if need be.
         data: its new content.
         durable: whether to flush to disk before the rename; without, a power cut (but no kill) may leave an empty file.
+        mode: its permissions.
 
     Raises:
         WriteError: it cannot be written; the old content stays.
     """
     with writing(path, len(data)):
-        _write_atomic(path, data, durable)
+        _write_atomic(path, data, durable, mode)
 
 
-def _write_atomic(path: Path, data: bytes, durable: bool) -> None:
+def _write_atomic(path: Path, data: bytes, durable: bool, mode: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -67,7 +71,7 @@ def _write_atomic(path: Path, data: bytes, durable: bool) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        os.chmod(name, mode)
         os.rename(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -234,7 +238,7 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
                     path.parent.rmdir()
             raise write_error(path, error) from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            _lock(file, wait=busy is None)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
@@ -262,6 +266,37 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     finally:
         _locks.discard(file)
         file.close()
+
+
+def _lock(file: TextIO, wait: bool) -> None:
+    """Lock a file. Without `wait`, raises BlockingIOError where another process keeps it locked.
+
+    That is tried a few times: `holder` locks the file for some microseconds.
+    """
+    for left in reversed(range(1 if wait else _LOCK_TRIES)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(_LOCK_TRY_SECONDS)
+
+
+def holder(path: Path) -> str | None:
+    """Who holds the lock on the file `path` (see `locked`), such as `process 17 on node1`; None if nobody does."""
+    try:
+        file = open(path)  # noqa: SIM115 (closed below)
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read(_LONGEST_NAME).strip() or "another process"
+        except OSError:  # a file system without locks, on which nobody can hold one
+            return None
+    return None
 
 
 def check_sha256(path: Path, expected: str) -> None:

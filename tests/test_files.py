@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from textdata import ROOT, finish, kill_group, start
 from megazh import files
 from megazh.errors import BusyError, DataError, WriteError
 from megazh.files import check_sha256, known_sha256, locked, new_folder, remember_sha256, sha256_file, write_atomic
+from megazh.files import holder as holder_of
 
 
 @pytest.fixture(autouse=True)
@@ -306,3 +308,32 @@ def test_what_an_interrupted_call_left_of_a_folder(tmp_path: Path) -> None:
     with new_folder(tmp_path / "model") as folder:
         assert list(folder.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_holder_of_a_lock_is_named_and_nobody_else(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    assert holder_of(lock) is None
+    with locked(lock, "in use"):
+        assert holder_of(lock) == f"process {os.getpid()} on {socket.gethostname()}"
+    assert holder_of(lock) is None
+
+
+def test_a_look_at_a_lock_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Others look all the time; whoever takes the lock meanwhile gets it."""
+    lock, ended = tmp_path / "lock", threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            holder_of(lock)
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            with locked(lock, "in use"):
+                pass
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
