@@ -37,6 +37,11 @@ class Settings:
             value = value[part]
         return self.origins.get(key)
 
+    @property
+    def on_command_line(self) -> set[str]:
+        """Dotted keys whose values are the command line's."""
+        return {key for key, place in self.origins.items() if place == COMMAND_LINE and self.origin(key)}
+
     def with_places(self, message: str) -> str:
         """A message, followed by the places where the keys were written that it names.
 

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import megazh.training.loop as loop
 from megazh.cluster import start
 from megazh.cluster.launchers import local
-from megazh.errors import MegazhError
+from megazh.errors import INTERRUPTED, MegazhError
 from megazh.run import attempt, redraw
 from megazh.training import worker
 from megazh.training.feed import MicroBatch, training_feed
@@ -139,7 +139,10 @@ def launch(request: dict[str, Any], feeding: int) -> int:
 
 
 def fork_ranks(job: Job, feeding: int) -> int:
-    """Run the ranks of a job; returns the first code that is not 0. Where one fails, the others are killed."""
+    """Run the ranks of a job; returns the first code that is not 0. Where one fails, the others are killed.
+
+    Ranks that are stopped have agreed on that, and end by themselves.
+    """
     with local._reserved_port() as port:
         ranks = [forked(functools.partial(run_rank, job, rank, port, feeding)) for rank in range(job.layout.ranks)]
         os.close(feeding)
@@ -150,7 +153,7 @@ def fork_ranks(job: Job, feeding: int) -> int:
             if code and not first:
                 first = code
                 for other in ranks:
-                    if other != process:
+                    if other != process and code != INTERRUPTED:
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(other, signal.SIGKILL)
     return first if first >= 0 else 1

@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "what a recipe needs, and the best layout for it",
     "pretrain": "train a model through a pipeline of stages",
     "finetune": "fine-tune a trained model on conversations",
+    "ctl": "look at a running run, and control it, from another terminal",
     "sample": "continue a text with a trained model",
     "chat": "chat with a fine-tuned model",
     "checkpoint": "list, verify, prune and export the checkpoints of a run",

@@ -16,6 +16,7 @@ from megazh.errors import Collector, UsageError, WorkerError
 from megazh.files import locked
 from megazh.pipeline.deepspeed_config import deepspeed_config
 from megazh.run.plot import plot_losses
+from megazh.run.requests import Inbox
 from megazh.run.summary import describe_end
 from megazh.training.checkpoint_list import newest_good, remove_unfinished
 from megazh.training.checks.data import checked_mixture, describe_data, makes_data
@@ -66,8 +67,17 @@ def start(request: Request) -> int:
         remove_unfinished(job.run.checkpoints)  # first: what follows may need their space
         check_resume(job)
         _note(
-            job.run.begin(job.recipe.to_yaml(), mixture, saved_data(job.run), job.recipe.data.allow_change, job.engine)
+            job.run.begin(
+                job.recipe.to_yaml(),
+                mixture,
+                saved_data(job.run),
+                job.recipe.data.allow_change,
+                job.engine,
+                case.settings.on_command_line,
+            )
         )
+        if warning := Inbox.clear(job.run):
+            _note([warning])
         for line in (*describe_job(job), *describe_data(job.recipe)):
             print(line, flush=True)
         code = launcher.launch(job)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +17,7 @@ from megazh.files import check_sha256, write_atomic
 from megazh.index.fingerprint import describe_differences, differences, renamed_corpora
 from megazh.index.metadata import TokenizerInfo
 from megazh.run.attempt import Attempt, this_attempt
+from megazh.run.changes import Change, without
 from megazh.run.redraw import PLOT
 from megazh.tokenizer import Tokenizer, load_tokenizer
 from megazh.tokenizer.tokenizer import rank_kind
@@ -60,6 +61,8 @@ class RunInfo(Config):
     """Engine of the run, as `megazh pretrain -t` names it."""
     attempts: list[Attempt] = Field(default_factory=list)
     """Starts of the run, oldest first; those of versions that recorded none are missing."""
+    changes: list[Change] = Field(default_factory=list)
+    """Settings that were changed while it ran, oldest first; `config.yaml` holds the values of its last start."""
 
 
 class RunFolder:
@@ -72,6 +75,7 @@ class RunFolder:
         self.logs = path / "logs"
         self.plot = path / PLOT
         self.lock = path / ".lock"
+        self.control = path / "control"
 
     @property
     def exists(self) -> bool:
@@ -110,6 +114,7 @@ class RunFolder:
         saved: Mapping[str, str] | None = None,
         allow_change: bool = False,
         engine: str = "ds_pp",
+        given: Collection[str] = (),
     ) -> list[str]:
         """Record an attempt and what the run is made of; for a resume, check first that the data is still the same.
 
@@ -119,6 +124,7 @@ class RunFolder:
             saved: see `check_data`.
             allow_change: see `check_data`.
             engine: the engine, as `megazh pretrain -t` names it.
+            given: keys of the recipe that the command line gives: what was changed of them before is forgotten.
 
         Returns:
             Lines to print; see `check_data`.
@@ -131,7 +137,8 @@ class RunFolder:
         if self.exists:
             notes, before = self.check_data(mixture, saved, allow_change), self.info()
             attempts, run_id = [*before.attempts, this_attempt()], before.run_id or _new_id()
-            self._describe(info.model_copy(update={"attempts": attempts, "run_id": run_id}))
+            changes = without(before.changes, given)
+            self._describe(info.model_copy(update={"attempts": attempts, "run_id": run_id, "changes": changes}))
             self.record(config)
             return notes
         tokenizer = Path(f"{mixture.corpora[0].prefix}{info.tokenizer.file}").read_bytes()
@@ -155,6 +162,14 @@ class RunFolder:
             self._describe(
                 info.model_copy(update={"attempts": [*info.attempts[:-1], newest.model_copy(update=update)]})
             )
+
+    def changes(self) -> list[Change]:
+        """Settings that were changed while the run ran, oldest first; none before the run has begun."""
+        return self.info().changes if (self.path / DESCRIPTION).exists() else []
+
+    def set_changes(self, changes: list[Change]) -> None:
+        """Record the settings that were changed while the run ran, all of them. Raises WriteError."""
+        self._describe(self.info().model_copy(update={"changes": changes}))
 
     def check_data(
         self, mixture: Mixture, saved: Mapping[str, str] | None = None, allow_change: bool = False

@@ -87,6 +87,7 @@ def sample_text(
     count: int,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
+    options: SamplingOptions = SAMPLING,
 ) -> str | None:
     """Sample a continuation of `prompt`, or an answer, up to `count` tokens. All ranks call it and get the same.
 
@@ -97,6 +98,7 @@ def sample_text(
         count: largest number of tokens.
         seed: seed of the random draws.
         stop: whether this rank was requested to stop; the stages of a replica agree on it every few tokens.
+        options: how tokens are drawn.
 
     Returns:
         The text without the bytes of a last character that was cut; None if it was stopped.
@@ -110,7 +112,7 @@ def sample_text(
     try:
         forward = pipeline_forward(module, len(ids) + count)
         tokens: list[int] = []
-        for token in generate(forward, ids, count, SAMPLING, tokenizer.vocab_size, prompting.end_ids, seed):
+        for token in generate(forward, ids, count, options, tokenizer.vocab_size, prompting.end_ids, seed):
             tokens.append(token)
             if len(tokens) % _TOKENS_PER_POLL == 0 and _agree_in_replica(module, stop()):
                 return None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megazh.model.backend import choose_backend
+from megazh.model.sampling import SamplingOptions
 from megazh.pipeline.engine import check_tied, make_engine, quiet
 from megazh.pipeline.module import Z_LOSS, DecoderPipeline
 from megazh.run.folder import RunFolder
@@ -19,7 +20,6 @@ from megazh.training.describe import describe_kernels
 from megazh.training.evaluate import Validation, Validator, sample_text
 from megazh.training.feed import MicroBatch, training_feed
 from megazh.training.layout import Layout
-from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.optimizers.choose import rules
 from megazh.training.pace import due
 from megazh.training.recipe import Kernels, Recipe
@@ -49,7 +49,6 @@ class Trainer(Session):
         startup: Startup | None = None,
     ) -> None:
         super().__init__(run, recipe, layout, device, stop, startup)
-        self._warmup = warmup_steps(self.steps, recipe.schedule.warmup)
         kernels = recipe.parallel.kernels is Kernels.AUTO
         backend = choose_backend(recipe.model, device, self.precision.compute.torch, kernels, recipe.low_rank)
         self.work = work_of(recipe, layout, self.precision, backend)
@@ -124,10 +123,7 @@ class Trainer(Session):
 
     def take_step(self) -> Agreed:
         """Take one optimizer step and record it."""
-        engine, recipe = self.engine, self.recipe
-        rate = learning_rate(
-            self.step, self.steps, recipe.optimizer.learning_rate, self._warmup, recipe.schedule.min_lr_ratio
-        )
+        engine, rate = self.engine, self.rate(self.step)
         engine.optimizer.learning_rate = rate
         self._data_seconds = 0.0
         skipped_before = engine.skipped_steps
@@ -191,6 +187,6 @@ class Trainer(Session):
         assert self._validator is not None
         return self._validator(self.engine, agree, self.log)
 
-    def generate(self, prompt: str, tokens: int, seed: int) -> str | None:
+    def generate(self, prompt: str, tokens: int, seed: int, options: SamplingOptions) -> str | None:
         """See `Session`."""
-        return sample_text(self.engine, self.prompting, prompt, tokens, seed, lambda: self.stop.requested)
+        return sample_text(self.engine, self.prompting, prompt, tokens, seed, lambda: self.stop.requested, options)

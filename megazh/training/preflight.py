@@ -16,6 +16,7 @@ from megazh.settings import COMMAND_LINE, Settings
 from megazh.training.checkpoint_list import newest_good
 from megazh.training.checks import conversations, data, exported, fit, hf, initial, place, resume
 from megazh.training.job import Case, Devices, Job, Request, Task
+from megazh.training.live import with_changes
 from megazh.training.recipe import Device, Recipe, read_recipe, run_recipe
 from megazh.training.recipe_files import recipe_path
 
@@ -75,7 +76,7 @@ def requested_case(request: Request) -> Case:
     found = Collector()
     with found.collecting():
         recipe, settings = read_recipe(recipe_path(name), request.settings)
-        recipe = _from_checkpoint(recipe, run)
+        recipe = with_changes(_from_checkpoint(recipe, run), run.changes(), settings.on_command_line)
     if found.errors:  # what can be checked without a recipe
         for check in (lambda: place.check_run_folder(run, request), lambda: place.check_inputs(request)):
             with found.collecting():

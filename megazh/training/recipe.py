@@ -5,7 +5,7 @@ a key, add a field here and use it.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +22,7 @@ from megazh.model.counts import Flops, flops_per_token
 from megazh.model.lora_config import LoraConfig, places
 from megazh.pipeline.precision import Dtype, Precision
 from megazh.pipeline.role import Role
+from megazh.run.changes import newest
 from megazh.run.folder import RunFolder
 from megazh.settings import Settings, override, read_layers
 from megazh.training.model_from import split_from, with_model
@@ -396,6 +397,21 @@ class Recipe(Config):
         """This recipe with the cut into stages that its ranks agreed on."""
         return self.model_copy(update={"parallel": self.parallel.model_copy(update={"stage_bounds": bounds})})
 
+    def value(self, key: str) -> Any:
+        """The value of a dotted key, as JSON holds it."""
+        section, _, name = key.partition(".")
+        return self.model_dump(mode="json", include={section})[section][name]
+
+    def replaced(self, values: Mapping[str, Any]) -> "Recipe":
+        """This recipe with other values, as JSON holds them, by dotted key. Raises UsageError where one cannot work."""
+        if not values:
+            return self
+        nested = self.model_dump(mode="json", exclude_none=True)
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            nested[section][name] = value
+        return from_mapping(nested, Recipe, "changed settings")
+
     def open_mixture(self) -> "Mixture":
         """Open the data of the run. Raises UsageError and DataError as `Mixture` does."""
         from megazh.index.mixture import Mixture
@@ -433,10 +449,14 @@ def load_recipe(path: Path | str, assignments: Sequence[str] = ()) -> Recipe:
 
 
 def run_recipe(run: RunFolder) -> Recipe:
-    """The recipe of a run, with the layout and cut that it ran in. Raises UsageError where the folder holds no run."""
+    """The recipe of a run, with the layout and cut that it ran in, and with what was changed while it ran.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
     if not run.exists:
         raise UsageError(f"{run.path}: not the folder of a run: {run.config.name} is missing")
-    return load_recipe(run.config)
+    return load_recipe(run.config).replaced(newest(run.changes()))
 
 
 def differing_keys(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any, bool]]:

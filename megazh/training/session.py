@@ -16,18 +16,24 @@ import torch
 import torch.distributed as dist
 
 from megazh.errors import DataError, DivergedError
+from megazh.model.sampling import SamplingOptions
+from megazh.run.changes import Change
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import VALIDATION, Metrics, StepRecord, sample_of
 from megazh.run.peaks import mfu, peak_flops
+from megazh.run.state import State
 from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path
 from megazh.training.checkpoint_read import load_checkpoint
 from megazh.training.collect import largest, of_rank_0
+from megazh.training.commands import Commands
 from megazh.training.describe import describe_devices
-from megazh.training.evaluate import Validation
+from megazh.training.evaluate import SAMPLING, Validation
 from megazh.training.garbage import COLLECT_EVERY, collect_on_request_only
 from megazh.training.gpu_memory import limit_memory, peak_memory
 from megazh.training.health import Health, diverged, find_not_finite
 from megazh.training.layout import Layout, make_layout
+from megazh.training.learning_rate import learning_rate, warmup_steps
+from megazh.training.live import LiveRecipe
 from megazh.training.pace import Pace, due
 from megazh.training.prompting import Prompting
 from megazh.training.recipe import Device, Recipe, Resume, run_recipe
@@ -69,6 +75,8 @@ class Agreed:
     """A rank was requested to stop."""
     skipped: bool
     odd: bool
+    commands: bool
+    """A command from another terminal waits."""
 
 
 class Session(ABC):
@@ -109,6 +117,7 @@ class Session(ABC):
         """
         self.startup = startup or Startup()
         self.folder, self.recipe, self.layout, self.device, self.stop = run, recipe, layout, device, stop
+        self.live = LiveRecipe(recipe, run.changes())
         self.steps = recipe.total_steps
         """Optimizer steps of the run."""
         self.precision = recipe.precision.on(Device(device.type))
@@ -125,6 +134,9 @@ class Session(ABC):
         """The checkpoint that the run goes on from; None where it begins."""
         self.step = self._begun_at = self.found[1].step if self.found else 0
         """Optimizer steps done."""
+        self.recipe = self.live.at(self.step)
+        """The recipe of the step that comes next."""
+        self.commands = Commands(self)
         self.health = Health()
         self.evaluated: set[str] = set()
         """Evaluations that are done for the current step, see `evaluate`."""
@@ -157,7 +169,7 @@ class Session(ABC):
         """Validate; None where a rank was requested to stop meanwhile."""
 
     @abstractmethod
-    def generate(self, prompt: str, tokens: int, seed: int) -> str | None:
+    def generate(self, prompt: str, tokens: int, seed: int, options: SamplingOptions) -> str | None:
         """Continue a prompt by up to `tokens` tokens; None where it was stopped. Raises DataError: logits are not
         finite."""
 
@@ -230,7 +242,7 @@ class Session(ABC):
             self.startup.done("first step")
             self.log(self.startup.describe())
             collect_on_request_only()
-        stop, data_seconds, memory, reserved, skipped, odd, saving = largest(
+        stop, data_seconds, memory, reserved, skipped, odd, saving, commands = largest(
             [
                 float(self.stop.requested),
                 result.data_seconds,
@@ -238,10 +250,12 @@ class Session(ABC):
                 float(result.skipped),
                 float(result.odd),
                 float(self.saver.busy),
+                float(self.commands.waiting),
             ],
             self.device,
         )
         self.saver.poll(saving > 0)
+        self.commands.settle()
         self.health.count(skipped > 0, not odd)
         rate_all = self.recipe.batch_tokens / result.seconds
         rate = rate_all / self.layout.ranks
@@ -266,7 +280,8 @@ class Session(ABC):
                 eta_seconds=self._pace.remaining(self.step, result.seconds),
             )
         )
-        return Agreed(stop > 0, skipped > 0, odd > 0)
+        self.recipe = self.live.at(self.step)
+        return Agreed(stop > 0, skipped > 0, odd > 0, commands > 0)
 
     def after_step(self, agreed: Agreed) -> None:
         """Save, validate and sample after a step that is recorded, as far as each is due.
@@ -281,6 +296,8 @@ class Session(ABC):
         if agreed.stop:
             raise Interrupted
         self.evaluate()
+        if agreed.commands and not self.last:
+            self.commands.carry_out()
         if self.step < self.steps and (self.saved_or_saving or VALIDATION in self.evaluated):
             self.metrics.draw()
             gc.collect()
@@ -297,6 +314,8 @@ class Session(ABC):
         At an interval, a checkpoint waits for a step that is not skipped: until then it would hold nothing new.
         """
         self._save_is_due |= due(self.recipe.checkpoint.checkpoint_every, self.step)
+        if stop:
+            self.commands.state(State.STOPPING)
         if stop or self.step == self.steps:
             self.save()
         elif self._save_is_due and not self.health.skipped_in_row:
@@ -317,6 +336,8 @@ class Session(ABC):
             raise Interrupted  # during start-up: there is nothing to save
         self.evaluated = of_rank_0(self.metrics.evaluated_at(self.step))
         self.evaluate()
+        self.commands.state(State.TRAINING)
+        self.commands.carry_out()
         self.startup.done("validation")
 
     def evaluate(self) -> None:
@@ -335,9 +356,10 @@ class Session(ABC):
         """Validate, unless that is done for this step; None then, and without held-out documents."""
         if not self.validation_samples or VALIDATION in self.evaluated:
             return None
-        found = self.compute_validation()
+        with self.commands.during(State.VALIDATING):
+            found = self.compute_validation()
         if found is None:
-            self._interrupt()
+            self.interrupt()
         tokens = self.step * self.recipe.batch_tokens
         self.metrics.validation(self.step, tokens, found.loss, found.bits_per_byte, self.validation_samples)
         self.evaluated.add(VALIDATION)
@@ -350,23 +372,53 @@ class Session(ABC):
             if sample_of(prompt) in self.evaluated:
                 continue
             seed = hash_seed(self.recipe.schedule.seed, self.step, number)
-            text: str | None = ""
             try:
-                text = self.generate(prompt, evaluation.sample_tokens, seed)
+                self.sample_once(prompt, evaluation.sample_tokens, seed)
             except DataError as error:  # logits that are not finite; the run has what it needs, and may recover
                 self.log(f"no sample after step {self.step}: {error}")
-            # Replicas draw for themselves, so a rank may know of the request that others have not seen yet.
-            if self.stop_is_agreed() or text is None:
-                self._interrupt()
-            self.metrics.sample(self.step, prompt, text)
+                self.metrics.sample(self.step, prompt, "")
             self.evaluated.add(sample_of(prompt))
+
+    def sample_once(self, prompt: str, tokens: int, seed: int, options: SamplingOptions = SAMPLING) -> str:
+        """Continue a prompt by up to `tokens` tokens, and record it.
+
+        Raises:
+            DataError: the logits are not finite.
+            Interrupted: a rank was requested to stop; the current step is saved.
+        """
+        text: str | None = ""
+        failure: DataError | None = None
+        with self.commands.during(State.SAMPLING):
+            try:
+                text = self.generate(prompt, tokens, seed, options)
+            except DataError as error:
+                failure = error
+        # Replicas draw for themselves, so a rank may know of the request that others have not seen yet.
+        if self.stop_is_agreed() or text is None:
+            self.interrupt()
+        if failure is not None:
+            raise failure
+        self.metrics.sample(self.step, prompt, text)
+        return text
+
+    def change(self, changes: list[Change]) -> None:
+        """Go on with changed settings from the next step on; `changes` are all those of the run."""
+        self.live.change(changes)
+        self.recipe = self.live.at(self.step)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the optimizer step after `step` steps."""
+        recipe = self.live.at(step)
+        warmup = warmup_steps(self.steps, recipe.schedule.warmup)
+        return learning_rate(step, self.steps, recipe.optimizer.learning_rate, warmup, recipe.schedule.min_lr_ratio)
 
     def stop_is_agreed(self) -> bool:
         """Whether any rank was requested to stop."""
         return largest([float(self.stop.requested)], self.device)[0] > 0
 
-    def _interrupt(self) -> NoReturn:
+    def interrupt(self) -> NoReturn:
         """Save the current step, unless that was done or it is the first, and end."""
+        self.commands.state(State.STOPPING)
         self.saver.wait()
         if self.step and not self.saved_or_saving:
             self.save()
@@ -409,7 +461,8 @@ class Session(ABC):
         )
         self._save_is_due = False
         if wait:
-            self.saver.save(manifest)
+            with self.commands.during(State.SAVING):
+                self.saver.save(manifest)
         else:
             self.saver.begin(manifest)
 
@@ -446,7 +499,13 @@ def train_as(engine: type[Session], path: Path, device: torch.device, stop: Stop
     if dist.get_rank() == 0:
         run.record(session.recorded_recipe.to_yaml())
         run.add_devices(devices, {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {})
-    session.run()
+    try:
+        session.run()
+    except Interrupted:
+        session.commands.close(has_stopped=True)
+        raise
+    finally:
+        session.commands.close(has_stopped=False)
 
 
 def hash_seed(*parts: int) -> int:

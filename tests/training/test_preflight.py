@@ -10,8 +10,9 @@ from recipes import make_recipe
 
 from megazh.errors import SeveralErrors, UsageError
 from megazh.run.folder import RunFolder
-from megazh.training.checks.resume import check_resume
+from megazh.training.checks.resume import check_resume, same_run
 from megazh.training.job import Devices, Job, Request, make_job
+from megazh.training.live import changed
 from megazh.training.preflight import requested_case
 from megazh.training.recipe import Device, Recipe, load_recipe, run_recipe
 
@@ -115,3 +116,28 @@ def test_a_run_as_initial_checkpoint_is_its_newest_checkpoint_and_stays_so(tmp_p
     assert initial() == first, "the run was begun with it"
     request = replace(request, run=tmp_path / "another")
     assert initial() == str(base.checkpoints / "step_00000006")
+
+
+def test_what_was_set_while_the_run_ran_goes_on_unless_the_command_line_gives_it(tmp_path: Path, stories: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", stories)
+    run = make_run(tmp_path / "run", path, step=3)
+    set_live = changed(run_recipe(run), [], 4, ["learning_rate=3e-4", "keep_last=9"])
+    run.set_changes(set_live)
+    request = Request(recipe=str(path), run=run.path, device="cpu")
+
+    def start(*settings: str) -> tuple[float, int, list[str]]:
+        case = requested_case(replace(request, settings=list(settings)))
+        lines = [line for line in same_run(case) if "optimizer.learning_rate is " in line]
+        case.run.begin(case.recipe.to_yaml(), case.recipe.open_mixture(), given=case.settings.on_command_line)
+        recipe = run_recipe(run)
+        assert recipe.optimizer == case.recipe.optimizer
+        return recipe.optimizer.learning_rate, recipe.checkpoint.keep_last, lines
+
+    rate, keep, (line,) = start()
+    assert (rate, keep, run.changes()) == (3e-4, 9, set_live)
+    assert "is 0.0003, as 'megazh ctl' set it, from step 5 on, and 0.01 before; give learning_rate=VALUE" in line
+    rate, keep, (line,) = start("optimizer.learning_rate=5e-4")
+    assert (rate, keep, [each.key for each in run.changes()]) == (5e-4, 9, ["checkpoint.keep_last"])
+    assert "is the command line's, no longer 0.0003" in line
+    rate, keep, lines = start()
+    assert (rate, keep, lines) == (1e-2, 9, []), "the recipe's again"

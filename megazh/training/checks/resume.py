@@ -19,6 +19,8 @@ from megazh.training.checkpoint_list import (
 )
 from megazh.training.job import Case, Job, with_dtypes
 from megazh.training.learning_rate import learning_rate, warmup_steps
+from megazh.training.live import describe as describe_set
+from megazh.training.live import recipe_at
 from megazh.training.recipe import Recipe, Resume, differing_keys, run_recipe
 
 _NOTABLE = 0.01
@@ -30,6 +32,7 @@ def same_run(case: Case) -> Iterator[str]:
     job = case.job
     check_resume(job)
     yield from describe_changes(job)
+    yield from describe_set(job.run.changes(), case.settings.on_command_line, steps_done(job.run) or 0)
 
 
 def check_resume(job: Job) -> None:
@@ -178,6 +181,7 @@ def _jump(job: Job, before: Recipe) -> Iterator[str]:
     done = steps_done(job.run)
     if done is None or done >= job.recipe.total_steps:
         return
+    before = recipe_at(before, job.run.changes(), done)
     old, new = _rate(before, done), _rate(job.recipe, done)
     if abs(new - old) > _NOTABLE * max(old, new):
         yield (

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megazh.index.mixture import ValidationSamples
 from megazh.model.generate import generate
+from megazh.model.sampling import SamplingOptions
 from megazh.progress import duration
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import decode_whole
@@ -73,7 +74,13 @@ def _piece(done: int, seconds: float, device: torch.device) -> int:
 
 
 def sample_text(
-    model: PackedModel, prompting: Prompting, prompt: str, count: int, seed: int, stop: Callable[[], bool]
+    model: PackedModel,
+    prompting: Prompting,
+    prompt: str,
+    count: int,
+    seed: int,
+    stop: Callable[[], bool],
+    options: SamplingOptions = SAMPLING,
 ) -> str | None:
     """Sample a continuation; see `megazh.training.evaluate.sample_text`. Ranks draw for themselves."""
     ids, tokenizer = prompting.ids(prompt), prompting.tokenizer
@@ -81,7 +88,7 @@ def sample_text(
     try:
         tokens: list[int] = []
         forward = model.generation(len(ids) + count)
-        for token in generate(forward, ids, count, SAMPLING, tokenizer.vocab_size, prompting.end_ids, seed):
+        for token in generate(forward, ids, count, options, tokenizer.vocab_size, prompting.end_ids, seed):
             tokens.append(token)
             if len(tokens) % _TOKENS_PER_POLL == 0 and stop():
                 return None

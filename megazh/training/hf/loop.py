@@ -12,7 +12,9 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from megazh.errors import WorkerError
+from megazh.model.sampling import SamplingOptions
 from megazh.pipeline.engine import quiet
+from megazh.run.changes import Change
 from megazh.run.folder import RunFolder
 from megazh.training.evaluate import Validation
 from megazh.training.hf.deepspeed import zero_config
@@ -68,7 +70,7 @@ class HfRun(Session, TrainerCallback):
             arguments = trainer_arguments(
                 run, recipe, layout, self.precision, self.steps - self.step, device.type == "cpu"
             )
-            self._trainer = HfTrainer(self._model, arguments, recipe, layout, self.mixture, self.step, self)
+            self._trainer = HfTrainer(self._model, arguments, recipe, layout, self.mixture, self.step, self, self.rate)
         self.startup.done("trainer")
 
     def _make_validator(self) -> HfValidator | None:
@@ -102,7 +104,7 @@ class HfRun(Session, TrainerCallback):
         loss, norm = logs["loss"], float(logs["grad_norm"])
         result = StepResult(
             loss=loss,
-            learning_rate=self._trainer.rate(self.step),
+            learning_rate=self.rate(self.step),
             grad_norm=norm,
             seconds=time.perf_counter() - self._step_begun,
             data_seconds=self._trainer.data_seconds,
@@ -132,9 +134,14 @@ class HfRun(Session, TrainerCallback):
         assert self._validator is not None
         return self._validator(self._model, self.stop_is_agreed, self.log)
 
-    def generate(self, prompt: str, tokens: int, seed: int) -> str | None:
+    def generate(self, prompt: str, tokens: int, seed: int, options: SamplingOptions) -> str | None:
         """See `Session`."""
-        return sample_text(self._model, self.prompting, prompt, tokens, seed, lambda: self.stop.requested)
+        return sample_text(self._model, self.prompting, prompt, tokens, seed, lambda: self.stop.requested, options)
+
+    def change(self, changes: list[Change]) -> None:
+        """Go on with changed settings; the Trainer has prepared the rate of the next step already."""
+        super().change(changes)
+        self._trainer.set_rate(self.rate(self.step))
 
     def complete_folder(self, folder: Path) -> None:
         """Make a checkpoint a folder that transformers reads."""

@@ -23,7 +23,6 @@ from megazh.training.feed import MicroBatch, training_feed
 from megazh.training.hf.deepspeed import zero_config
 from megazh.training.hf.model import PackedModel
 from megazh.training.layout import Layout
-from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.recipe import Recipe
 
 
@@ -78,6 +77,7 @@ class HfTrainer(transformers.Trainer):
         mixture: the data.
         first_step: optimizer steps done before.
         callback: gets the Trainer's events; its `on_log` is called after each step.
+        rate: learning rate of each step, counted from 0.
     """
 
     optimizer: Any
@@ -92,7 +92,9 @@ class HfTrainer(transformers.Trainer):
         mixture: Mixture,
         first_step: int,
         callback: TrainerCallback,
+        rate: Callable[[int], float],
     ) -> None:
+        self._rate = rate
         self._recipe, self._layout, self._mixture, self._first_step = recipe, layout, mixture, first_step
         self.data_seconds = 0.0
         """Seconds spent waiting for samples since it was set to 0."""
@@ -123,7 +125,7 @@ class HfTrainer(transformers.Trainer):
             groups = [(decayed, config.weight_decay), (others, 0.0)]
             self.optimizer = torch.optim.AdamW(
                 [{"params": params, "weight_decay": decay} for params, decay in groups if params],
-                lr=config.learning_rate,
+                lr=1.0,  # which the scheduler multiplies by the rate of each step
                 betas=(config.betas[0], config.betas[1]),
                 eps=config.eps,
                 fused=True,
@@ -131,20 +133,15 @@ class HfTrainer(transformers.Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The learning rate of each step, as `megazh.training.learning_rate` has it."""
+        """The learning rate of each step."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(
-                self.base_optimizer,
-                lambda step: self.rate(self._first_step + step) / self._recipe.optimizer.learning_rate,
-            )
+            self.lr_scheduler = LambdaLR(self.base_optimizer, lambda step: self._rate(self._first_step + step))
         return self.lr_scheduler
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        recipe = self._recipe
-        warmup = warmup_steps(recipe.total_steps, recipe.schedule.warmup)
-        peak, ratio = recipe.optimizer.learning_rate, recipe.schedule.min_lr_ratio
-        return learning_rate(step, recipe.total_steps, peak, warmup, ratio)
+    def set_rate(self, rate: float) -> None:
+        """Take the next step with another learning rate than the scheduler has set; later ones are the scheduler's."""
+        for group in self.base_optimizer.param_groups:
+            group["lr"] = rate
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:

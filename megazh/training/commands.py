@@ -1,0 +1,317 @@
+"""Commands from another terminal (`megazh ctl`) to a run that trains: what each of them does, on all ranks together.
+
+A thread of rank 0 looks for requests a few times a second, and says at once that one has been accepted. It is carried
+out when the step ends: a flag in the reduction of the step tells all ranks that something waits, and only then rank 0
+tells them what.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from megazh.errors import DataError, MegazhError, UsageError
+from megazh.model.sampling import SamplingOptions
+from megazh.run.changes import Change
+from megazh.run.requests import Answer, Command, Inbox, Outcome, Request
+from megazh.run.state import State, StateFile
+from megazh.training.checkpoint_list import checkpoint_path
+from megazh.training.collect import largest, of_rank_0
+from megazh.training.evaluate import SAMPLING
+from megazh.training.live import LEARNING_RATE, changed
+
+if TYPE_CHECKING:
+    from megazh.training.session import Session
+
+_LOOK_SECONDS = 0.2
+_PAUSE_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A request that will be carried out."""
+
+    name: str
+    """Name of its file."""
+    request: Request
+    changes: tuple[Change, ...] = ()
+    """Of `set`: all changes of the run from now on."""
+
+
+class Commands:
+    """Carries out what `megazh ctl` asks of a session. All ranks make one.
+
+    Args:
+        session: the session.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._orders: deque[_Order] = deque()
+        self._saves: list[tuple[str, int]] = []
+        """Requests for checkpoints that are being written, with their steps."""
+        self._stop: str = ""
+        """Name of the request to stop."""
+        self._is_paused = False
+        self._states = StateFile(session.folder, quiet=dist.get_rank() != 0)
+        self._inbox: Inbox | None = None
+        self._ended = threading.Event()
+        if dist.get_rank() == 0:
+            with contextlib.suppress(UsageError):  # which the command that started the ranks has warned of
+                self._inbox = Inbox(session.folder)
+                threading.Thread(target=self._listen, args=(self._inbox,), name="commands", daemon=True).start()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether this rank knows of a command that waits."""
+        return bool(self._orders)
+
+    def state(self, state: State) -> None:
+        """Tell other terminals what the run does from now on."""
+        self._states.set(state)
+
+    def during(self, state: State) -> AbstractContextManager[None]:
+        """Tell other terminals what the run does in the block."""
+        return self._states.during(state)
+
+    def carry_out(self) -> None:
+        """Carry out what waits, and wait where that is a pause. All ranks call it, at a step's end.
+
+        Raises:
+            Interrupted: a rank was requested to stop; the current step is saved.
+        """
+        while True:
+            order = of_rank_0(self._next())
+            if order is not None:
+                self._carry_out(order)
+            elif self._is_paused:
+                self._wait_for_command()
+            else:
+                return
+
+    def settle(self) -> None:
+        """Answer the requests for checkpoints that have been written since, or have failed."""
+        if not self._saves:
+            return
+        saver, waiting = self._session.saver, self._saves
+        self._saves = [each for each in waiting if each[1] == saver.step]
+        for name, step in waiting:
+            if step == saver.saved_at:
+                path = checkpoint_path(self._session.folder.checkpoints, step)
+                self._answer(name, Outcome.DONE, f"step {step:,} is saved: {path}", checkpoint=str(path))
+            elif step != saver.step:
+                self._answer(name, Outcome.REFUSED, saver.failure or f"step {step:,} was not saved")
+
+    def close(self, has_stopped: bool) -> None:
+        """Answer everything that is not answered yet, and listen no longer.
+
+        Args:
+            has_stopped: whether the run ends since it was requested to stop, and is saved.
+        """
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self.settle()
+        session = self._session
+        if self._stop and has_stopped:
+            saved = f"; step {session.saver.saved_at:,} is saved" if session.saver.saved_at else "; nothing to save"
+            self._answer(self._stop, Outcome.DONE, f"stopped after step {session.step:,}{saved}")
+        elif self._stop:
+            self._answer(self._stop, Outcome.REFUSED, "the run has ended first")
+        for name in [*(name for name, _ in self._saves), *(order.name for order in self._orders)]:
+            self._answer(name, Outcome.REFUSED, "the run has ended before that was done")
+
+    # Rank 0 alone.
+
+    def _listen(self, inbox: Inbox) -> None:
+        """Take requests until the run ends; in a thread."""
+        while not self._ended.wait(_LOOK_SECONDS):
+            for name, request in inbox.take():
+                self._receive(name, request)
+
+    def _receive(self, name: str, request: Request) -> None:
+        stop = self._session.stop
+        if request.command is Command.STOP:
+            if stop.requested:
+                self._answer(name, Outcome.REFUSED, "the run is stopping already")
+                return
+            self._stop = name
+            self._answer(name, Outcome.ACCEPTED, "accepted: the run saves and ends after this step")
+            stop.requested = True
+            return
+        if stop.requested:
+            self._answer(name, Outcome.REFUSED, "the run is stopping")
+            return
+        self._answer(name, Outcome.ACCEPTED, "accepted: it is carried out when this step ends")
+        self._orders.append(_Order(name, request))
+
+    def _answer(self, name: str, outcome: Outcome, text: str, **details: str | int | float | None) -> None:
+        if self._inbox is not None:
+            self._inbox.answer(name, Answer(outcome=outcome, text=text, step=self._session.step, details=details))
+
+    def _next(self) -> _Order | None:
+        """The next command that makes sense; others are refused. None where none is left, and on other ranks."""
+        while self._orders:
+            order = self._orders.popleft()
+            try:
+                return self._checked(order)
+            except MegazhError as error:
+                self._answer(order.name, Outcome.REFUSED, str(error))
+        return None
+
+    def _checked(self, order: _Order) -> _Order:
+        """A command that can be carried out. Raises MegazhError for another."""
+        session, request = self._session, order.request
+        match request.command:
+            case Command.PAUSE if self._is_paused:
+                raise UsageError("the run is paused already")
+            case Command.RESUME if not self._is_paused:
+                raise UsageError("the run is not paused")
+            case Command.VALIDATE if not session.validation_samples:
+                raise UsageError("the run has no validation data: its manifest holds out nothing")
+            case Command.SAVE if not session.step:
+                raise UsageError("no step is done yet: there is nothing to save")
+            case Command.SAMPLE:
+                tokens = self._sample_tokens(request)
+                return _Order(order.name, request.model_copy(update={"tokens": tokens}))
+            case Command.SET:
+                return self._checked_settings(order)
+        return order
+
+    def _checked_settings(self, order: _Order) -> _Order:
+        """A `set` whose changes are recorded in run.json: a run that dies the moment after keeps them."""
+        session = self._session
+        if not order.request.settings:
+            raise UsageError("set: expected key=value")
+        changes = changed(session.recipe, session.live.changes, session.step, order.request.settings)
+        session.folder.set_changes(changes)
+        return _Order(order.name, order.request, tuple(changes))
+
+    def _sample_tokens(self, request: Request) -> int:
+        """Number of tokens to sample, as many as the context holds behind the text."""
+        if not request.text:
+            raise UsageError("sample: the text is empty")
+        recipe = self._session.recipe
+        length, context = len(self._session.prompting.ids(request.text)), recipe.batch.seq_len
+        wanted = request.tokens or 1
+        if length + wanted > context:
+            more = f" and -n {request.tokens}" if request.tokens else ""
+            raise UsageError(
+                f"sample: the text has {length:,} tokens{more}, and the model is trained on {context:,}: give less"
+            )
+        return request.tokens or min(recipe.evaluation.sample_tokens, context - length)
+
+    # All ranks.
+
+    def _carry_out(self, order: _Order) -> None:
+        match order.request.command:
+            case Command.SET:
+                self._set(order)
+            case Command.SAVE:
+                self._save(order)
+            case Command.VALIDATE:
+                self._validate(order)
+            case Command.SAMPLE:
+                self._sample(order)
+            case Command.PAUSE:
+                self._pause(order)
+            case Command.RESUME:
+                self._resume(order)
+
+    def _set(self, order: _Order) -> None:
+        session = self._session
+        before = session.recipe
+        session.change(list(order.changes))
+        texts = []
+        for key in dict.fromkeys(each.key for each in order.changes):
+            old, new = before.value(key), session.recipe.value(key)
+            if old == new:
+                continue
+            text = f"{key} is {new} from step {session.step + 1:,} on (was {old})"
+            if key == LEARNING_RATE:
+                text += f"; the rate of that step is {session.rate(session.step):.3e}"
+            texts.append(text)
+            session.metrics.event(session.step, "set", text, key=key, before=_scalar(old), value=_scalar(new))
+        self._answer(order.name, Outcome.DONE, "; ".join(texts) or "nothing changes: the run has these values already")
+
+    def _save(self, order: _Order) -> None:
+        session = self._session
+        self._event(f"save step {session.step}", order)
+        if not session.saved_or_saving:
+            session.save(wait=False)
+        self._saves.append((order.name, session.step))
+        self.settle()
+
+    def _validate(self, order: _Order) -> None:
+        session = self._session
+        self._event(f"validate after step {session.step}", order)
+        found = session.validate()
+        if found is None:
+            text = f"step {session.step:,} was validated already; status shows its loss"
+            self._answer(order.name, Outcome.DONE, text)
+            return
+        text = f"validation after step {session.step:,}: loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits/byte"
+        self._answer(order.name, Outcome.DONE, text, loss=found.loss, bits_per_byte=found.bits_per_byte)
+
+    def _sample(self, order: _Order) -> None:
+        session, request = self._session, order.request
+        assert request.text is not None
+        assert request.tokens is not None
+        self._event(f"sample after step {session.step}", order)
+        options = SAMPLING
+        if request.temperature is not None:
+            options = SamplingOptions(request.temperature, SAMPLING.top_k, SAMPLING.top_p)
+        try:
+            text = session.sample_once(request.text, request.tokens, request.seed, options)
+        except DataError as error:
+            self._answer(order.name, Outcome.REFUSED, str(error))
+            return
+        self._answer(order.name, Outcome.DONE, text, prompt=request.text)
+
+    def _pause(self, order: _Order) -> None:
+        session = self._session
+        self._is_paused = True
+        self._paused_at = time.monotonic()
+        text = f"paused after step {session.step:,}"
+        session.metrics.event(session.step, "pause", f"{text} by 'megazh ctl'")
+        self._answer(order.name, Outcome.DONE, f"{text}; resume goes on, stop saves and ends")
+
+    def _resume(self, order: _Order) -> None:
+        session = self._session
+        self._is_paused = False
+        seconds = time.monotonic() - self._paused_at
+        text = f"training goes on after a pause of {seconds:.0f} s"
+        session.metrics.event(session.step, "resume_training", text, seconds=round(seconds, 3))
+        self._answer(order.name, Outcome.DONE, text)
+
+    def _wait_for_command(self) -> None:
+        """Wait in a pause until something is to be done; what is being saved goes on. Raises Interrupted."""
+        session = self._session
+        with self.during(State.PAUSED):
+            while True:
+                time.sleep(_PAUSE_SECONDS)
+                stop, waiting, saving = largest(
+                    [float(session.stop.requested), float(self.waiting), float(session.saver.busy)], session.device
+                )
+                session.saver.poll(saving > 0)
+                self.settle()
+                if stop > 0:
+                    session.interrupt()
+                if waiting > 0:
+                    return
+
+    def _event(self, text: str, order: _Order) -> None:
+        session = self._session
+        session.metrics.event(session.step, "command", f"megazh ctl: {text}", command=order.request.command.value)
+
+
+def _scalar(value: object) -> str | int | float | bool | None:
+    """A value as an event holds it."""
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -1,0 +1,134 @@
+"""Settings that can be changed while a run runs: which ones, and the recipe that follows from them at each step."""
+
+import datetime
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from megazh.config import from_mapping, nested_model
+from megazh.errors import UsageError
+from megazh.run.changes import Change, newest, value_at, with_change
+from megazh.settings import Settings, override, resolve_key
+from megazh.training.recipe import ALTERNATIVES, MAY_CHANGE, Recipe, keys
+
+LEARNING_RATE = "optimizer.learning_rate"
+
+LIVE = (
+    LEARNING_RATE,
+    "checkpoint.checkpoint_every",
+    "checkpoint.keep_best",
+    "checkpoint.keep_every",
+    "checkpoint.keep_last",
+    "evaluation.sample_every",
+    "evaluation.sample_prompts",
+    "evaluation.sample_tokens",
+    "evaluation.validate_every",
+    "parallel.check_tied_every",
+)
+"""Keys that a running run reads anew at each step."""
+
+
+def changed(recipe: Recipe, changes: Sequence[Change], step: int, settings: Iterable[str]) -> list[Change]:
+    """The changes of a run once `key=value` settings hold from now on.
+
+    Args:
+        recipe: the recipe of this step, see `recipe_at`.
+        changes: the changes so far.
+        step: optimizer steps done.
+        settings: the new settings.
+
+    Raises:
+        UsageError: a key is unknown or cannot be changed while the run runs, or a value cannot work.
+    """
+    found = list(changes)
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    for setting in settings:
+        layers = override(Settings(recipe.model_dump(mode="json", exclude_none=True)), [setting], Recipe, ALTERNATIVES)
+        key = resolve_key(setting.partition("=")[0], Recipe)
+        _check_live(key)
+        before, value = recipe.value(key), from_mapping(layers.values, Recipe, setting).value(key)
+        if value != before or any(each.key == key and each.step > step for each in found):
+            found = with_change(found, Change(key=key, step=step, before=before, value=value, time=now))
+    return found
+
+
+def recipe_at(recipe: Recipe, changes: Iterable[Change], step: int) -> Recipe:
+    """The recipe of the optimizer step after `step` steps; `recipe` is that after all changes.
+
+    Only the learning rate decides what a step computes. The other keys hold as they were set last, from a resume on.
+    """
+    peak = peak_at(recipe, changes, step)
+    return recipe if peak == recipe.optimizer.learning_rate else recipe.replaced({LEARNING_RATE: peak})
+
+
+def peak_at(recipe: Recipe, changes: Iterable[Change], step: int) -> float:
+    """The peak learning rate of the optimizer step after `step` steps; `recipe` is that after all changes."""
+    found = value_at(changes, LEARNING_RATE, step, recipe.optimizer.learning_rate)
+    assert isinstance(found, float | int)
+    return found
+
+
+class LiveRecipe:
+    """The recipe of a run by step, while settings are changed.
+
+    Args:
+        recipe: the recipe after all changes.
+        changes: the changes so far, oldest first.
+    """
+
+    def __init__(self, recipe: Recipe, changes: Iterable[Change]) -> None:
+        self._newest, self.changes = recipe, list(changes)
+        self._by_peak: dict[float, Recipe] = {}
+
+    def change(self, changes: Iterable[Change]) -> None:
+        """Replace the changes."""
+        self.changes = list(changes)
+        self._newest, self._by_peak = with_changes(self._newest, self.changes), {}
+
+    def at(self, step: int) -> Recipe:
+        """The recipe of the optimizer step after `step` steps."""
+        peak = peak_at(self._newest, self.changes, step)
+        if peak not in self._by_peak:
+            self._by_peak[peak] = recipe_at(self._newest, self.changes, step)
+        return self._by_peak[peak]
+
+
+def with_changes(recipe: Recipe, changes: Iterable[Change], given: Collection[str] = ()) -> Recipe:
+    """A recipe with what was set while the run ran, but for the keys that are `given` on the command line.
+
+    Raises:
+        UsageError: a value does not fit the recipe.
+    """
+    values = {key: value for key, value in newest(changes).items() if key not in given}
+    return recipe.replaced(values)
+
+
+def describe(changes: Sequence[Change], given: Collection[str], done: int) -> Iterator[str]:
+    """Lines for a start: which settings go on as they were set while the run ran.
+
+    Args:
+        changes: the changes of the run.
+        given: keys that the command line gives, which win.
+        done: optimizer steps of the checkpoint that the run goes on from.
+    """
+    last = {each.key: each for each in changes}
+    for key, each in last.items():
+        if key in given:
+            yield f"{key} is the command line's, no longer {each.value} as 'megazh ctl' set it after step {each.step:,}"
+            continue
+        later = key == LEARNING_RATE and each.step > done
+        when = f"from step {each.step + 1:,} on, and {each.before} before" if later else f"since step {each.step + 1:,}"
+        yield (
+            f"{key} is {each.value}, as 'megazh ctl' set it, {when}; give {key.rpartition('.')[2]}=VALUE for another"
+        )
+
+
+def _check_live(key: str) -> None:
+    if key in LIVE:
+        return
+    field = dict(keys())[key]
+    if nested_model(field.annotation) is field.annotation:
+        raise UsageError(f"{key} is a section: set its keys one by one")
+    if MAY_CHANGE in field.metadata:
+        raise UsageError(
+            f"{key} takes effect at a start: stop the run, and run its command again with {key.rpartition('.')[2]}=..."
+        )
+    raise UsageError(f"{key} decides what the run computes and is fixed: begin another run with -r")
