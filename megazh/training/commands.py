@@ -149,7 +149,14 @@ class Commands:
         if stop.requested:
             self._answer(name, Outcome.REFUSED, "the run is stopping")
             return
-        self._answer(name, Outcome.ACCEPTED, "accepted: it is carried out when this step ends")
+        if request.command is Command.SET:
+            try:
+                self._changed(request)
+            except UsageError as error:  # now, not after a long step
+                self._answer(name, Outcome.REFUSED, str(error))
+                return
+        when = "" if self._is_paused else ": it is carried out when this step ends"
+        self._answer(name, Outcome.ACCEPTED, f"accepted{when}")
         self._orders.append(_Order(name, request))
 
     def _answer(self, name: str, outcome: Outcome, text: str, **details: str | int | float | None) -> None:
@@ -187,12 +194,16 @@ class Commands:
 
     def _checked_settings(self, order: _Order) -> _Order:
         """A `set` whose changes are recorded in run.json: a run that dies the moment after keeps them."""
-        session = self._session
-        if not order.request.settings:
-            raise UsageError("set: expected key=value")
-        changes = changed(session.recipe, session.live.changes, session.step, order.request.settings)
-        session.folder.set_changes(changes)
+        changes = self._changed(order.request)
+        self._session.folder.set_changes(changes)
         return _Order(order.name, order.request, tuple(changes))
+
+    def _changed(self, request: Request) -> list[Change]:
+        """The changes of the run from now on. Raises UsageError where one cannot be made."""
+        session = self._session
+        if not request.settings:
+            raise UsageError("set: expected key=value")
+        return changed(session.recipe, session.live.changes, session.step, request.settings)
 
     def _sample_tokens(self, request: Request) -> int:
         """Number of tokens to sample, as many as the context holds behind the text."""

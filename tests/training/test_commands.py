@@ -1,4 +1,7 @@
-"""Runs of two ranks that are controlled from another process, by both engines, and what a resume makes of it."""
+"""Runs of two ranks that are controlled from another process, by both engines, and what a resume makes of it.
+
+Before that what one rank answers, without training.
+"""
 
 import contextlib
 import io
@@ -9,24 +12,122 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from forked_runs import Ended, ForkedRuns, start_forks
 from made_runs import write_recipe
 from processes import wait_until
+from recipes import make_recipe
 
 from megazh.cli import main
-from megazh.errors import INTERRUPTED
+from megazh.errors import INTERRUPTED, WriteError
 from megazh.files import holder
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import read_metrics
+from megazh.run.requests import Answer, Command, Inbox, Request, read_private
+from megazh.training import commands
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
-
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 STEPS = 100_000
 LAYOUT = (2, 1)
+
+
+class Rank:
+    """A rank 0 that takes no steps: a session as far as commands know it."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run = RunFolder(folder)
+        self.run.path.mkdir()
+        assert Inbox.clear(self.run) == ""
+        monkeypatch.setattr(commands.dist, "get_rank", lambda: 0)
+        monkeypatch.setattr(commands.Commands, "_listen", mock.Mock())
+        self.session: Any = SimpleNamespace(
+            folder=self.run,
+            step=7,
+            recipe=make_recipe(),
+            live=SimpleNamespace(changes=[]),
+            stop=SimpleNamespace(requested=False),
+            saver=SimpleNamespace(step=None, saved_at=None, failure=""),
+            validation_samples=0,
+        )
+        self.commands = commands.Commands(self.session)
+
+    def send(self, name: str, **request: Any) -> None:
+        """Let the rank receive a request."""
+        self.commands._receive(f"{name}.json", Request(**request))
+
+    def answer(self, name: str) -> tuple[str, str]:
+        """The answer to a request so far."""
+        found = read_private(self.run.control / "answers" / f"{name}.json", Answer)
+        return found.outcome.value, found.text
+
+
+@pytest.fixture
+def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rank:
+    """Rank 0 after step 7."""
+    return Rank(tmp_path / "run", monkeypatch)
+
+
+def test_a_stop_is_known_at_once_and_answered_at_the_end(rank: Rank) -> None:
+    rank.send("1", command=Command.SAVE)
+    rank.send("2", command=Command.STOP)
+    assert rank.session.stop.requested
+    assert rank.answer("2") == ("accepted", "accepted: the run saves and ends after this step")
+    rank.send("3", command=Command.STOP)
+    rank.send("4", command=Command.PAUSE)
+    assert rank.answer("3") == ("refused", "the run is stopping already")
+    assert rank.answer("4") == ("refused", "the run is stopping")
+    rank.session.saver.saved_at = 7
+    rank.commands.close(has_stopped=True)
+    rank.commands.close(has_stopped=False)
+    assert rank.answer("1") == ("refused", "the run has ended before that was done")
+    assert rank.answer("2") == ("done", "stopped after step 7; step 7 is saved")
+
+
+def test_a_run_that_ends_before_it_stops_says_so(rank: Rank) -> None:
+    rank.send("1", command=Command.STOP)
+    rank.commands.close(has_stopped=False)
+    assert rank.answer("1") == ("refused", "the run has ended first")
+
+
+def test_a_save_is_answered_when_it_is_whole_or_has_failed(rank: Rank) -> None:
+    saver, waiting = rank.session.saver, rank.commands._saves
+    waiting += [("1.json", 7), ("2.json", 8), ("3.json", 9)]
+    saver.step, saver.saved_at, saver.failure = 9, 7, "runs/x: cannot be written"
+    rank.commands.settle()
+    assert rank.answer("1")[0] == "done"
+    assert rank.answer("2") == ("refused", "runs/x: cannot be written")
+    assert not (rank.run.control / "answers" / "3.json").exists()
+    rank.commands.close(has_stopped=False)
+    assert rank.answer("3") == ("refused", "the run has ended before that was done")
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        ({"command": Command.SET, "settings": ["seq_len=8"]}, "batch.seq_len decides"),
+        ({"command": Command.SET}, "set: expected key=value"),
+        ({"command": Command.VALIDATE}, "the run has no validation data"),
+        ({"command": Command.RESUME}, "the run is not paused"),
+        ({"command": Command.SAMPLE}, "sample: the text is empty"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused(rank: Rank, request_: dict[str, Any], reason: str) -> None:
+    rank.send("1", **request_)
+    assert rank.commands._next() is None
+    outcome, text = rank.answer("1")
+    assert (outcome, reason in text) == ("refused", True), text
+
+
+def test_a_change_that_cannot_be_recorded_is_not_made(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "set_changes", mock.Mock(side_effect=WriteError("run.json: no space")))
+    rank.send("1", command=Command.SET, settings=["learning_rate=1"])
+    assert rank.answer("1")[0] == "accepted"
+    assert rank.commands._next() is None
+    assert rank.answer("1") == ("refused", "run.json: no space")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +267,8 @@ def driven(
     return drive(forks, stories, tmp_path_factory.mktemp(request.param), request.param)
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_all_commands_are_carried_out(driven: Driven) -> None:
     said, step = driven.said, driven.paused["step"]
     sample = json.loads(said["sample"])
@@ -184,6 +287,8 @@ def test_all_commands_are_carried_out(driven: Driven) -> None:
     assert said["stop"].startswith("stopped after step")
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_what_makes_no_sense_is_refused(driven: Driven) -> None:
     said = driven.said
     assert said["resume"].endswith("the run is not paused")
@@ -192,6 +297,8 @@ def test_what_makes_no_sense_is_refused(driven: Driven) -> None:
     assert said["again"].endswith("the run is paused already")
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_the_state_is_told(driven: Driven) -> None:
     assert (driven.before["running"], driven.before["state"]) == (True, "training")
     assert (driven.paused["state"], driven.paused["steps"]) == ("paused", STEPS)
@@ -199,6 +306,8 @@ def test_the_state_is_told(driven: Driven) -> None:
     assert max(driven.seconds) < 5
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_records_and_checkpoints_tell_what_was_done(driven: Driven) -> None:
     records, step = read_metrics(driven.path), driven.paused["step"]
     names = [record["name"] for record in records if record["kind"] == "event"]
@@ -222,6 +331,8 @@ def test_records_and_checkpoints_tell_what_was_done(driven: Driven) -> None:
     assert driven.ended.code == INTERRUPTED
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_a_resume_takes_each_step_with_its_own_rate(driven: Driven, forks: ForkedRuns, tmp_path: Path) -> None:
     """From a checkpoint before the change: the same rates and the same losses, bit by bit, without any setting."""
     copy, changed_at = tmp_path / "run", driven.paused["step"]
