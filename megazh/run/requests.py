@@ -181,7 +181,7 @@ def ask(
     Raises:
         UsageError: the run does not run, or has refused the request; one line says why.
         BusyError: no answer came in time; the request is withdrawn.
-        WorkerError: the run has ended without an answer, or the request cannot be written.
+        WorkerError: the run has ended without an answer or cannot write one, or the request cannot be written.
         DataError: the answer is none.
     """
     if holder(run.lock) is None:
@@ -208,10 +208,14 @@ def ask(
                 raise WorkerError(
                     f"{run.path}: has ended without an answer ('megazh ctl {run.path} status' shows more)"
                 )
-            if not was_accepted and time.monotonic() > deadline and _withdrawn(requests / name):
-                raise BusyError(
-                    f"{run.path}: no answer within {seconds:g} s: it is starting, or hangs ('megazh ctl {run.path} "
-                    "status' shows which); the request is withdrawn: try again later"
+            if not was_accepted and time.monotonic() > deadline:
+                if _withdrawn(requests / name):
+                    raise BusyError(
+                        f"{run.path}: no answer within {seconds:g} s: it is starting, or hangs ('megazh ctl {run.path} "
+                        "status' shows which); the request is withdrawn: try again later"
+                    )
+                raise WorkerError(
+                    f"{run.path}: has taken the request, and gives no answer within {seconds:g} s: is its disk full?"
                 )
             time.sleep(_POLL_SECONDS)
     finally:

@@ -109,6 +109,11 @@ def test_a_run_that_does_not_answer_gets_no_request_later(run: RunFolder) -> Non
     assert list(Inbox(run).take()) == []
 
 
+def test_a_run_that_cannot_write_its_answer_is_named(run: RunFolder) -> None:
+    with Serving(run), pytest.raises(WorkerError, match=r"has taken the request, and gives no answer within 1 s"):
+        ask(run, Request(command=Command.SAVE), seconds=1)
+
+
 def test_a_run_that_ends_meanwhile_is_named(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
 
