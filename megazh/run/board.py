@@ -46,8 +46,7 @@ class Board:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        now = time.time_ns()
-        unique = f"{now // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{now % 10**9}"
+        unique = f"{_second(folder):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9}"
         self._path = folder / f"events.out.tfevents.{unique}"
         self._records: Any = None
         try:
@@ -95,3 +94,12 @@ class Board:
     def _give_up(self, error: OSError) -> None:
         self._records = None
         warn_once(self._path, error, "TensorBoard gets no more points of this start; metrics.jsonl has them")
+
+
+def _second(folder: Path) -> int:
+    """Time in the name of a new event file, later than those of all others even where the clock was set back.
+
+    TensorBoard reads files in the order of their names, and only what it has read before is hidden.
+    """
+    others = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+    return max(int(time.time()), *(int(each) + 1 for each in others if each.isascii() and each.isdigit()), 0)

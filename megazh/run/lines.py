@@ -1,10 +1,12 @@
 """The lines that a run writes to the terminal: a step on at most 80 columns, a validation, a sample."""
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from unicodedata import east_asian_width
 
 if TYPE_CHECKING:
-    from megazh.run.metrics import SampleRecord, StepRecord, ValidationRecord
+    from megazh.run.records import SampleRecord, StepRecord, ValidationRecord
 
 COLUMNS = 80
 """Width of a terminal that was never widened."""
@@ -43,10 +45,26 @@ def step_line(record: "StepRecord") -> str:
     return line
 
 
-def validation_line(record: "ValidationRecord") -> str:
-    """A pass over the validation side."""
-    bits = "" if record.bits_per_byte is None else f" | {record.bits_per_byte:.4f} bits/byte"
-    return f"validation after step {record.step} | loss {record.loss:.4f}{bits} | {record.samples:,} samples"
+def validation_lines(record: "ValidationRecord") -> Iterator[str]:
+    """A pass over the validation side, and a line for each corpus where there are several."""
+    figures = _figures(record.loss, record.perplexity, record.bits_per_byte)
+    yield f"validation after step {record.step} | {figures}"
+    corpora = record.corpora or {}
+    if len(corpora) > 1:
+        names = {name: one_line(name) for name in corpora}
+        width = max(map(_columns, names.values()))
+        for name, each in corpora.items():
+            figures = _figures(each.loss, each.perplexity, each.bits_per_byte)
+            yield f"  {names[name]}{' ' * (width - _columns(names[name]))} | {figures} | {each.samples:,} samples"
+
+
+def _figures(loss: float, perplexity: float | None, bits_per_byte: float | None) -> str:
+    parts = [f"loss {loss:.4f}"]
+    if perplexity is not None:
+        parts.append(f"perplexity {compact(perplexity)}")
+    if bits_per_byte is not None:
+        parts.append(f"{bits_per_byte:.4f} bits/byte")
+    return " | ".join(parts)
 
 
 def sample_line(record: "SampleRecord") -> str:
@@ -67,6 +85,11 @@ def compact(number: float) -> str:
 def one_line(text: str) -> str:
     """Put text on one line of a terminal: no line breaks, no control characters."""
     return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+
+
+def _columns(text: str) -> int:
+    """Columns of a terminal that text takes: two for each wide character, such as a Chinese one."""
+    return sum(2 if east_asian_width(each) in "WF" else 1 for each in text)
 
 
 def _digits(number: float, width: int) -> str:

@@ -1,125 +1,39 @@
-"""Metrics of a run: a line per step on the terminal, metrics.jsonl, and TensorBoard."""
+"""Metrics of a run: a line per step on the terminal, metrics.jsonl, TensorBoard, and trackers."""
 
 import contextlib
 import dataclasses
-import json
-import math
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import TypeAdapter
-
-from megazh.errors import DataError, UsageError
+from megazh.errors import UsageError
 from megazh.files import write_atomic
 from megazh.run.board import Board
-from megazh.run.lines import one_line, sample_line, step_line, validation_line
+from megazh.run.lines import one_line, sample_line, step_line, validation_lines
+from megazh.run.records import (
+    CorpusValidation,
+    EventRecord,
+    Record,
+    SampleRecord,
+    StepRecord,
+    ValidationRecord,
+    line_of,
+    perplexity,
+    read_records,
+)
 from megazh.run.redraw import Redrawing
+from megazh.run.scalars import scalars_of
+from megazh.run.trackers.start import Trackers
+from megazh.run.trackers.tracker import TrackedRun, TrackerName
 from megazh.writing import write_all, writing
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
-_GIB = 1 << 30
 _TAG_LENGTH = 40
 
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step. Numbers need not be finite."""
-
-    step: int
-    """Number of the optimizer step, from 1."""
-    steps: int
-    """Optimizer steps of the whole run."""
-    tokens: int
-    """Tokens that the run has consumed so far."""
-    loss: float
-    """Mean cross entropy over the trained tokens of this step, in nats per token, as in `ValidationRecord`. Files of
-    versions that did not record `z_loss` hold the sum of both."""
-    learning_rate: float
-    grad_norm: float
-    """Global L2 norm of the gradients before clipping; nan where the engine gives none."""
-    step_seconds: float
-    """Seconds that this step took."""
-    tokens_per_second: float
-    """Tokens per second of all ranks together."""
-    tokens_per_second_per_gpu: float
-    """Tokens per second and GPU; per rank on the CPU."""
-    mfu: float | None
-    """Model FLOPs utilization, 1 at the cards' peak; None where the peak is not known."""
-    memory_bytes: int | None
-    """Largest number of bytes allocated so far on any GPU; None on the CPU."""
-    memory_reserved: int | None
-    """Largest number of bytes that torch's allocator has held on any GPU; None on the CPU."""
-    data_seconds: float
-    """Part of `step_seconds` spent waiting for samples, on the slowest rank."""
-    skipped: bool
-    """Whether the optimizer skipped the step because a gradient was not finite."""
-    eta_seconds: float
-    """Estimated seconds until the last step."""
-    skipped_so_far: int | None = None
-    """Steps of the run that were skipped so far; None in files of versions that did not count them."""
-    z_loss: float | None = None
-    """Mean z-loss that training adds to `loss`, in nats per token; None without `optimizer.z_loss`."""
-    time: float | None = None
-    """When it was recorded, in seconds since 1970-01-01 UTC; None in files of versions that did not record it."""
-
-
-@dataclass(frozen=True)
-class ValidationRecord:
-    """One pass over the validation side."""
-
-    step: int
-    """Optimizer steps done before the pass; 0 for the untrained model."""
-    tokens: int
-    """Tokens that training has consumed so far."""
-    loss: float
-    """Mean cross entropy in nats per token."""
-    bits_per_byte: float | None
-    samples: int
-    """Samples evaluated."""
-    time: float | None = None
-    """See `StepRecord.time`."""
-
-
-@dataclass(frozen=True)
-class SampleRecord:
-    """A continuation that the model generated."""
-
-    step: int
-    prompt: str
-    text: str
-    """Continuation, without the prompt; empty where the model's logits were not finite."""
-    time: float | None = None
-    """See `StepRecord.time`."""
-
-
-@dataclass(frozen=True)
-class EventRecord:
-    """Something that happened to the run. Events stay when the steps around them are lost and taken anew."""
-
-    step: int
-    """Optimizer steps done before."""
-    name: str
-    """What happened: start, resume, relayout, ..."""
-    text: str
-    """The same in a line for people."""
-    details: dict[str, str | int | float | bool | None]
-    """Figures that belong to it, by name."""
-    time: float | None = None
-    """See `StepRecord.time`."""
-
-
-_KINDS: dict[str, TypeAdapter[Any]] = {
-    "step": TypeAdapter(StepRecord),
-    "validation": TypeAdapter(ValidationRecord),
-    "sample": TypeAdapter(SampleRecord),
-    "event": TypeAdapter(EventRecord),
-}
 
 VALIDATION = "validation"
 """Name of the validation of a step in `Metrics.evaluated_at`."""
@@ -159,6 +73,12 @@ class Metrics:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._path, self._redrawing = path, Redrawing(folder)
         self._board = Board(folder / TENSORBOARD, first_step + 1 if first_step else 0)
+        self._trackers: Trackers | None = None
+
+    def track(self, names: Sequence[TrackerName], run: TrackedRun) -> None:
+        """Let trackers follow the records, those of earlier attempts included where they do not have them yet."""
+        if not self._quiet and names:
+            self._trackers = Trackers(names, self._path, run, _print)
 
     def step(self, record: StepRecord) -> None:
         """Record an optimizer step.
@@ -171,33 +91,29 @@ class Metrics:
         self._last_step = record.step
         if self._quiet:
             return
-        self._append("step", record)
+        self._append(record)
         _print(step_line(record))
-        scalars = {
-            "train/loss": record.loss,
-            "train/z_loss": record.z_loss,
-            "train/lr": record.learning_rate,
-            "train/grad_norm": record.grad_norm,
-            "train/skipped": float(record.skipped),
-            "train/tokens": record.tokens,
-            "speed/tokens_per_second": record.tokens_per_second,
-            "speed/tokens_per_second_per_gpu": record.tokens_per_second_per_gpu,
-            "speed/mfu": record.mfu,
-            "speed/step_seconds": record.step_seconds,
-            "speed/data_seconds": record.data_seconds,
-            "memory/allocated_gib": None if record.memory_bytes is None else record.memory_bytes / _GIB,
-            "memory/reserved_gib": None if record.memory_reserved is None else record.memory_reserved / _GIB,
-        }
-        self._add_scalars(scalars, record.step)
+        self._add_scalars(record)
 
-    def validation(self, step: int, tokens: int, loss: float, bits_per_byte: float | None, samples: int) -> None:
+    def validation(
+        self,
+        step: int,
+        tokens: int,
+        loss: float,
+        bits_per_byte: float | None,
+        samples: int,
+        corpora: Mapping[str, CorpusValidation] | None = None,
+    ) -> None:
         """Record a validation; see `ValidationRecord`."""
         if self._quiet:
             return
-        record = ValidationRecord(step, tokens, loss, bits_per_byte, samples)
-        self._append("validation", record)
-        _print(validation_line(record))
-        self._add_scalars({"validation/loss": loss, "validation/bits_per_byte": bits_per_byte}, step)
+        record = ValidationRecord(
+            step, tokens, loss, bits_per_byte, samples, perplexity(loss), None if corpora is None else dict(corpora)
+        )
+        self._append(record)
+        for line in validation_lines(record):
+            _print(line)
+        self._add_scalars(record)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record a sampled continuation; see `SampleRecord`."""
@@ -205,24 +121,24 @@ class Metrics:
             return
         prompt, text = _valid_text(prompt), _valid_text(text)
         record = SampleRecord(step, prompt, text)
-        self._append("sample", record)
+        self._append(record)
         _print(sample_line(record))
         shown = "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())  # TensorBoard reads Markdown
         self._board.text(f"sample/{one_line(prompt)[:_TAG_LENGTH]}", shown, step)
 
-    def event(self, step: int, name: str, text: str, **details: str | int | float | bool | None) -> None:
+    def event(self, step: int, name: str, text: str, /, **details: str | int | float | bool | None) -> None:
         """Record that something happened; see `EventRecord`."""
         if self._quiet:
             return
-        record = EventRecord(step, name, _valid_text(text), {key: _json_value(each) for key, each in details.items()})
-        self._append("event", record)
+        record = EventRecord(step, name, _valid_text(text), details)
+        self._append(record)
         _print(one_line(record.text))
 
     def evaluated_at(self, step: int) -> set[str]:
         """What is recorded at a step besides the step itself: `VALIDATION`, and `sample_of` each prompt."""
         if self._quiet:
             return set()
-        records = [record for _, record in _read(self._path) if record["step"] == step]
+        records = [record for _, record in read_records(self._path) if record["step"] == step]
         return {
             VALIDATION if record["kind"] == "validation" else sample_of(record["prompt"])
             for record in records
@@ -240,6 +156,8 @@ class Metrics:
             self._redrawing.close()
             self._file.close()
             self._board.close()
+            if self._trackers is not None:
+                self._trackers.close()
 
     def __enter__(self) -> Self:
         return self
@@ -247,10 +165,8 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, kind: str, record: StepRecord | ValidationRecord | SampleRecord | EventRecord) -> None:
-        record = dataclasses.replace(record, time=round(time.time(), 3))
-        values = {"kind": kind, **{name: _json_value(value) for name, value in dataclasses.asdict(record).items()}}
-        line = json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    def _append(self, record: Record) -> None:
+        line = line_of(dataclasses.replace(record, time=round(time.time(), 3)))
         before = self._file.tell()
         with writing(self._path, len(line)):
             try:
@@ -259,11 +175,12 @@ class Metrics:
                 with contextlib.suppress(OSError):
                     self._file.truncate(before)
                 raise
+        if self._trackers is not None:
+            self._trackers.poll()
 
-    def _add_scalars(self, scalars: dict[str, float | None], step: int) -> None:
-        for tag, value in scalars.items():
-            if value is not None:
-                self._board.scalar(tag, value, step)
+    def _add_scalars(self, record: StepRecord | ValidationRecord) -> None:
+        for tag, value in scalars_of(dataclasses.asdict(record)).items():
+            self._board.scalar(tag, value, record.step)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -280,7 +197,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the folder of a run that has taken a step")
-    return [record for _, record in _read(path)]
+    return [record for _, record in read_records(path)]
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -289,32 +206,9 @@ def _drop_after(path: Path, step: int) -> None:
     def keeps(record: dict[str, Any]) -> bool:
         return record["kind"] == "event" or 0 < step >= record["step"]
 
-    kept = b"".join(line + b"\n" for line, record in _read(path) if keeps(record))
+    kept = b"".join(line + b"\n" for line, record in read_records(path) if keeps(record))
     if kept != path.read_bytes():
         write_atomic(path, kept)
-
-
-def _read(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line of metrics.jsonl with the record that it holds."""
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line)
-            kind = values.pop("kind")
-            record = _KINDS[kind].validate_python(values)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if number == len(lines):  # incomplete, or the empty string behind the last newline
-                return
-            raise DataError(
-                f"{path}: line {number:,} is no record of a step, a validation, a sample or an event; repair it, or "
-                "move the file away to go on without the history"
-            ) from None
-        yield line, {"kind": kind, **dataclasses.asdict(record)}
-
-
-def _json_value(value: Any) -> Any:
-    """Write nan and inf, which JSON lacks, as text that `float` and pydantic read back."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _valid_text(text: str) -> str:

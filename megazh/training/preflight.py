@@ -14,7 +14,7 @@ from megazh.errors import Collector, MegazhError, UsageError
 from megazh.run.folder import RunFolder
 from megazh.settings import COMMAND_LINE, Settings
 from megazh.training.checkpoint_list import newest_good
-from megazh.training.checks import conversations, data, exported, fit, hf, initial, place, resume
+from megazh.training.checks import conversations, data, exported, fit, hf, initial, place, resume, trackers
 from megazh.training.job import Case, Devices, Job, Request, Task
 from megazh.training.live import with_changes
 from megazh.training.recipe import Device, Recipe, read_recipe, run_recipe
@@ -31,7 +31,7 @@ BIG = {
 
 Check = Callable[[Case], Iterator[str]]
 
-PLACE: tuple[Check, ...] = (place.run_folder, place.inputs)
+PLACE: tuple[Check, ...] = (place.run_folder, place.inputs, trackers.packages)
 """What the command line names is there, and what it would write is in nobody's way."""
 
 FIT: tuple[Check, ...] = (fit.length, fit.layout, fit.dtypes, fit.memory, exported.model)

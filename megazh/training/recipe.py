@@ -24,6 +24,7 @@ from megazh.pipeline.precision import Dtype, Precision
 from megazh.pipeline.role import Role
 from megazh.run.changes import newest
 from megazh.run.folder import RunFolder
+from megazh.run.trackers.tracker import TrackerName
 from megazh.settings import Settings, override, read_layers
 from megazh.training.model_from import split_from, with_model
 from megazh.training.recipe_files import recipes_folder
@@ -291,8 +292,12 @@ class EvaluationConfig(Config):
 
 
 class LoggingConfig(Config):
-    """Reference figures that logs and plans compare with."""
+    """Trackers, and reference figures that logs and plans compare with."""
 
+    trackers: Annotated[list[Annotated[TrackerName, choice(TrackerName)]], MAY_CHANGE] = Field(default_factory=list)
+    """Services that show the run besides TensorBoard: wandb, swanlab, mlflow. Each needs the extra of its name."""
+    project: Annotated[str, MAY_CHANGE] = "megazh"
+    """Project of the trackers that the run belongs to."""
     peak_tflops: Annotated[Positive | None, MAY_CHANGE] = None
     """Peak TFLOP/s of one GPU for MFU. Default: the data sheet's, where the card is known."""
     reference_days: Annotated[Positive | None, MAY_CHANGE] = None
@@ -331,7 +336,7 @@ class Recipe(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation and sampled continuations during training."""
     logging: LoggingConfig = LoggingConfig()
-    """Reference figures that logs and plans compare with."""
+    """Trackers, and reference figures that logs and plans compare with."""
     lora: LoraConfig = LoraConfig()
     """LoRA on the weights of checkpoint.initial_checkpoint; without this section, all weights are trained."""
 

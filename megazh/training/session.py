@@ -22,15 +22,18 @@ from megazh.run.folder import RunFolder
 from megazh.run.metrics import VALIDATION, Metrics, StepRecord, sample_of
 from megazh.run.peaks import mfu, peak_flops
 from megazh.run.state import State
+from megazh.run.trackers.start import TRACKERS
+from megazh.run.trackers.tracker import TrackedRun
 from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path
 from megazh.training.checkpoint_read import load_checkpoint
 from megazh.training.collect import largest, of_rank_0
 from megazh.training.commands import Commands
 from megazh.training.describe import describe_devices
-from megazh.training.evaluate import SAMPLING, Validation
+from megazh.training.evaluate import SAMPLING
 from megazh.training.garbage import COLLECT_EVERY, collect_on_request_only
 from megazh.training.gpu_memory import limit_memory, peak_memory
 from megazh.training.health import Health, diverged, find_not_finite
+from megazh.training.held_out import Validation
 from megazh.training.layout import Layout, make_layout
 from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.live import LiveRecipe
@@ -216,6 +219,9 @@ class Session(ABC):
     def open_metrics(self) -> Metrics:
         """The records of the run, from its current step on; notes there how it begins."""
         metrics = Metrics(self.folder.path, self.step, quiet=dist.get_rank() != 0)
+        root, config = self.folder.path, self.recipe.model_dump(mode="json")
+        tracked = TrackedRun(self.run_id, root.name, self.recipe.logging.project, config, root / TRACKERS)
+        metrics.track(self.recipe.logging.trackers, tracked)
         layout, size = self.layout, self.recipe.batch.micro_batch_size
         shape = f"{layout.stages} x {layout.replicas}"
         now: dict[str, Any] = {"stages": layout.stages, "replicas": layout.replicas, "micro_batch_size": size}
@@ -361,7 +367,8 @@ class Session(ABC):
         if found is None:
             self.interrupt()
         tokens = self.step * self.recipe.batch_tokens
-        self.metrics.validation(self.step, tokens, found.loss, found.bits_per_byte, self.validation_samples)
+        size = self.validation_samples
+        self.metrics.validation(self.step, tokens, found.loss, found.bits_per_byte, size, found.corpora)
         self.evaluated.add(VALIDATION)
         return found
 

@@ -1,13 +1,14 @@
 """The lines of a run on a terminal of 80 columns."""
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 from run.test_metrics import record
 
-from megazh.run.lines import step_line, validation_line
-from megazh.run.metrics import ValidationRecord
+from megazh.run.lines import step_line, validation_lines
+from megazh.run.records import CorpusValidation, ValidationRecord
 
 LONG = {"steps": 286_102, "eta_seconds": 3 * 86_400 + 4 * 3600}
 """1.4B parameters on 30B tokens with six GPUs."""
@@ -65,7 +66,20 @@ def test_odd_numbers_fit(value: float) -> None:
 
 
 def test_a_validation() -> None:
-    whole = ValidationRecord(123_456, 30_000_000_000, 2.2915, 1.0834, 292_968)
-    line = validation_line(whole)
-    assert line == "validation after step 123456 | loss 2.2915 | 1.0834 bits/byte | 292,968 samples"
+    whole = ValidationRecord(123_456, 30_000_000_000, 2.2915, 1.0834, 292_968, math.exp(2.2915))
+    (line,) = validation_lines(whole)
+    assert line == "validation after step 123456 | loss 2.2915 | perplexity 9.89 | 1.0834 bits/byte"
     assert len(line) <= 80
+
+
+def test_a_validation_of_several_corpora() -> None:
+    corpora = {"维基": CorpusValidation.of(2.0, 1.0, 1400), "a\nb c": CorpusValidation.of(12.0, math.inf, 3)}
+    one = ValidationRecord(1, 16, 2.5, 1.25, 1400, math.exp(2.5), {"维基": corpora["维基"]})
+    assert len(list(validation_lines(one))) == 1
+    assert list(validation_lines(dataclasses.replace(one, corpora=corpora))) == [
+        "validation after step 1 | loss 2.5000 | perplexity 12.2 | 1.2500 bits/byte",
+        "  维基  | loss 2.0000 | perplexity 7.39 | 1.0000 bits/byte | 1,400 samples",
+        "  a b c | loss 12.0000 | perplexity 163k | inf bits/byte | 3 samples",
+    ]
+    assert CorpusValidation.of(math.nan, 1.0, 1).perplexity != CorpusValidation.of(1.0, 1.0, 1).perplexity
+    assert CorpusValidation.of(1e9, 1.0, 1).perplexity == math.inf

@@ -71,7 +71,7 @@ def test_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         metrics.validation(120, 1_966_080, 2.2915, 1.0834, 1400)
     assert capsys.readouterr().out.splitlines() == [
         "step 120/600  loss 2.3141  norm 0.83  11.2k tok/s  MFU 41%  18.2G  ETA 3m12s",
-        "validation after step 120 | loss 2.2915 | 1.0834 bits/byte | 1,400 samples",
+        "validation after step 120 | loss 2.2915 | perplexity 9.89 | 1.0834 bits/byte",
     ]
 
 
@@ -134,6 +134,8 @@ def test_reads_back_what_was_recorded(metrics_file: Path) -> None:
         "loss": 2.5,
         "bits_per_byte": 1.25,
         "samples": 400,
+        "perplexity": math.exp(2.5),
+        "corpora": None,
     }
 
 

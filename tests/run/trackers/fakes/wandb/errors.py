@@ -1,0 +1,5 @@
+"""Errors of wandb."""
+
+
+class UsageError(Exception):
+    """It is used wrongly."""
