@@ -35,6 +35,7 @@ COMMANDS = {
     "sft": "data for supervised fine-tuning: convert it, look at it",
     "eval": "what a trained model can do with long texts",
     "stories": "write Chinese micro-stories made from a seed: a small corpus to try everything with",
+    "metrics": "the records of a run as a table",
     "plot": "draw the curves of one or several runs",
     "report": "write a page about a run",
     "rank": "one rank of a run (pretrain starts them)",
