@@ -1,12 +1,15 @@
 """Programs in a terminal: what a person types goes in, what the screen gets is waited for. Each wait has a limit."""
 
 import contextlib
+import fcntl
 import os
 import pty
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +48,10 @@ class Terminal:
             if not self._read(deadline):
                 raise AssertionError(f"only {self.output[self._seen :]!r}")
         return self.output[self._seen :]
+
+    def resize(self, columns: int, lines: int) -> None:
+        """Give the terminal another size."""
+        fcntl.ioctl(self._descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     def end(self, seconds: float = _SECONDS) -> int:
         """Wait for the end of the program; returns its exit code."""

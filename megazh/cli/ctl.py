@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megazh.cli.ctl_watch import add_watch
 from megazh.cli.options import Subparsers, add_command, count
 from megazh.errors import UsageError
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   megazh ctl runs/demo status                     what it does, or how it has ended
+  megazh ctl runs/demo watch                      a live view
   megazh ctl runs/demo sample "从前，" -n 64
   megazh ctl runs/demo save
   megazh ctl runs/demo validate
@@ -22,8 +24,8 @@ EXAMPLES = """examples:
   megazh ctl runs/demo resume
   megazh ctl runs/demo stop                       save and end; the run's command goes on from there
 
-The run carries a command out when its step ends; `status` answers at once. Only the user who started the run can
-control it, from any machine that sees its folder. docs/running.md says more."""
+The run carries a command out when its step ends; `status` and `watch` read its files. Only the user who started the run
+can control it, from any machine that sees its folder. docs/running.md says more."""
 
 _WITHOUT_OPTIONS = {
     "save": "save a checkpoint of the step that is under way; training goes on meanwhile",
@@ -40,6 +42,7 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     below = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     _add(below, "status", "what the run is doing, or how it has ended").set_defaults(call=_status)
+    add_watch(below)
     sample = _add(below, "sample", "continue a text, or answer a question where the run's data are conversations")
     sample.add_argument("text", help="the text to continue, or the question")
     sample.add_argument(

@@ -34,7 +34,7 @@ def step_line(record: "StepRecord") -> str:
         parts["mfu"] = f"MFU {record.mfu:>3.0%}"
     if record.memory_bytes is not None:
         parts["memory"] = f"{record.memory_bytes / _GIB:>4.1f}G"
-    parts["eta"] = f"ETA {_left(record.eta_seconds)}"
+    parts["eta"] = f"ETA {left(record.eta_seconds)}"
     if record.skipped:
         parts["skipped"] = "skipped: not finite"
     for name in ("", *_LEFT_OUT_FIRST):
@@ -106,7 +106,7 @@ def _power(number: float) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
-def _left(seconds: float) -> str:
+def left(seconds: float) -> str:
     """The two largest units of a duration: 45s, 12m05s, 12h05m, 3d04h."""
     if not math.isfinite(seconds):
         return "?"
