@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 from forked_runs import Ended, ForkedRuns, start_forks
+from indexes import set_template
 from made_runs import write_recipe
 from processes import wait_until
 from recipes import make_recipe
@@ -223,9 +224,14 @@ class Driven:
 
 
 def drive(forks: ForkedRuns, stories: Path, folder: Path, engine: str) -> Driven:
-    """Drive a run of two ranks through all commands."""
+    """Drive a run of two ranks through all commands; that of `hf` is on data with a chat template."""
+    manifest = stories
+    if engine == "hf":
+        manifest = shutil.copytree(stories.parent, folder / "chats") / stories.name
+        for path in manifest.parent.glob("*.bin"):
+            set_template(path.with_suffix(""))
     recipe = write_recipe(
-        folder / "recipe.yaml", stories, steps=STEPS, warmup=1, checkpoint_every=20, keep_last=0, sample_tokens=4
+        folder / "recipe.yaml", manifest, steps=STEPS, warmup=1, checkpoint_every=20, keep_last=0, sample_tokens=4
     )
     said: dict[str, str] = {}
     layout = LAYOUT if engine == "ds_pp" else (1, 2)
