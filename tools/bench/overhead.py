@@ -29,6 +29,7 @@ try:
     from megazh.cli.options import count, standalone
     from megazh.errors import UsageError
     from megazh.run.folder import RunFolder
+    from megazh.run.requests import Inbox
     from megazh.training.layout import make_layout
     from megazh.training.recipe import load_recipe
     from megazh.training.recipe_files import recipe_path
@@ -88,6 +89,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     make_mixture(folder, (steps + 3) * recipe.batch_tokens, recipe.model.vocab_size, 500, 0)
     run_folder = RunFolder(folder / "run")
     run_folder.begin(recipe.to_yaml(), recipe.open_mixture())
+    Inbox.clear(run_folder)  # so that the run listens to commands
     trainer = Trainer(run_folder, recipe, make_layout(recipe, 1), device, StopRequest())
     engine = trainer.engine
     inside: list[float] = []
