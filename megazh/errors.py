@@ -9,7 +9,7 @@ code  meaning
 3     bad data: a file is damaged, foreign, changed, or has too many bad lines
 4     busy: another process is at the same work; try again when it is done
 5     a worker, a rank or the machine failed; finished work is kept, run again
-6     training diverged: steps or weights are not finite; the same again diverges again, so change a setting first
+6     training diverged: steps are skipped again and again, or weights are not finite; change a setting first
 7     three checkpoints in a row could not be written: make room on the disk, then run again
 130   stopped by Ctrl-C; training, builds of an index and `prefs generate` go on when they are run again
 141   the reader of the output (head, less) ended before the output did

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import select
 import signal
@@ -126,7 +127,7 @@ def launch(request: dict[str, Any], feeding: int) -> int:
         device="cpu",
     )
     with (
-        mock.patch.object(local, "launch", lambda job: fork_ranks(job, feeding)),
+        mock.patch.object(local, "launch", lambda job: fork_ranks(job, feeding, request["poison"])),
         mock.patch.object(redraw.Redrawing, "draw"),
         mock.patch.object(start, "plot_losses"),
         mock.patch.object(attempt, "_commit", return_value=(None, None)),
@@ -138,13 +139,15 @@ def launch(request: dict[str, Any], feeding: int) -> int:
             return error.exit_code
 
 
-def fork_ranks(job: Job, feeding: int) -> int:
+def fork_ranks(job: Job, feeding: int, poison: dict[str, float]) -> int:
     """Run the ranks of a job; returns the first code that is not 0. Where one fails, the others are killed.
 
     Ranks that are stopped have agreed on that, and end by themselves.
     """
     with local._reserved_port() as port:
-        ranks = [forked(functools.partial(run_rank, job, rank, port, feeding)) for rank in range(job.layout.ranks)]
+        ranks = [
+            forked(functools.partial(run_rank, job, rank, port, feeding, poison)) for rank in range(job.layout.ranks)
+        ]
         os.close(feeding)
         first = 0
         for _ in ranks:
@@ -159,8 +162,8 @@ def fork_ranks(job: Job, feeding: int) -> int:
     return first if first >= 0 else 1
 
 
-def run_rank(job: Job, rank: int, port: int, feeding: int) -> int:
-    """What `megazh rank` does; each micro-batch that is consumed is reported."""
+def run_rank(job: Job, rank: int, port: int, feeding: int, poison: dict[str, float]) -> int:
+    """What `megazh rank` does; each micro-batch that is consumed is reported. `poison` multiplies losses of samples."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -171,10 +174,11 @@ def run_rank(job: Job, rank: int, port: int, feeding: int) -> int:
     )
     torch.set_num_threads(1)
 
-    def reported(mixture: Any, layout: Layout, replica: int, first: int, workers: int) -> Iterator[MicroBatch]:
-        for number, batch in enumerate(training_feed(mixture, layout, replica, first, workers)):
+    def reported(mixture: Any, layout: Layout, replica: int, first: int, *rest: Any) -> Iterator[MicroBatch]:
+        for number, batch in enumerate(training_feed(mixture, layout, replica, first, *rest)):
             os.write(feeding, described(batch, first + number // layout.micro_batches, layout))
-            yield batch
+            inputs, (labels, scale) = batch
+            yield inputs, (labels, scale * math.prod(poison.get(str(sample), 1.0) for sample in numbers_of(batch)))
 
     with contextlib.ExitStack() as patches:
         for module in (loop, sys.modules.get("megazh.training.hf.trainer")):
@@ -186,14 +190,19 @@ def run_rank(job: Job, rank: int, port: int, feeding: int) -> int:
 def described(batch: MicroBatch, step: int, layout: Layout) -> bytes:
     """A line with the step, the stage, and number and hash of each sample."""
     (tokens, document_map), (labels, _) = batch
-    numbers = document_map[:, -2:].clone(memory_format=torch.contiguous_format).view(torch.int64).flatten().tolist()
     rows = [
         hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]
         for parts in zip(tokens, document_map, labels, strict=True)
     ]
     stage = dist.get_rank() // layout.replicas
-    line = json.dumps({"step": step + 1, "stage": stage, "samples": list(zip(numbers, rows, strict=True))})
+    line = json.dumps({"step": step + 1, "stage": stage, "samples": list(zip(numbers_of(batch), rows, strict=True))})
     return line.encode() + b"\n"
+
+
+def numbers_of(batch: MicroBatch) -> list[int]:
+    """Number of each sample."""
+    document_map = batch[0][1]
+    return document_map[:, -2:].clone(memory_format=torch.contiguous_format).view(torch.int64).flatten().tolist()
 
 
 def serve() -> None:

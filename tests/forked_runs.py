@@ -8,7 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class ForkedRuns:
         delay: float = 0.0,
         limit: float = 60.0,
         engine: str = "ds_pp",
+        poison: Mapping[int, float] | None = None,
+        code: int = 0,
     ) -> Ended:
         """Start or resume a run in a layout of (stages, replicas), and wait for its end.
 
@@ -64,6 +66,8 @@ class ForkedRuns:
             delay: seconds from then to the kill.
             limit: seconds after which a run that is not to be killed has failed.
             engine: `-t` of the command.
+            poison: factors of the loss of a micro-batch, by the number of a sample in it.
+            code: exit code with which a run that is not killed is to end.
         """
         name = str(next(self._numbers))
         reply, log = self._folder / f"reply_{name}.json", self._folder / f"log_{name}.txt"
@@ -78,6 +82,7 @@ class ForkedRuns:
             "after": -1 if kill_after is None else kill_after,
             "delay": delay,
             "limit": limit,
+            "poison": poison or {},
             "reply": str(reply),
             "log": str(log),
         }
@@ -93,7 +98,7 @@ class ForkedRuns:
         values, output = json.loads(reply.read_text()), log.read_text(errors="replace")
         ended = Ended(values["code"], values["killed"], values["fed"], output)
         if kill_after is None:
-            assert ended.code == 0, f"{request}\n{output}"
+            assert ended.code == code, f"{request}\n{output}"
         return ended
 
     def _listen(self) -> None:

@@ -196,6 +196,14 @@ class ShardedOptimizer:
         self.clear_gradients()
         return accepted
 
+    def restart(self) -> None:
+        """Make the state that of an optimizer that has updated nothing."""
+        self.updates = 0
+        for group in self._groups:
+            state = group.shard.state
+            for kind, values in group.rule.make_state(len(group.shard.weights), group.own.device).items():
+                state[kind].copy_(values)
+
     def clear_gradients(self) -> None:
         """Set all gradient sums to zero."""
         for group in self._groups:

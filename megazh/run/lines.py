@@ -36,7 +36,8 @@ def step_line(record: "StepRecord") -> str:
         parts["memory"] = f"{record.memory_bytes / _GIB:>4.1f}G"
     parts["eta"] = f"ETA {left(record.eta_seconds)}"
     if record.skipped:
-        parts["skipped"] = "skipped: not finite"
+        finite = math.isfinite(record.loss) and math.isfinite(record.grad_norm)
+        parts["skipped"] = "skipped: spike" if finite else "skipped: not finite"
     for name in ("", *_LEFT_OUT_FIRST):
         parts.pop(name, None)
         for separator in _SEPARATORS:

@@ -145,6 +145,22 @@ class Metrics:
             if record["kind"] in ("validation", "sample")
         }
 
+    def go_back(self, step: int) -> None:
+        """Drop the records after `step`, as a resume from there does, and go on from it.
+
+        Raises:
+            WriteError: metrics.jsonl cannot be written.
+        """
+        self._last_step = step
+        if self._quiet:
+            return
+        self._file.close()
+        with writing(self._path):
+            _drop_after(self._path, step)
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._board.close()
+        self._board = Board(self._path.parent / TENSORBOARD, step + 1)
+
     def draw(self) -> None:
         """Draw `loss.png` in the background, at most once a minute."""
         if not self._quiet:

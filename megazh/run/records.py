@@ -75,7 +75,7 @@ class StepRecord:
     data_seconds: float
     """Part of `step_seconds` spent waiting for samples, on the slowest rank."""
     skipped: bool
-    """Whether the optimizer skipped the step because a gradient was not finite."""
+    """Whether the step changed no weight: loss or gradient were not finite, or a spike (`guard` of the recipe)."""
     eta_seconds: float
     """Estimated seconds until the last step."""
     skipped_so_far: int | None = None

@@ -1,5 +1,6 @@
 """The closing lines of a complete run: losses, samples, time, and how to go on."""
 
+import math
 import shlex
 from collections.abc import Iterator
 
@@ -43,8 +44,10 @@ def describe_end(
         )
     for sample in samples[-_SAMPLES:]:
         yield f"{'sample':<12}{sample['prompt']}|{' '.join(sample['text'].split())}"
-    if skipped := sum(record["skipped"] for record in trained):
-        yield f"{'skipped':<12}{skipped:,} of {len(trained):,} steps, since their gradients were not finite"
+    if skipped := [record for record in trained if record["skipped"]]:
+        odd = sum(not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])) for record in skipped)
+        spikes = len(skipped) - odd
+        yield f"{'skipped':<12}{len(skipped):,} of {len(trained):,} steps: {odd:,} not finite, {spikes:,} spikes"
     try:
         plot_losses(run.path, run.plot)
         yield f"{'plot':<12}{run.plot}"

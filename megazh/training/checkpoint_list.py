@@ -16,6 +16,7 @@ from pydantic import Field
 from megazh.config import Config, from_mapping
 from megazh.errors import DataError, UsageError
 from megazh.index.metadata import TemplateInfo
+from megazh.training.guard_state import GuardState
 
 MANIFEST = "manifest.json"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
@@ -73,7 +74,7 @@ class CheckpointManifest(Config):
     step: Whole
     """Optimizer steps done."""
     samples: Whole
-    """Training samples consumed; a resumed run continues behind them."""
+    """Training samples consumed, those that rollbacks passed over included; a resumed run continues behind them."""
     tokens: Whole
     stages: int
     replicas: int
@@ -94,6 +95,8 @@ class CheckpointManifest(Config):
     versions: dict[str, str]
     template: TemplateInfo | None = None
     """Chat template of the data; None where that is plain text."""
+    guard: GuardState | None = None
+    """What the guard remembers; None in checkpoints of versions that had none."""
     complete: bool = False
     """Whether the run has validated and sampled after its last step, and is done."""
     files: list[FileEntry] = Field(default_factory=list)
@@ -112,6 +115,11 @@ class OldFormatError(DataError):
 def checkpoint_path(folder: Path, step: int) -> Path:
     """The path of the checkpoint of a step."""
     return folder / f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, from its path."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from megazh.training.checkpoint_list import (
     read_manifest,
     unfinished_bytes,
 )
-from megazh.training.retention import KeepRule, prune, validation_losses, whole_steps
+from megazh.training.retention import KeepRule, prune, superfluous, validation_losses
 from megazh.writing import size_text
 
 _COLUMNS = f"{'checkpoint':<14} {'tokens':>16} {'size':>9}  {'layout':<12} {'optimizer':<10} {'validation':>10}  state"
@@ -92,7 +92,7 @@ def pruned(run: Path, rule: KeepRule, dry_run: bool) -> Iterator[str]:
     folder = _folder(run)
     losses = validation_losses(run)
     with locked(RunFolder(run).lock, f"{run}: a job is training in this folder, and removes checkpoints itself"):
-        gone = rule.removed(whole_steps(folder), losses)
+        gone = superfluous(folder, rule, losses)
         sizes = {step: read_manifest(checkpoint_path(folder, step)).bytes for step in gone}
         failures = [] if dry_run else prune(folder, rule, losses)
     for step in gone:

@@ -26,12 +26,13 @@ A recorded graph only queues the work of a micro-batch: all micro-batches of a s
 
 
 def training_feed(
-    mixture: Mixture, layout: Layout, replica: int, first_step: int, workers: int
+    mixture: Mixture, layout: Layout, replica: int, first_step: int, workers: int, passed: int = 0
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batches of one replica from step `first_step` (from 0) to the mixture's last whole step.
 
-    Step n takes the samples from n * global_batch_size on, whatever the layout. Each micro-batch's summed loss is
-    scaled by 1 / valid labels of the whole step, so that the sum over micro-batches and replicas is a mean over tokens.
+    Step n takes the samples from n * global_batch_size + passed on, whatever the layout. Each micro-batch's summed loss
+    is scaled by 1 / valid labels of the whole step, so that the sum over micro-batches and replicas is a mean over
+    tokens.
 
     Args:
         mixture: the data.
@@ -39,23 +40,25 @@ def training_feed(
         replica: number of this rank's replica.
         first_step: optimizer steps done before.
         workers: threads that gather samples ahead of time.
+        passed: samples that rollbacks passed over: every step takes those that come so many later.
     """
     size = layout.micro_batch_size * layout.micro_batches * layout.replicas
     ready = min(layout.micro_batches + _READY, _MOST_READY)
     batches = training_batches(
-        mixture, layout.micro_batch_size, first_step * size, replica, layout.replicas, workers, ready
+        mixture, layout.micro_batch_size, first_step * size + passed, replica, layout.replicas, workers, ready
     )
     steps: Iterable[int] = itertools.count(first_step)
     if mixture.end is not None:
-        steps = range(first_step, mixture.end // size)
+        steps = range(first_step, (mixture.end - passed) // size)
 
-    scale_of = functools.partial(_scale, mixture, size, torch.cuda.is_available())
+    scale_of = functools.partial(_scale, mixture, size, passed, torch.cuda.is_available())
     for scale in ahead(scale_of, steps, 1, _READY) if workers else map(scale_of, steps):
         yield from map(_micro_batch, itertools.islice(batches, layout.micro_batches), itertools.repeat(scale))
 
 
-def _scale(mixture: Mixture, size: int, pinned: bool, step: int) -> torch.Tensor:
-    valid = mixture.count_labels(range(step * size, (step + 1) * size))
+def _scale(mixture: Mixture, size: int, passed: int, pinned: bool, step: int) -> torch.Tensor:
+    begin = step * size + passed
+    valid = mixture.count_labels(range(begin, begin + size))
     return torch.tensor([1 / max(valid, 1)], pin_memory=pinned)
 
 

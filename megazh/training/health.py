@@ -1,4 +1,4 @@
-"""Whether a run is still healthy: steps skipped in a row, and weights and optimizer state that are finite."""
+"""Whether weights and optimizer state are finite, and the error of a run that has diverged (see `guard`)."""
 
 import math
 import os
@@ -13,33 +13,6 @@ from megazh.errors import DivergedError
 from megazh.pipeline.state import Piece
 from megazh.training.collect import gather
 from megazh.training.recipe import OptimizerConfig
-
-SKIPPED_LIMIT = 20
-"""Number of skipped steps in a row after which a run has diverged."""
-
-
-class Health:
-    """Counts the steps that the optimizer skipped, with equal arguments on all ranks."""
-
-    def __init__(self) -> None:
-        self.skipped_in_row = 0
-        """Steps skipped since the last one that changed the weights."""
-        self._loss_is_finite = True
-
-    def count(self, skipped: bool, loss_is_finite: bool) -> None:
-        """Count a step."""
-        self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
-        self._loss_is_finite = loss_is_finite
-
-    @property
-    def diverged(self) -> bool:
-        """Whether too many steps in a row were skipped."""
-        return self.skipped_in_row >= SKIPPED_LIMIT
-
-    @property
-    def doubtful(self) -> bool:
-        """Whether the last step was skipped and its loss was not finite: finite weights may be of no use."""
-        return self.skipped_in_row > 0 and not self._loss_is_finite
 
 
 def diverged(what: str, optimizer: OptimizerConfig, saved: Path | None) -> DivergedError:

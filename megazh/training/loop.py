@@ -1,6 +1,5 @@
 """The training loop of the pipeline engine: build or resume, then take steps."""
 
-import math
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -61,11 +60,11 @@ class Trainer(Session):
         self.engine = self._make_engine()
         self.startup.done("engine")
         self.state = self.engine.optimizer
+        self.state.accept = self.guard.accept
         self.load()
-        module: DecoderPipeline = self.engine.module
-        self._replica = module.mpu().get_data_parallel_rank()
+        self._replica = self.engine.module.mpu().get_data_parallel_rank()
         self._data_seconds = 0.0
-        self._feed = self._make_feed(module)
+        self.restart_feed()
         self._validator = self._make_validator()
         self.startup.done("validation data")
 
@@ -91,11 +90,15 @@ class Trainer(Session):
         optimizer = recipe.optimizer
         return make_engine(module, optimizer.name.value, rules(optimizer), self.work, optimizer.max_grad_norm)
 
-    def _make_feed(self, module: DecoderPipeline) -> Iterator[MicroBatch] | None:
-        if not (module.is_first or module.is_last):
-            return None
-        feed = training_feed(self.mixture, self.layout, self._replica, self.step, self.recipe.data.workers)
-        return self._timed(feed)
+    def restart_feed(self) -> None:
+        """See `Session`."""
+        self._feed: Iterator[MicroBatch] | None = None  # ends the threads of the one before
+        module: DecoderPipeline = self.engine.module
+        if module.is_first or module.is_last:
+            workers, passed = self.recipe.data.workers, self.guard.samples_passed
+            self._feed = self._timed(
+                training_feed(self.mixture, self.layout, self._replica, self.step, workers, passed)
+            )
 
     def _timed(self, feed: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         while True:
@@ -126,7 +129,7 @@ class Trainer(Session):
         engine, rate = self.engine, self.rate(self.step)
         engine.optimizer.learning_rate = rate
         self._data_seconds = 0.0
-        skipped_before = engine.skipped_steps
+        self.guard.begin_step(self.recipe.batch.global_batch_size, self.recipe.batch.seq_len)
         begun = time.perf_counter()
         loss = float(engine.train_batch(self._feed))
         z_loss = float(engine.agg_additional_losses[Z_LOSS]) if engine.agg_additional_losses else None
@@ -137,34 +140,9 @@ class Trainer(Session):
                 grad_norm=engine.get_global_grad_norm(),
                 seconds=time.perf_counter() - begun,
                 data_seconds=self._data_seconds,
-                skipped=engine.skipped_steps > skipped_before,
-                skipped_so_far=engine.skipped_steps,
-                odd=not math.isfinite(loss),
                 z_loss=z_loss,
             )
         )
-
-    def check_health(self, agreed: Agreed) -> None:
-        """End a run that has diverged, before anything is saved.
-
-        Raises:
-            DivergedError: too many steps in a row were skipped, at the end of a run already more than half of it; or
-                the last one, and the model is of no use.
-        """
-        skipped = self.health.skipped_in_row
-        if self.health.diverged:
-            raise self.diverged(f"the last {skipped} steps were skipped, since gradients were not finite")
-        if not self.last or not skipped:
-            return
-        if 2 * skipped > self.steps or self.engine.skipped_steps >= self.steps:
-            raise self.diverged(
-                f"{self.engine.skipped_steps} of {self.steps} steps were skipped, since gradients were not finite"
-            )
-        if self.health.doubtful:
-            found = self.validate()  # first: the steps skipped last hold nothing that a save could lose
-            if found is None or not math.isfinite(found.loss):
-                shown = "loss" if found is None else "validation loss"
-                raise self.diverged(f"the last step was skipped, and the {shown} is not finite, either")
 
     def evaluate(self) -> None:
         """Validate, sample, and compare the copies of the tied embedding, as far as each is due."""

@@ -275,6 +275,34 @@ class CheckpointConfig(Config):
     """Whether the checkpoint of the lowest validation loss is kept."""
 
 
+class Spike(StrEnum):
+    """Reaction to a step whose loss and gradient norm spike."""
+
+    SKIP = "skip"
+    """The step changes no weight; training goes on with the next one."""
+    ROLLBACK = "rollback"
+    """Training goes back to the last checkpoint of an interval, and on with the data that comes after the spike."""
+    IGNORE = "ignore"
+    """The step is taken as any other."""
+
+
+class GuardConfig(Config):
+    """Reaction to spikes of the loss, see `megazh.training.guard`. Steps whose loss or gradient is not finite are
+    skipped whatever these say."""
+
+    spike: Annotated[Spike | None, choice(Spike), MAY_CHANGE] = None
+    """Reaction to a step whose loss and gradient norm both exceed the mean of the last `window` steps by more than
+    `deviations` standard deviations. Default: skip; with -t hf, which sees a loss after the update only, ignore."""
+    window: Annotated[int, Field(ge=2, le=10_000), MAY_CHANGE] = 128
+    """Accepted steps that a step is compared with; until so many are known, nothing is a spike."""
+    deviations: Annotated[Positive, MAY_CHANGE] = 6.0
+    """Standard deviations above the mean from which a step is a spike."""
+    limit: Annotated[Count, MAY_CHANGE] = 10
+    """Number of spikes within `limit_steps` steps that ends the run with exit code 6."""
+    limit_steps: Annotated[Count, MAY_CHANGE] = 1000
+    """Steps within which `limit` counts."""
+
+
 class EvaluationConfig(Config):
     """Validation and sampled continuations during training."""
 
@@ -333,6 +361,8 @@ class Recipe(Config):
     """Dtypes."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints and resume."""
+    guard: GuardConfig = GuardConfig()
+    """Reaction to spikes of the loss."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation and sampled continuations during training."""
     logging: LoggingConfig = LoggingConfig()
@@ -352,6 +382,11 @@ class Recipe(Config):
                 places(self.model, self.lora)
             except UsageError as error:
                 raise ValueError(str(error)) from None
+        if self.guard.spike is Spike.ROLLBACK and not self.checkpoint.checkpoint_every:
+            raise ValueError(
+                "guard.spike=rollback goes back to checkpoints, and checkpoint_every=0 saves none on the way; set "
+                "checkpoint_every, or guard.spike=skip"
+            )
         if (self.schedule.tokens is None) == (self.schedule.steps is None):
             raise ValueError("give one of schedule.tokens and schedule.steps")
         if self.attention_group is not None and self.model.kv_heads % 2:

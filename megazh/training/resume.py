@@ -22,6 +22,7 @@ from megazh.training.checkpoint_list import (
     list_checkpoints,
     named_checkpoint,
     read_manifest,
+    step_of,
 )
 from megazh.training.checkpoint_read import find_damage
 from megazh.training.collect import gather, of_rank_0
@@ -41,10 +42,12 @@ def agree_on_checkpoint(
     log: Callable[[str], None] = print,
     named: str | None = None,
     seconds: float = _SECONDS,
+    up_to: int | None = None,
 ) -> Found | None:
     """The checkpoint that the run goes on from; None if there is none. All ranks call it.
 
-    It is the newest that is whole. Damaged ones are named; where all are damaged, that is an error.
+    It is the newest that is whole. Damaged ones are named; where all are damaged, that is an error, unless `up_to` is
+    given. Checkpoints of later steps than that of one that is named, or found below `up_to`, get another name.
 
     Args:
         folder: the folder of the run's checkpoints.
@@ -53,6 +56,7 @@ def agree_on_checkpoint(
         named: a checkpoint to resume from in place of the newest, as the recipe names it. Once the run has saved
             later checkpoints since, they count: the same command may be repeated.
         seconds: how long a rank waits for files that rank 0 sees.
+        up_to: the latest step that counts; None: all count.
 
     Raises:
         DataError: all checkpoints are damaged, the newest belongs to another run or to another version, or the one that
@@ -62,7 +66,7 @@ def agree_on_checkpoint(
     damaged: list[str] = []
     notes: list[str] = []
     while True:
-        mine = _choice(folder, run_id, named, damaged, notes) if dist.get_rank() == 0 else None
+        mine = _choice(folder, run_id, named, damaged, notes, up_to) if dist.get_rank() == 0 else None
         choice = of_rank_0(mine)
         for note in notes:
             log(note)
@@ -75,7 +79,7 @@ def agree_on_checkpoint(
         is_named = named is not None and named_checkpoint(folder, named).resolve() == path.resolve()
         fault = find_damage(path, manifest)
         if not fault:
-            if is_named:
+            if is_named or up_to is not None:
                 _set_aside(folder, manifest.step, log)
             return path, manifest
         if is_named:
@@ -109,10 +113,19 @@ def _initial(path: Path) -> _Choice:
 
 
 def _choice(
-    folder: Path, run_id: str, named: str | None, damaged: Collection[str], notes: list[str]
+    folder: Path,
+    run_id: str,
+    named: str | None,
+    damaged: Collection[str],
+    notes: list[str],
+    up_to: int | None,
 ) -> _Choice | MegazhError | None:
     """The checkpoint to resume from, or why none can be used; what is to be said of it is added to `notes`."""
-    checkpoints = [path for path in list_checkpoints(folder) if path.name not in damaged]
+    checkpoints = [
+        path
+        for path in list_checkpoints(folder)
+        if path.name not in damaged and (up_to is None or step_of(path) <= up_to)
+    ]
     passed: list[str] = []
     for path in reversed(checkpoints):
         found = _tried(partial(read_manifest, path))
@@ -128,7 +141,7 @@ def _choice(
     if named is not None:
         path = named_checkpoint(folder, named)
         return _tried(lambda: _checked(folder, path, read_manifest(path), run_id))
-    if passed or damaged:
+    if up_to is None and (passed or damaged):
         first = passed[0] if passed else f"{folder / next(iter(damaged))}: its content has changed since it was written"
         return DataError(f"{first}; no checkpoint is whole: remove them all to begin the run anew")
     return None
@@ -147,7 +160,7 @@ def _set_aside(folder: Path, step: int, log: Callable[[str], None]) -> None:
     """Give another name to the checkpoints of later steps, which a run that goes on from an earlier one leaves."""
     if dist.get_rank() == 0:
         for later in list_checkpoints(folder):
-            if int(later.name.removeprefix("step_")) > step:
+            if step_of(later) > step:
                 aside = later.with_name(f"{later.name}.left_{time.strftime('%Y%m%d_%H%M%S')}")
                 later.rename(aside)
                 log(f"{later.name} is of a later step than the one that the run goes on from: now {aside.name}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from megazh.errors import DataError
 from megazh.run.metrics import METRICS
 from megazh.training.checkpoint_list import checkpoint_path, list_checkpoints, read_manifest, remove_checkpoint
-from megazh.training.recipe import Recipe
+from megazh.training.recipe import Recipe, Spike
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,20 @@ def whole_steps(folder: Path) -> list[int]:
     return found
 
 
+def superfluous(folder: Path, rule: KeepRule, losses: Mapping[int, float], newest: int | None = None) -> list[int]:
+    """Steps of the checkpoints that a rule does not keep, oldest first; arguments as for `prune`.
+
+    The one that a rollback of the newest would go back to is kept as well.
+    """
+    steps = [step for step in whole_steps(folder) if newest is None or step <= newest]
+    needed = None
+    if steps:
+        saved = read_manifest(checkpoint_path(folder, steps[-1]))
+        if saved.guard is not None and saved.recipe.get("guard", {}).get("spike") == Spike.ROLLBACK:
+            needed = saved.guard.regular_step
+    return [step for step in rule.removed(steps, losses) if step != needed]
+
+
 def prune(folder: Path, rule: KeepRule, losses: Mapping[int, float], newest: int | None = None) -> list[str]:
     """Remove the checkpoints that a rule does not keep; damaged ones stay, and the newest always does.
 
@@ -98,9 +112,8 @@ def prune(folder: Path, rule: KeepRule, losses: Mapping[int, float], newest: int
     Returns:
         Lines about those that could not be removed.
     """
-    steps = [step for step in whole_steps(folder) if newest is None or step <= newest]
     lines = []
-    for step in rule.removed(steps, losses):
+    for step in superfluous(folder, rule, losses, newest):
         path = checkpoint_path(folder, step)
         try:
             remove_checkpoint(path)

@@ -7,6 +7,7 @@ checkpoint, a validation and samples, as far as each is due. All ranks call all 
 
 import gc
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from megazh.run.peaks import mfu, peak_flops
 from megazh.run.state import State
 from megazh.run.trackers.start import TRACKERS
 from megazh.run.trackers.tracker import TrackedRun
-from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path
+from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path, step_of
 from megazh.training.checkpoint_read import load_checkpoint
 from megazh.training.collect import largest, of_rank_0
 from megazh.training.commands import Commands
@@ -32,16 +33,18 @@ from megazh.training.describe import describe_devices
 from megazh.training.evaluate import SAMPLING
 from megazh.training.garbage import COLLECT_EVERY, collect_on_request_only
 from megazh.training.gpu_memory import limit_memory, peak_memory
-from megazh.training.health import Health, diverged, find_not_finite
+from megazh.training.guard import Guard, Verdict
+from megazh.training.health import diverged, find_not_finite
 from megazh.training.held_out import Validation
 from megazh.training.layout import Layout, make_layout
 from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.live import LiveRecipe
 from megazh.training.pace import Pace, due
 from megazh.training.prompting import Prompting
-from megazh.training.recipe import Device, Recipe, Resume, run_recipe
+from megazh.training.recipe import Device, Recipe, Resume, Spike, run_recipe
 from megazh.training.resume import Found, agree_on_checkpoint, agree_on_initial
 from megazh.training.retention import keep_rule, prune, validation_losses
+from megazh.training.rollback import roll_back
 from megazh.training.saver import Saver, mark_complete
 from megazh.training.startup import Startup
 from megazh.training.stop import StopRequest
@@ -62,22 +65,17 @@ class StepResult:
     seconds: float
     data_seconds: float
     """Part of `seconds` spent waiting for samples."""
-    skipped: bool = False
-    """Whether no weight was changed, since numbers were not finite."""
-    skipped_so_far: int = 0
-    odd: bool = False
-    """Whether loss or gradient norm are not finite."""
     z_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks know of a step: whether it was so on any rank."""
+    """What all ranks know of a step."""
 
     stop: bool
     """A rank was requested to stop."""
-    skipped: bool
-    odd: bool
+    verdict: Verdict
+    """The guard's decision."""
     commands: bool
     """A command from another terminal waits."""
 
@@ -87,6 +85,8 @@ class Session(ABC):
 
     engine_name: str
     """Engine, as `megazh pretrain -t` names it."""
+    decides: bool = True
+    """Whether the guard decides before each update; else loss and norm are known after it."""
     bounds: list[int]
     """Cut into stages, over the parts of the model."""
     state: Any
@@ -135,16 +135,21 @@ class Session(ABC):
         named = None if isinstance(resume, Resume) else resume
         self.found: Found | None = agree_on_checkpoint(run.checkpoints, self.run_id, self.log, named)
         """The checkpoint that the run goes on from; None where it begins."""
-        self.step = self._begun_at = self.found[1].step if self.found else 0
+        self.step = self.found[1].step if self.found else 0
         """Optimizer steps done."""
         self.recipe = self.live.at(self.step)
         """The recipe of the step that comes next."""
         self.commands = Commands(self)
-        self.health = Health()
+        spike = recipe.guard.spike if self.decides else Spike.IGNORE
+        self.guard = Guard(
+            recipe.guard.model_copy(update={"spike": spike}), self.found[1].guard if self.found else None
+        )
         self.evaluated: set[str] = set()
         """Evaluations that are done for the current step, see `evaluate`."""
-        self._save_is_due = False
+        every, row = recipe.checkpoint.checkpoint_every, self.guard.skipped_in_row
+        self._save_is_due = bool(every and row) and self.step // every > (self.step - row) // every
         """Whether a checkpoint waits for a step that is not skipped."""
+        self._has_stepped = False
         self._pace = Pace(self.step, self.steps)
         self._flops_per_token = recipe.flops_per_token.total
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -207,14 +212,30 @@ class Session(ABC):
         self.saver.check_room()  # now, not after hours
 
     def _load(self, path: Path, manifest: CheckpointManifest, begins: bool) -> None:
-        load_checkpoint(self.state, path, manifest, self.log, weights_only=begins)
-        if wrong := find_not_finite(self.state, self.device):
-            remedy = "name other weights" if begins else "remove this checkpoint to resume from the one before it"
-            raise DataError(f"{path}: {wrong} is not finite: training had diverged; {remedy}")
+        self.read(path, manifest, begins)
         self.startup.done("checkpoint")
         if begins:
             origin = f", step {manifest.step} of run {manifest.run_id}" if manifest.step else ""
             self.log(f"weights are those of {path}{origin}")
+
+    def read(self, path: Path, manifest: CheckpointManifest, begins: bool = False) -> None:
+        """Read a checkpoint into `state`, which is new; where the run begins, its weights alone.
+
+        Raises:
+            DataError: it cannot be read, or its numbers are not finite.
+        """
+        load_checkpoint(self.state, path, manifest, self.log, weights_only=begins)
+        if wrong := find_not_finite(self.state, self.device):
+            remedy = "name other weights" if begins else "remove this checkpoint to resume from the one before it"
+            raise DataError(f"{path}: {wrong} is not finite: training had diverged; {remedy}")
+
+    def samples_before(self, step: int) -> int:
+        """Samples that the steps before step `step`, counted from 0, take."""
+        return step * self.recipe.batch.global_batch_size
+
+    def restart_feed(self) -> None:
+        """Feed from the current step on; called after a rollback, and so only where the guard decides."""
+        raise NotImplementedError
 
     def open_metrics(self) -> Metrics:
         """The records of the run, from its current step on; notes there how it begins."""
@@ -244,17 +265,17 @@ class Session(ABC):
     def record(self, result: StepResult) -> Agreed:
         """Count and record a step; returns what all ranks know of it."""
         self.step += 1
-        if self.step == self._begun_at + 1:
+        if not self._has_stepped:
+            self._has_stepped = True
             self.startup.done("first step")
             self.log(self.startup.describe())
             collect_on_request_only()
-        stop, data_seconds, memory, reserved, skipped, odd, saving, commands = largest(
+        stop, data_seconds, memory, reserved, verdict, saving, commands = largest(
             [
                 float(self.stop.requested),
                 result.data_seconds,
                 *peak_memory(self.device),
-                float(result.skipped),
-                float(result.odd),
+                float(self.guard.verdict),
                 float(self.saver.busy),
                 float(self.commands.waiting),
             ],
@@ -262,7 +283,8 @@ class Session(ABC):
         )
         self.saver.poll(saving > 0)
         self.commands.settle()
-        self.health.count(skipped > 0, not odd)
+        agreed = Agreed(stop > 0, Verdict(int(verdict)), commands > 0)
+        self.guard.count(self.step, agreed.verdict)
         rate_all = self.recipe.batch_tokens / result.seconds
         rate = rate_all / self.layout.ranks
         self.metrics.step(
@@ -280,28 +302,33 @@ class Session(ABC):
                 memory_bytes=int(memory) if memory else None,
                 memory_reserved=int(reserved) if memory else None,
                 data_seconds=data_seconds,
-                skipped=skipped > 0,
-                skipped_so_far=result.skipped_so_far,
+                skipped=self.decides and agreed.verdict is not Verdict.ACCEPTED,
+                skipped_so_far=self.guard.skipped if self.decides else 0,
                 z_loss=result.z_loss,
                 eta_seconds=self._pace.remaining(self.step, result.seconds),
             )
         )
         self.recipe = self.live.at(self.step)
-        return Agreed(stop > 0, skipped > 0, odd > 0, commands > 0)
+        return agreed
 
     def after_step(self, agreed: Agreed) -> None:
         """Save, validate and sample after a step that is recorded, as far as each is due.
 
         Raises:
             DivergedError: as `check_health`.
+            DataError: as `check_data_left`.
             Interrupted: a rank was requested to stop; the step is saved.
         """
         self.evaluated = set()
-        self.check_health(agreed)
-        self._save_if_due(agreed.stop)
+        self.check_health()
+        went_back = self._skip_or_go_back()
+        if not went_back:
+            self._save_if_due(agreed.stop)
         if agreed.stop:
             raise Interrupted
-        self.evaluate()
+        self.check_data_left()
+        if not went_back:
+            self.evaluate()
         if agreed.commands and not self.last:
             self.commands.carry_out()
         if self.step < self.steps and (self.saved_or_saving or VALIDATION in self.evaluated):
@@ -310,9 +337,62 @@ class Session(ABC):
         elif due(COLLECT_EVERY, self.step):
             gc.collect()
 
-    @abstractmethod
-    def check_health(self, agreed: Agreed) -> None:
-        """End a run that has diverged, before anything is saved. Raises DivergedError."""
+    def check_health(self) -> None:
+        """End a run that has diverged, before anything is saved.
+
+        Raises:
+            DivergedError: the guard finds that it has; the last step was skipped, and the model is of no use; or a step
+                is not finite that has changed the weights already.
+        """
+        guard = self.guard
+        if not self.decides:
+            if guard.verdict is not Verdict.ACCEPTED:
+                raise self.diverged(guard.reason)
+            return
+        if fault := guard.fault(self.step, self.steps):
+            raise self.diverged(fault)
+        if self.last and guard.doubtful:
+            found = self.validate()  # first: the steps skipped last hold nothing that a save could lose
+            if found is None or not math.isfinite(found.loss):
+                shown = "loss" if found is None else "validation loss"
+                raise self.diverged(f"the last step was skipped, and the {shown} is not finite, either")
+
+    def check_data_left(self) -> None:
+        """End a run that rollbacks have left without data for its next step; the steps done are saved.
+
+        Raises:
+            DataError: names the number of steps that there is data for.
+        """
+        end, passed = self.mixture.end, self.guard.samples_passed
+        if self.last or end is None or self.samples_before(self.step + 1) + passed <= end:
+            return
+        self._save_now()
+        raise DataError(
+            f"{self.recipe.data.manifest}: has no data for step {self.step + 1:,} of {self.steps:,}, since rollbacks "
+            f"passed over {passed:,} samples (on_exhausted: stop); set schedule.steps={self.step} to end the run here"
+        )
+
+    def _skip_or_go_back(self) -> bool:
+        """Note a step that was skipped, or go back where that is wanted and possible; returns whether it did."""
+        guard = self.guard
+        if guard.verdict is Verdict.ACCEPTED:
+            return False
+        instead = ""
+        if guard.wants_rollback:
+            if roll_back(self):
+                return True
+            instead = "there is no checkpoint of an interval to go back to, and "
+        text = f"step {self.step}: {guard.reason}: {instead}the step changes no weight"
+        self.metrics.event(self.step, "skip", text, skipped_so_far=guard.skipped, **guard.judged)
+        return False
+
+    def go_back(self, step: int) -> None:
+        """Go on from step `step`, whose state is read."""
+        self.step, self.saver.saved_at = step, step
+        self.recipe = self.live.at(step)
+        self._save_is_due = False
+        self._pace = Pace(step, self.steps)
+        self.restart_feed()
 
     def _save_if_due(self, stop: bool) -> None:
         """Save before anything that takes time or may fail: at the end, on a request to stop, and at intervals.
@@ -324,8 +404,13 @@ class Session(ABC):
             self.commands.state(State.STOPPING)
         if stop or self.step == self.steps:
             self.save()
-        elif self._save_is_due and not self.health.skipped_in_row:
+        elif self._save_is_regular:
             self.save(wait=False)
+
+    @property
+    def _save_is_regular(self) -> bool:
+        """Whether a checkpoint of this moment is that of an interval."""
+        return self._save_is_due and not self.guard.skipped_in_row
 
     @property
     def last(self) -> bool:
@@ -342,6 +427,7 @@ class Session(ABC):
             raise Interrupted  # during start-up: there is nothing to save
         self.evaluated = of_rank_0(self.metrics.evaluated_at(self.step))
         self.evaluate()
+        self.check_data_left()
         self.commands.state(State.TRAINING)
         self.commands.carry_out()
         self.startup.done("validation")
@@ -426,10 +512,14 @@ class Session(ABC):
     def interrupt(self) -> NoReturn:
         """Save the current step, unless that was done or it is the first, and end."""
         self.commands.state(State.STOPPING)
+        self._save_now()
+        raise Interrupted
+
+    def _save_now(self) -> None:
+        """Save the current step, unless that was done or it is the first."""
         self.saver.wait()
         if self.step and not self.saved_or_saving:
             self.save()
-        raise Interrupted
 
     @property
     def saved_or_saving(self) -> bool:
@@ -450,11 +540,14 @@ class Session(ABC):
         self.saver.wait()
         if wrong := find_not_finite(self.state, self.device):
             raise self.diverged(f"{wrong} is not finite")
+        if self._save_is_regular:
+            self.guard.regular_step = self.step
+            self._save_is_due = False
         recipe = self.recipe
         manifest = CheckpointManifest(
             run_id=self.run_id,
             step=self.step,
-            samples=self.step * recipe.batch.global_batch_size,
+            samples=self.samples_before(self.step) + self.guard.samples_passed,
             tokens=self.step * recipe.batch_tokens,
             stages=self.layout.stages,
             replicas=self.layout.replicas,
@@ -465,8 +558,8 @@ class Session(ABC):
             data=self.mixture.fingerprint,
             versions={},
             template=self.mixture.template,
+            guard=self.guard.state,
         )
-        self._save_is_due = False
         if wait:
             with self.commands.during(State.SAVING):
                 self.saver.save(manifest)
@@ -483,7 +576,7 @@ class Session(ABC):
     def _retain(self, saved: Path) -> list[str]:
         """Remove the checkpoints that are no longer to be kept; called in a thread of rank 0."""
         losses = validation_losses(self.folder.path)
-        return prune(saved.parent, keep_rule(self.recipe), losses, int(saved.name.removeprefix("step_")))
+        return prune(saved.parent, keep_rule(self.recipe), losses, step_of(saved))
 
 
 def train_as(engine: type[Session], path: Path, device: torch.device, stop: StopRequest, startup: Startup) -> None:

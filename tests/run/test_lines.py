@@ -34,6 +34,10 @@ def bars(line: str) -> list[int]:
             {"step": 1, **LONG, "loss": math.nan, "grad_norm": math.inf, "skipped": True},
             "step      1/286102 | loss nan    | norm inf  | ETA 3d04h | skipped: not finite",
         ),
+        (
+            {"step": 1, **LONG, "loss": 12.5, "grad_norm": 90.0, "skipped": True},
+            "step      1/286102 loss 12.500 norm 90.0 11.2k tok/s ETA 3d04h skipped: spike",
+        ),
     ],
 )
 def test_a_step(changes: dict[str, Any], line: str) -> None:

@@ -73,8 +73,9 @@ def test_a_plot_that_cannot_be_written_is_a_warning(
 
 def test_skipped_steps_are_counted(run: RunFolder) -> None:
     metrics = run.path / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace('"skipped": false', '"skipped": true', 2))
-    assert "skipped     2 of 6 steps, since their gradients were not finite" in closing_lines(run)
+    text = metrics.read_text().replace('"skipped": false', '"skipped": true', 3)
+    metrics.write_text(text.replace('"grad_norm": 1.0', '"grad_norm": "inf"', 1))
+    assert "skipped     3 of 6 steps: 1 not finite, 2 spikes" in closing_lines(run)
 
 
 def test_without_metrics_the_run_is_complete_all_the_same(run: RunFolder) -> None:

@@ -6,6 +6,7 @@
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,13 +97,23 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
                 results[kind] = poisoned(values, math.nan, 1, own.save)
         dist.barrier()
         results["saved while poisoned"] = saved()
-        # A loss that is not finite while gradients are.
-        plain = own.engine.train_batch
-        own.engine.train_batch = lambda feed: plain(feed) * math.nan
-        agreed = own.take_step()
-        own.engine.train_batch = plain
-        own.check_health(agreed)
-        results["skipped by a loss"] = own.health.skipped_in_row
+        # A norm and a loss that are not finite, the norm on one rank only: no bit changes.
+        kept_pieces = [piece.values.clone() for piece in pieces]
+
+        def unchanged() -> bool:
+            return all(torch.equal(piece.values, kept) for piece, kept in zip(pieces, kept_pieces, strict=True))
+
+        results["changed nothing"] = {}
+        plain = own.state.totals
+        own.state.totals = lambda *parts: replace(plain(*parts), norm=math.nan if dist.get_rank() == 1 else 1.0)
+        own.engine.train_batch(own._feed)
+        results["changed nothing"]["NORM_NOT_FINITE"] = unchanged()
+        own.state.totals = lambda *parts: replace(plain(*parts), loss=math.nan)
+        own.take_step()
+        results["changed nothing"][own.guard.verdict.name] = unchanged()
+        own.state.totals = plain
+        own.check_health()
+        results["skipped by a loss"] = own.guard.skipped_in_row
         # Logits that are not finite.
         norm = own.engine.module._norm
         kept = None if norm is None else norm.weight.data.clone()
@@ -124,6 +135,7 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
         results["evaluated"] = of_rank_0(sorted(own.metrics.evaluated_at(3)))
         # A checkpoint that an earlier version saved with weights that are not finite.
         own.take_step()
+        results["taken"] = own.guard.verdict.name
         with torch.no_grad():
             weight.view(-1)[5] = math.nan
         import megazh.training.session as session

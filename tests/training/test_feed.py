@@ -184,3 +184,18 @@ def test_a_limit_takes_samples_from_everywhere(mixture: Mixture) -> None:
     gaps = {b - a for a, b in itertools.pairwise([*numbers, len(samples)])}
     assert numbers[0] == 0
     assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_that_a_rollback_passed_over_are_taken_by_no_step(mixture: Mixture, workers: int) -> None:
+    """Step n takes what step n + 2 takes without it, in every layout; the last step is the same sample's."""
+    passed = 2 * BATCH
+    for layout in LAYOUTS[::3]:
+        feeds = [
+            itertools.chain.from_iterable(zip(*(
+                training_feed(mixture, layout, replica, first, workers, number) for replica in range(layout.replicas)
+            ), strict=True)) for first, number in ((3, passed), (5, 0))
+        ]  # fmt: skip
+        for moved, plain in itertools.islice(zip(*feeds, strict=True), 3 * layout.micro_batches * layout.replicas):
+            for one, other in zip(itertools.chain(*moved), itertools.chain(*plain), strict=True):
+                assert torch.equal(one, other)

@@ -17,7 +17,7 @@ from megazh.errors import INTERRUPTED, DivergedError
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
-from megazh.training.health import SKIPPED_LIMIT
+from megazh.training.guard import SKIPPED_LIMIT
 from megazh.training.learning_rate import learning_rate
 
 STEPS = 5

@@ -131,14 +131,18 @@ def test_a_checkpoint_that_is_named(tmp_path: Path) -> None:
         pass
 
     cases = {"earlier": earlier, "gone on": gone_on, "damaged": damaged, "initial": nothing, "of another": nothing}
-    for case, make in cases.items():
+    rollbacks = {"rollback": earlier, "rollback past damage": damaged, "rollback without": nothing}
+    for case, make in (cases | rollbacks).items():
         both_hosts(tmp_path / case, make)
-        (tmp_path / case / "named").write_text("step_00000001")
+        name, text = ("named", "step_00000001") if case in cases else ("up_to", "2" if case == "rollback" else "1")
+        (tmp_path / case / name).write_text(text)
     whole(tmp_path / "elsewhere", 7, run_id="that-run")
     (tmp_path / "initial" / "named").unlink()
     for case, name in (("initial", "initial"), ("of another", "named")):
         (tmp_path / case / name).write_text(str(tmp_path / "elsewhere" / "step_00000007"))
-    first, second = run_ranks(Path(__file__).parent / "resume_rank.py", 2, list(cases), tmp_path, timeout=90)
+    first, second = run_ranks(
+        Path(__file__).parent / "resume_rank.py", 2, list(cases | rollbacks), tmp_path, timeout=90
+    )
     assert (first["earlier"]["step"], second["earlier"]["step"]) == (1, 1)
     names = [path.name for path in sorted((tmp_path / "earlier" / "host_0" / "checkpoints").iterdir())]
     assert names[0] == "step_00000001"
@@ -151,3 +155,9 @@ def test_a_checkpoint_that_is_named(tmp_path: Path) -> None:
     assert (first["initial"]["step"], second["initial"]["step"]) == (7, 7)
     assert "belongs to another run" in first["of another"]["error"]
     assert first["of another"]["error"] == second["of another"]["error"]
+    assert (first["rollback"]["step"], second["rollback"]["step"]) == (2, 2)
+    assert [path.name for path in list_checkpoints(tmp_path / "rollback" / "host_0" / "checkpoints")] == [
+        "step_00000001", "step_00000002"
+    ]  # fmt: skip
+    for case in ("rollback past damage", "rollback without"):
+        assert (first[case]["step"], second[case]["step"]) == (None, None), "no error: the caller has another way"

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from pieces import in_layout, whole_state, write_checkpoint
 
-from megazh.training.checkpoint_list import MANIFEST
-from megazh.training.retention import KeepRule, prune, validation_losses, whole_steps
+from megazh.training.checkpoint_list import MANIFEST, read_manifest
+from megazh.training.guard_state import GuardState
+from megazh.training.retention import KeepRule, prune, superfluous, validation_losses, whole_steps
+from megazh.training.saver import write_manifest
 
 STEPS = range(100, 1100, 100)
 LOSSES = {100: 9.0, 300: 2.0, 500: 1.5, 700: 1.5, 900: float("nan"), 1000: 3.0}
@@ -61,6 +63,19 @@ def test_pruning_removes_whole_folders_and_leaves_damaged_and_later_ones(tmp_pat
     assert whole_steps(tmp_path) == [1, 3, 4, 5, 9]
     assert prune(tmp_path, KeepRule(1, 0, True), {3: 1.0, 4: 2.0}, newest=5) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [paths[step].name for step in (2, 3, 5, 9)]
+
+
+@pytest.mark.parametrize(("spike", "kept"), [("rollback", [2, 5]), ("skip", [5]), (None, [5])])
+def test_the_checkpoint_of_a_rollback_is_kept(tmp_path: Path, spike: str | None, kept: list[int]) -> None:
+    for step in (1, 2, 4, 5):
+        path = write_checkpoint(tmp_path, in_layout(whole_state(1), 1, 1), step)
+        state = GuardState(regular_step=min(step, 2))
+        update = {"guard": state, "recipe": {"guard": {"spike": spike} if spike else {}}}
+        write_manifest(path, read_manifest(path).model_copy(update=update))
+    rule = KeepRule(1, 0, False)
+    assert superfluous(tmp_path, rule, {}) == [step for step in (1, 2, 4) if step not in kept]
+    prune(tmp_path, rule, {})
+    assert whole_steps(tmp_path) == kept
 
 
 def test_losses_come_from_the_metrics(tmp_path: Path) -> None:

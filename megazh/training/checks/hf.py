@@ -10,7 +10,7 @@ from megazh.model.backend import Backend
 from megazh.pipeline.memory import stage_memory
 from megazh.pipeline.precision import Dtype, Precision, check_deepspeed_version
 from megazh.training.job import Case
-from megazh.training.recipe import OptimizerName, Recipe
+from megazh.training.recipe import OptimizerName, Recipe, Spike
 from megazh.training.stages import ASSUMED_CARD_GIB, MemoryLimit, memory_limit, work_of
 
 PACKAGES = ("transformers", "accelerate")
@@ -66,6 +66,11 @@ def _faults(recipe: Recipe, stages: int) -> Iterator[str]:
     if recipe.noise.neftune_alpha:
         yield (
             f"noise.neftune_alpha={recipe.noise.neftune_alpha:g}: -t hf adds no noise; set it to 0, or give -t ds_pp"
+        )
+    if recipe.guard.spike not in (None, Spike.IGNORE):
+        yield (
+            f"guard.spike={recipe.guard.spike}: with -t hf, the loss of a step is known after its update only; leave "
+            "guard.spike out, or give -t ds_pp"
         )
     if recipe.lora.rank:
         yield f"lora.rank={recipe.lora.rank}: -t hf trains all weights; leave lora out, or give -t ds_pp"

@@ -1,7 +1,6 @@
 """A run under Hugging Face's Trainer, which calls back after each of its steps."""
 
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from megazh.training.hf.state import TrainingState
 from megazh.training.hf.trainer import HfTrainer, trainer_arguments
 from megazh.training.layout import Layout
 from megazh.training.recipe import Kernels, Recipe
-from megazh.training.session import Agreed, Session, StepResult, train_as
+from megazh.training.session import Session, StepResult, train_as
 from megazh.training.startup import Startup
 from megazh.training.stop import StopRequest
 
@@ -39,6 +38,7 @@ class HfRun(Session, TrainerCallback):
     """Training by Hugging Face's Trainer."""
 
     engine_name = "hf"
+    decides = False  # the Trainer updates before it tells of the loss
 
     def __init__(
         self,
@@ -108,21 +108,14 @@ class HfRun(Session, TrainerCallback):
             grad_norm=norm,
             seconds=time.perf_counter() - self._step_begun,
             data_seconds=self._trainer.data_seconds,
-            # DeepSpeed gives -1 for a norm that is not finite.
-            odd=not (math.isfinite(loss) and math.isfinite(norm) and norm >= 0),
         )
-        self._loss_and_norm = f"loss {loss:g} or gradient norm {norm:g}"
+        self.guard.accept(loss, norm)
         self.after_step(self.record(result))
         self._begin_step()
 
     def _begin_step(self) -> None:
         self._trainer.data_seconds = 0.0
         self._step_begun = time.perf_counter()
-
-    def check_health(self, agreed: Agreed) -> None:
-        """End a run whose last step was not finite: the Trainer has changed the weights by it already."""
-        if agreed.odd:
-            raise self.diverged(f"{self._loss_and_norm} is not finite")
 
     @property
     def validation_samples(self) -> int:

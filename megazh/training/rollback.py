@@ -1,0 +1,49 @@
+"""Going back to an earlier checkpoint in a run that goes on, and past the data since then."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megazh.training.guard_state import GuardState
+from megazh.training.resume import agree_on_checkpoint
+
+if TYPE_CHECKING:
+    from megazh.training.session import Session
+
+
+def roll_back(session: Session) -> bool:
+    """Go back to the newest checkpoint of an interval, as a resume from it would, and on with other data.
+
+    The steps since then are undone, and no later step takes their samples. All ranks call it, after a step that spikes.
+
+    Returns:
+        Whether there was such a checkpoint; without, nothing has changed.
+
+    Raises:
+        DataError: the checkpoint cannot be read, or its numbers are not finite.
+        WorkerError: a rank does not see it.
+    """
+    guard = session.guard
+    session.saver.wait()
+    session.commands.settle()
+    if guard.regular_step is None:
+        return False
+    found = agree_on_checkpoint(session.folder.checkpoints, session.run_id, session.log, up_to=guard.regular_step)
+    if found is None:
+        return False
+    path, saved = found
+    steps = session.step - saved.step
+    samples = session.samples_before(session.step) - session.samples_before(saved.step)
+    text = (
+        f"step {session.step}: {guard.reason}: back to {path.name}, and past the data of {steps:,} steps "
+        f"({samples:,} samples)"
+    )
+    session.metrics.event(
+        session.step, "rollback", text, to=saved.step, samples=samples, rollbacks=guard.rollbacks + 1, **guard.judged
+    )
+    session.state.restart()
+    session.read(path, saved)
+    session.metrics.go_back(saved.step)
+    guard.roll_back(saved.guard or GuardState(), steps, samples)
+    session.go_back(saved.step)
+    return True
