@@ -60,6 +60,8 @@ def test_the_commands_of_the_readme_run(ran: tuple[Path, Finished]) -> None:
     assert len(digests) == 1, "alone, with workers and under mpirun: the same bytes"
     assert (copy / "sample.png").read_bytes().startswith(b"\x89PNG")
     assert (copy / "runs" / "demo" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "bits per byte" in (copy / "runs" / "demo" / "bits.svg").read_text(encoding="utf-8")
+    assert "<svg" in (copy / "runs" / "demo" / "report.html").read_text(encoding="utf-8")
     losses = [
         json.loads(line)["loss"]
         for line in (copy / "runs" / "demo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -209,7 +209,8 @@ def record_of(line: bytes) -> dict[str, Any] | None:
         record = _ADAPTERS[kind].validate_python(values)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return {"kind": kind, **dataclasses.asdict(record)}
+    # A step is flat, and there are many of them: asdict, which copies deeply, would take most of the time.
+    return {"kind": kind, **(vars(record) if kind == "step" else dataclasses.asdict(record))}
 
 
 def _json_value(value: Any) -> Any:

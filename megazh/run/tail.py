@@ -22,9 +22,11 @@ class Tail:
         self._inode, self._at, self._begun = 0, 0, b""
         self.unreadable = 0
         """Whole lines that are no JSON object with a kind and a step; they are left out."""
+        self.behind = False
+        """Whether the last call has left a part of the file for the next one."""
 
     def read(self) -> tuple[bool, list[dict[str, Any]]]:
-        """Read what is new; of very much, a part.
+        """Read what is new; of very much, a part (see `behind`).
 
         Returns:
             Whether the file is another one than before, so that earlier records no longer count, and the new records,
@@ -37,9 +39,10 @@ class Tail:
                 data = file.read(_CHUNK)
         except FileNotFoundError:
             anew = self._at > 0
-            self._inode, self._at, self._begun = 0, 0, b""
+            self._inode, self._at, self._begun, self.behind = 0, 0, b"", False
             return anew, []
         self._at += len(data)
+        self.behind = len(data) == _CHUNK
         *lines, self._begun = (self._begun + data).split(b"\n")
         return anew, [record for line in lines if (record := self._record(line)) is not None]
 

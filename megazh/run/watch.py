@@ -1,6 +1,7 @@
 """A live view of a run in the terminal, from the files of its folder alone: the run does not know of it."""
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -42,8 +43,9 @@ def watch(folder: Path, once: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: not the folder of a run, but a file")
     run, live = Watched(folder), sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not once
-    _update(run)
     if not live:
+        while _update(run):
+            pass
         _print(run, hint=not once)
         return
     ended = False
@@ -55,23 +57,23 @@ def watch(folder: Path, once: bool = False) -> None:
 
 def _show(run: Watched, screen: "_Screen") -> bool:
     """Redraw until the run has ended (True) or the person leaves (False)."""
-    drawn, size = -_REDRAW_SECONDS, None
+    drawn, size, more = -math.inf, (0, 0), True
     while True:
-        now = time.monotonic()
-        if now - drawn >= _REDRAW_SECONDS:
-            _update(run)
-        if now - drawn >= _REDRAW_SECONDS or screen.size() != size or screen.fresh:
-            drawn, size = now, screen.size()
+        due = more or time.monotonic() - drawn >= _REDRAW_SECONDS
+        if due:
+            more = _update(run)
+        if due or screen.size() != size or screen.fresh:
+            drawn, size = time.monotonic(), screen.size()
             screen.draw(frame(run, _look(*size), time.time(), _KEYS))
-            if run.standing(time.time()).ended:
+            if not more and run.standing(time.time()).ended:
                 return True
-        if "q" in screen.key().lower():
+        if "q" in screen.key(0.0 if more else _LOOK_SECONDS).lower():
             return False
 
 
-def _update(run: Watched) -> None:
+def _update(run: Watched) -> bool:
     try:
-        run.update()
+        return run.update()
     except OSError as error:
         raise WorkerError(f"{error.filename or run.folder}: cannot be read: {error.strerror or error}") from None
 
@@ -130,12 +132,12 @@ class _Screen:
         sys.stdout.flush()
         self.fresh = False
 
-    def key(self) -> str:
-        """Wait a moment for a key; empty without one."""
+    def key(self, seconds: float) -> str:
+        """Wait for a key; empty without one."""
         if self._keyboard is None:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(seconds)
             return ""
-        if not select.select([self._keyboard], [], [], _LOOK_SECONDS)[0]:
+        if not select.select([self._keyboard], [], [], seconds)[0]:
             return ""
         pressed = os.read(self._keyboard, 64)
         return pressed.decode("utf-8", "replace") or "q"  # the terminal is gone

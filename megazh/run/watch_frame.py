@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megazh.run.lines import compact, left
+from megazh.run.lines import compact, left, one_line
 from megazh.run.screen import (
     BLUE,
     BOLD,
@@ -115,6 +115,11 @@ def _numbers(run: Watched) -> Iterator[Line]:
             before = run.validations[0]
             parts.append(("before that", f"{before['loss']:.4f} after step {before['step']:,}"))
         yield _pairs(parts)
+        if len(last["corpora"]) > 1:
+            yield [
+                Span("by corpus ", DIM),
+                *_pairs([(one_line(name), f"{loss:.4f}") for name, loss in last["corpora"].items()]),
+            ]
 
 
 def _pairs(parts: Sequence[tuple[str, str]]) -> Line:

@@ -61,23 +61,25 @@ class Watched:
         """Lines of the metrics that are damaged."""
         return self._tail.unreadable
 
-    def update(self) -> None:
-        """Read what is new. Raises OSError where the files cannot be read."""
+    def update(self) -> bool:
+        """Read what is new, or of very much a part; returns whether there is more.
+
+        Raises:
+            OSError: the files cannot be read.
+        """
         run = RunFolder(self.folder)
         self._state = None
         if holder(run.lock) is not None:
             self._state = read_state(run) or StateRecord(state=State.STARTING, since=time.time())
         self._read_description()  # after the lock, which is given back once the end is recorded
-        more = True
-        while more:
-            anew, records = self._tail.read()
-            if anew:
-                self.losses, self.last_step, self.skipped = array("d"), None, 0
-                for kept in (self.validations, self.samples, self.events):
-                    kept.clear()
-            for record in records:
-                self._add(record)
-            more = bool(records)
+        anew, records = self._tail.read()
+        if anew:
+            self.losses, self.last_step, self.skipped = array("d"), None, 0
+            for kept in (self.validations, self.samples, self.events):
+                kept.clear()
+        for record in records:
+            self._add(record)
+        return self._tail.behind
 
     def _add(self, record: dict[str, Any]) -> None:
         """Keep what is shown of a record; one that lacks something is counted as damaged."""
@@ -88,13 +90,14 @@ class Watched:
                 numbers = {name: float(record[name]) for name in _NUMBERS}  # nan and inf, which JSON lacks, are text
                 self._add_step({**record, **numbers, **_optional(record, "mfu", "memory_bytes")})
             elif kind == "validation":
-                bits = _optional(record, "bits_per_byte")
-                self.validations.append({**record, "loss": float(record["loss"]), **bits})
+                loss, bits = float(record["loss"]), _optional(record, "bits_per_byte")
+                corpora = {str(name): float(each["loss"]) for name, each in (record.get("corpora") or {}).items()}
+                self.validations.append({**record, "loss": loss, **bits, "corpora": corpora})
             elif kind == "sample":
                 self._add_sample({**record, "prompt": str(record["prompt"]), "text": str(record["text"])})
             elif kind == "event":
                 self.events.append({**record, "name": str(record["name"]), "text": str(record["text"])})
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             self._tail.unreadable += 1
 
     def _add_step(self, step: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from megazh.errors import DataError
-from megazh.run.history import Axis, History, Mark, Measure, drawable_history
+from megazh.run.history import Axis, History, Mark, Measure, drawable_history, read_history
 from megazh.run.metrics import Metrics
+from megazh.run.records import CorpusValidation
 
 
 def step(number: int, **changes: object) -> dict:
@@ -40,14 +41,14 @@ def test_bits_of_training_by_the_newest_usable_validation() -> None:
     assert values[:2].tolist() == [2.0, 1.2]
 
 
-def test_validation_by_corpus_where_it_is_recorded() -> None:
-    validations = [
-        {"step": 0, "loss": 4.0, "bits_per_byte": 2.0},
-        {"step": 2, "loss": 3.0, "bits_per_byte": 1.2, "corpora": {"法律": {"loss": 2.5, "bits_per_byte": 1.0}}},
-    ]
-    history = History(Path("run"), steps=[step(1)], validations=validations)
-    ((name, (steps, values)),) = history.validation_of_corpora(Measure.LOSS).items()
-    assert (name, steps.tolist(), values.tolist()) == ("法律", [2], [2.5])
+def test_validation_by_corpus_where_it_is_recorded(tmp_path: Path) -> None:
+    with Metrics(tmp_path, 0, quiet=False) as metrics:
+        metrics.validation(0, 0, 4.0, 2.0, 5)
+        metrics.validation(2, 512, 3.0, 1.2, 5, {"法律": CorpusValidation.of(2.5, 1.0, 5)})
+    history = read_history(tmp_path)
+    for measure, value in ((Measure.LOSS, 2.5), (Measure.BITS, 1.0)):
+        ((name, (steps, values)),) = history.validation_of_corpora(measure).items()
+        assert (name, steps.tolist(), values.tolist()) == ("法律", [2], [value])
 
 
 def test_a_skipped_step_is_one_mark() -> None:

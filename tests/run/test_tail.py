@@ -54,6 +54,16 @@ def test_a_resume_that_drops_records_begins_anew(path: Path) -> None:
     assert tail.read() == (True, [])
 
 
+def test_a_long_file_comes_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megazh.run.tail._CHUNK", 400)
+    tail, steps = Tail(path), []
+    while True:
+        steps += [record["step"] for record in tail.read()[1] if record["kind"] == "step"]
+        if not tail.behind:
+            break
+    assert steps == [1, 2, 3, 4]
+
+
 def test_a_file_that_comes_and_goes(path: Path) -> None:
     tail = Tail(path.parent / "later")
     assert tail.read() == (False, [])

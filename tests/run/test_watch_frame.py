@@ -10,6 +10,7 @@ from made_runs import write_metrics
 
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import METRICS, Metrics
+from megazh.run.records import CorpusValidation
 from megazh.run.screen import width_of
 from megazh.run.watch_frame import Look, frame
 from megazh.run.watched import Watched
@@ -22,6 +23,14 @@ def run(tmp_path: Path) -> Watched:
     write_metrics(folder, 300)
     with Metrics(folder.path, 300, quiet=False) as metrics:
         metrics.sample(300, "从前", "有一只小猫\x1b[2J\n它在树下睡觉。" * 20)
+        metrics.validation(
+            300,
+            76_800,
+            2.4,
+            1.9,
+            4,
+            {"法律": CorpusValidation.of(2.25, 1.8, 2), "诗": CorpusValidation.of(2.5, 2.0, 2)},
+        )
         metrics.event(200, "rollback", "back to step\x1b[2J 150")
     run = Watched(folder.path)
     run.update()
@@ -36,7 +45,8 @@ def test_all_that_matters_is_there(run: Watched) -> None:
     text = "\n".join(shown(run))
     for part in (
         "小故事", "complete", "100.0%", "step 300 of 300", "76.8k tokens", "loss -145.5000", "lr 0.001",
-        "validation 2.5000  2.0000 bits/byte  after step 300", "loss of all 300 recorded steps", "the last 200",
+        "validation 2.4000  1.9000 bits/byte  after step 300", "by corpus 法律 2.2500  诗 2.5000",
+        "loss of all 300 recorded steps", "the last 200",
         "从前 → 有一只小猫", "rollback back to step", "q quit",
     ):  # fmt: skip
         assert part in text, part

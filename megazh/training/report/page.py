@@ -62,6 +62,7 @@ def _page(found: Gathered) -> Iterator[str]:
     sections = {
         "": _tiles(found),
         "Curves": _curves(found),
+        "Validation by corpus": _corpora(found),
         "Samples": _samples(found),
         "Events": _events(found),
         "Data": data_parts(found),
@@ -131,6 +132,25 @@ def _curves(found: Gathered) -> Iterator[str]:
     drawn = list(charts(found.history))
     if drawn:
         yield element("div", *drawn, class_="charts")
+
+
+def _corpora(found: Gathered) -> Iterator[Html]:
+    """The last validation of each corpus, where it is recorded."""
+    last = next((record for record in reversed(found.history.validations) if record["corpora"]), None)
+    if last is None:
+        return
+    rows = [
+        (
+            name,
+            f"{each['loss']:.4f}",
+            f"{each['perplexity']:.4g}",
+            f"{each['bits_per_byte']:.4f}",
+            f"{each['samples']:,}",
+        )
+        for name, each in last["corpora"].items()
+    ]
+    yield element("p", f"After step {last['step']:,}.")
+    yield table(["corpus", "loss", "perplexity", "bits per byte", "samples"], rows, " nnnn")
 
 
 def _samples(found: Gathered) -> Iterator[Html]:

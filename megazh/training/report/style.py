@@ -18,7 +18,8 @@ p.problem { border-left: 3px solid; padding-left: .8em; }
 .tiles b { display: block; font-size: 1.3em; font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--dim); font-size: .85em; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26em), 1fr)); gap: 1.2em; }
-.columns { columns: 24em; column-gap: 2em; } .columns > div { break-inside: avoid; } .columns h3 { margin-top: .2em; }
+.columns { columns: 24em; column-gap: 2em; } .columns > div { break-inside: avoid; margin-bottom: 1.2em; }
+.columns h3 { margin-top: .2em; }
 figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .2em; }
 figure svg { width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; }

@@ -11,6 +11,7 @@ from made_runs import add_checkpoint, make_run, write_metrics, write_recipe
 from megazh.errors import UsageError
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import METRICS, Metrics
+from megazh.run.records import CorpusValidation
 from megazh.training.recipe import run_recipe
 from megazh.training.report.page import write_report
 
@@ -50,6 +51,7 @@ def run(stories: Path, tmp_path: Path) -> RunFolder:
     write_metrics(run, 6)
     with Metrics(run.path, 6, quiet=False) as metrics:
         metrics.sample(6, "从前</td>", SCRIPT)
+        metrics.validation(6, 1536, 2.5, 2.0, 4, {"法<i>律": CorpusValidation.of(2.25, 1.75, 2)})
         metrics.event(6, "stop", "stopped by a <person>")
         metrics.event(4, "rollback", "back to step 4", from_step=6)
     return run
@@ -89,6 +91,13 @@ def test_text_of_the_model_is_text(run: RunFolder) -> None:
     assert "从前</td>" in page.texts
     assert page.elements.count(("b", {})) > 0
     assert not [tag for tag, _ in page.elements if tag == "script"]
+
+
+def test_validation_by_corpus_is_drawn_and_listed(run: RunFolder) -> None:
+    page, _ = report(run)
+    at = page.texts.index("Validation by corpus")
+    assert {"法<i>律", "2.2500", "9.488", "1.7500"} <= set(page.texts[at : at + 40])
+    assert page.texts.count("法<i>律") == 2, "the table, and the legend of the losses"
 
 
 def test_events_are_in_the_order_of_time(run: RunFolder) -> None:
