@@ -5,6 +5,7 @@ set -euo pipefail
 trap '' PIPE
 [[ -e /proc/self/fd/1 ]] || exec > /dev/null
 [[ -e /proc/self/fd/2 ]] || exec 2> /dev/null
+trap 'exit 75' TERM USR1 # a scheduler's signals during the setup; the exit code asks for another start (megazh/errors.py)
 jobs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 python=$(bash "$jobs/setup.sh")
 [[ -n ${MEGAZH_PYTHON:-} ]] && export PYTHONPATH=${jobs%/*}${PYTHONPATH:+:$PYTHONPATH}

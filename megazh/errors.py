@@ -11,9 +11,14 @@ code  meaning
 5     a worker, a rank or the machine failed; finished work is kept, run again
 6     training diverged: steps are skipped again and again, or weights are not finite; change a setting first
 7     three checkpoints in a row could not be written: make room on the disk, then run again
-130   stopped by Ctrl-C; training, builds of an index and `prefs generate` go on when they are run again
+75    a run that is to be started again: stopped by SIGTERM, SIGUSR1 or `max_hours`, saved, and not complete
+130   stopped by a person: Ctrl-C, a closed terminal; training, index builds and `prefs generate` go on when run again
 141   the reader of the output (head, less) ended before the output did
 ====  =======================================================================
+
+A scheduler starts a run again after 75, and may do so after 5, a limited number of times without progress. After all
+other codes a person has to look first. 75 is EX_TEMPFAIL of sysexits.h, "temporary failure, try again later": shells
+and Slurm use no code of that number for ends of their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -109,7 +114,14 @@ class WriteError(WorkerError, OSError):
     """
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal of a scheduler before a run has begun. It ends a command as Ctrl-C does, with another exit code."""
+
+
 INTERRUPTED = 130
+
+REQUEUE = 75
+"""A run was stopped by its scheduler or its deadline; the same command goes on. EX_TEMPFAIL of sysexits.h."""
 
 READER_GONE = 141
 """128 + SIGPIPE, as shells report programs that SIGPIPE ends."""

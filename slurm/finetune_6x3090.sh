@@ -22,9 +22,9 @@
 #SBATCH --time=1-00:00:00
 # In the folder from which sbatch is called: Slurm makes no folders, and a job that cannot open its log fails.
 #SBATCH --output=slurm-%x-%j.out
-# Ten minutes before the time limit the ranks are signalled to save and end. A job with a shorter limit is signalled at
-# once: give --signal=B:TERM@60 with it.
-#SBATCH --signal=B:TERM@600
+# Ten minutes before the time limit the ranks are signalled to save and end, with exit code 75. A job with a shorter
+# limit is signalled at once: give --signal=B:USR1@60 with it.
+#SBATCH --signal=B:USR1@600
 set -euo pipefail
 
 # Slurm runs a copy of this file; scontrol knows the path of the original.

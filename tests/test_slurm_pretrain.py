@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "slurm" / "pretrain_6x3090.sh"
 RECORDER = f"""#!/bin/bash
 [[ $1 == - ]] && exec {sys.executable} "$@"
-trap 'touch terminated; exit 0' TERM
+trap 'touch signalled; exit 75' USR1
 printf '%s\\n' "$CUDA_VISIBLE_DEVICES" "$@" > arguments
 [[ $* == *wait* ]] && for _ in {{1..300}}; do sleep 0.1; done
 exit 0
@@ -71,7 +71,7 @@ def test_a_copy_is_found_from_the_repository_only(
 
 def test_the_ranks_get_ten_minutes_to_save() -> None:
     """20 GB to a disk of 100 MB/s take more than three, and the launcher would wait for fifteen."""
-    (seconds,) = re.findall(r"^#SBATCH --signal=B:TERM@(\d+)$", SCRIPT.read_text(), re.MULTILINE)
+    (seconds,) = re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", SCRIPT.read_text(), re.MULTILINE)
     assert 600 <= int(seconds) <= local._SAVE_SECONDS
 
 
@@ -81,9 +81,10 @@ def test_the_signal_before_the_end_reaches_the_launcher(
 ) -> None:
     job = submit(slurm, tmp_path, "--gres=none", SCRIPT, "wait", environ=recording_python)
     wait_until((tmp_path / "arguments").exists, 30, "the job has started")
-    assert slurm.run("scancel", "--batch", "--signal=TERM", job).returncode == 0
-    assert slurm.wait_job(job) == "COMPLETED"
-    assert (tmp_path / "terminated").exists()
+    assert slurm.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
+    assert slurm.wait_job(job) == "FAILED", "with the exit code of the run"
+    assert (tmp_path / "signalled").exists()
+    assert "ExitCode=75:0" in slurm.run("scontrol", "show", "job", job).stdout
 
 
 @pytest.mark.slurm

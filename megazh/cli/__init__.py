@@ -1,16 +1,19 @@
 """The `megazh` command: parses the line, calls the library, and turns errors into one line and an exit code."""
 
 import argparse
+import contextlib
 import importlib
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from megazh import __version__
 from megazh.caches import provide_caches
 from megazh.console import Console, ReaderGone, open_console
-from megazh.errors import INTERRUPTED, READER_GONE, MegazhError, WorkerError
+from megazh.errors import INTERRUPTED, READER_GONE, REQUEUE, MegazhError, Stopped, WorkerError
 from megazh.program import runnable
 
 # Each command with its line of help; the module of a command is imported only when it is called, so that
@@ -131,14 +134,33 @@ def _call(console: Console, options: Callable[[], argparse.Namespace]) -> int:
             # The launcher names the log once the run folder is there.
             console.outlive(log_follows=getattr(given, "keeps_log", False))
         provide_caches()
-        given.call(given)
+        with _scheduled() if getattr(given, "scheduled", False) else contextlib.nullcontext():
+            given.call(given)
     except SystemExit as ended:
         if isinstance(ended.code, str):
             return _failed(ended.code, 1)
         return ended.code or 0
-    except KeyboardInterrupt:
-        return _failed(_interrupted(given), INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _failed(_interrupted(given), REQUEUE if isinstance(error, Stopped) else INTERRUPTED)
     return 0
+
+
+@contextlib.contextmanager
+def _scheduled() -> Iterator[None]:
+    """End the block on the signals of schedulers as on Ctrl-C, but with an exit code that requests another start."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt if number == signal.SIGHUP else Stopped
+
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupted(given: argparse.Namespace) -> str:

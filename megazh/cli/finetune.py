@@ -52,7 +52,9 @@ def add_to(commands: Subparsers) -> None:
         help="length of the run in passes over its data (default: 3 with -i, else as the recipe says)",
     )
     parser.usage = "%(prog)s [options] [key=value ...]"
-    parser.set_defaults(settings=[], call=_finetune, outlives_output=True, keeps_log=True, continues=True)
+    parser.set_defaults(
+        settings=[], call=_finetune, outlives_output=True, keeps_log=True, scheduled=True, continues=True
+    )
 
 
 def _epochs(text: str) -> float:

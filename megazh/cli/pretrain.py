@@ -50,7 +50,9 @@ def add_to(commands: Subparsers) -> None:
         help="with -i: where a document ends in plain text (default: blank-lines for few files)",
     )
     parser.usage = "%(prog)s [options] [key=value ...]"
-    parser.set_defaults(settings=[], call=_pretrain, outlives_output=True, keeps_log=True, continues=True)
+    parser.set_defaults(
+        settings=[], call=_pretrain, outlives_output=True, keeps_log=True, scheduled=True, continues=True
+    )
 
 
 def _pretrain(options: argparse.Namespace) -> None:

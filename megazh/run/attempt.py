@@ -38,13 +38,27 @@ class Attempt(Config):
     """Versions of Python, megazh and the libraries; `cuda` is that of the CUDA libraries that torch was built with."""
     devices: list[str] = Field(default_factory=list)
     """Devices of the ranks by host, such as `node1: 6 x NVIDIA GeForce RTX 3090`; empty until the ranks have joined."""
+    ended: str | None = None
+    """Date and time of the end in UTC; None while the attempt runs, and where nobody was left to record it."""
+    reason: str | None = None
+    """Why it ended: `done`, a request to stop, or the line of an error."""
+    exit_code: int | None = None
+    """Exit code (see `megazh.errors`); None where `ended` is."""
+
+    def ended_now(self, code: int, reason: str) -> "Attempt":
+        """This attempt, with the end that it comes to at the moment."""
+        return self.model_copy(update={"ended": _now(), "reason": _text(reason), "exit_code": code})
+
+
+KILLED = "no end was recorded: killed, or the machine failed"
+"""Reason of an attempt that the next one finds without an end."""
 
 
 def this_attempt() -> Attempt:
     """Describe the attempt that this process is about to make."""
     commit, changed = _commit(Path(__file__).resolve().parents[2])
     return Attempt(
-        started=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        started=_now(),
         host=socket.gethostname(),
         folder=_text(os.getcwd()),
         command=_text(shlex.join(sys.orig_argv)),
@@ -56,6 +70,10 @@ def this_attempt() -> Attempt:
             **{name: version for name in _LIBRARIES if (version := _version(name))},
         },
     )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _text(words: str) -> str:

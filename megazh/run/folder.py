@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from megazh.errors import DataError, UsageError, WriteError
 from megazh.files import check_sha256, write_atomic
 from megazh.index.fingerprint import describe_differences, differences, renamed_corpora
 from megazh.index.metadata import TokenizerInfo
-from megazh.run.attempt import Attempt, this_attempt
+from megazh.run.attempt import KILLED, Attempt, this_attempt
 from megazh.run.changes import Change, without
 from megazh.run.redraw import PLOT
 from megazh.tokenizer import Tokenizer, load_tokenizer
@@ -136,7 +137,7 @@ class RunFolder:
         info = run_info(mixture).model_copy(update={"engine": engine})
         if self.exists:
             notes, before = self.check_data(mixture, saved, allow_change), self.info()
-            attempts, run_id = [*before.attempts, this_attempt()], before.run_id or _new_id()
+            attempts, run_id = [*_settled(before.attempts), this_attempt()], before.run_id or _new_id()
             changes = without(before.changes, given)
             self._describe(info.model_copy(update={"attempts": attempts, "run_id": run_id, "changes": changes}))
             self.record(config)
@@ -170,6 +171,25 @@ class RunFolder:
     def set_changes(self, changes: list[Change]) -> None:
         """Record the settings that were changed while the run ran, all of them. Raises WriteError."""
         self._describe(self.info().model_copy(update={"changes": changes}))
+
+    def end(self, code: int, reason: str) -> None:
+        """Record the end of the newest attempt, where there is a run.
+
+        A folder that cannot be written changes no exit code: a warning says so.
+
+        Args:
+            code: exit code of the run.
+            reason: why it ended.
+        """
+        if not self.exists:
+            return
+        try:
+            info = self.info()
+            if info.attempts:
+                attempts = [*info.attempts[:-1], info.attempts[-1].ended_now(code, reason)]
+                self._describe(info.model_copy(update={"attempts": attempts}))
+        except (DataError, WriteError) as error:
+            print(f"warning: the end of this attempt is not recorded: {error}", file=sys.stderr, flush=True)
 
     def check_data(
         self, mixture: Mixture, saved: Mapping[str, str] | None = None, allow_change: bool = False
@@ -243,6 +263,14 @@ def _differences_without_fingerprint(was: RunInfo, now: RunInfo) -> list[tuple[s
         return found
 
     return differences(parts(was), parts(now))
+
+
+def _settled(attempts: list[Attempt]) -> list[Attempt]:
+    """Earlier attempts: nobody holds the lock of the folder, so those without an end have ended all the same."""
+    return [
+        attempt if attempt.ended or attempt.reason else attempt.model_copy(update={"reason": KILLED})
+        for attempt in attempts
+    ]
 
 
 def _new_id() -> str:

@@ -12,6 +12,7 @@ from megazh.errors import DataError
 from megazh.files import sha256_file
 from megazh.model.lora_config import PART
 from megazh.pipeline.state import MASTER, WEIGHT, Piece
+from megazh.run.pulse import beat
 from megazh.tensor_file import DTYPES, TensorReader
 from megazh.training.checkpoint_list import CheckpointManifest, FileEntry, PieceEntry, TensorEntry
 from megazh.training.collect import gather
@@ -26,7 +27,11 @@ def find_damage(checkpoint: Path, manifest: CheckpointManifest) -> str:
         What is wrong with the first file that differs; empty if none does. The same on all ranks.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    own = [fault for entry in manifest.files[rank::ranks] if (fault := fault_of(checkpoint, entry))]
+    own = [
+        fault
+        for entry in manifest.files[rank::ranks]
+        if (fault := fault_of(checkpoint, entry, lambda size: beat("checking a checkpoint")))
+    ]
     return next((fault for faults in gather(own) for fault in faults), "")
 
 
@@ -129,6 +134,7 @@ def _read(checkpoint: Path, wanted: Sequence[tuple[Piece, TensorEntry]]) -> None
     for name, parts in sorted(by_file.items()):
         with TensorReader(checkpoint / name) as reader:
             for piece, entry, stored in parts:
+                beat("loading a checkpoint")
                 begin, end = max(piece.begin, stored.begin), min(piece.end, stored.end)
                 shape = shape_in_file(entry, stored)
                 first, last = (begin - stored.begin) // entry.block, -(-(end - stored.begin) // entry.block)

@@ -11,6 +11,7 @@ import torch
 from megazh.files import fsync_directory
 from megazh.pipeline.sharded_optimizer import layer_of
 from megazh.pipeline.state import WEIGHT, Piece
+from megazh.run.pulse import beat
 from megazh.tensor_file import DTYPES, NamedTensor, file_bytes, write_tensor_file
 from megazh.training.checkpoint_list import OPTIMIZER, WEIGHTS, FileEntry, PieceEntry, TensorEntry
 
@@ -67,6 +68,7 @@ class HostCopy:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             named = [each for _, each in pieces]
+            beat("saving")
             digest = write_tensor_file(path, named)
             files.append(FileEntry(name=name, bytes=file_bytes(named), sha256=digest))
             tensors += [_entry(piece, each, name) for piece, each in pieces]

@@ -20,10 +20,12 @@ import torch.distributed as dist
 from megazh.errors import DataError, MegazhError, UsageError
 from megazh.model.sampling import SamplingOptions
 from megazh.run.changes import Change
+from megazh.run.pulse import beat
 from megazh.run.requests import Answer, Command, Inbox, Outcome, Request
 from megazh.run.state import State, StateFile
 from megazh.training.checkpoint_list import checkpoint_path
 from megazh.training.collect import largest, of_rank_0
+from megazh.training.control import Reason
 from megazh.training.evaluate import SAMPLING
 from megazh.training.live import LEARNING_RATE, changed
 
@@ -137,16 +139,16 @@ class Commands:
                 self._receive(name, request)
 
     def _receive(self, name: str, request: Request) -> None:
-        stop = self._session.stop
+        control = self._session.control
         if request.command is Command.STOP:
-            if stop.requested:
+            if control.reason:
                 self._answer(name, Outcome.REFUSED, "the run is stopping already")
                 return
             self._stop = name
             self._answer(name, Outcome.ACCEPTED, "accepted: the run saves and ends after this step")
-            stop.requested = True
+            control.request(Reason.COMMAND)
             return
-        if stop.requested:
+        if control.reason:
             self._answer(name, Outcome.REFUSED, "the run is stopping")
             return
         if request.command is Command.SET:
@@ -308,8 +310,9 @@ class Commands:
         with self.during(State.PAUSED):
             while True:
                 time.sleep(_PAUSE_SECONDS)
+                beat("paused")
                 stop, waiting, saving = largest(
-                    [float(session.stop.requested), float(self.waiting), float(session.saver.busy)], session.device
+                    [float(session.control.reason), float(self.waiting), float(session.saver.busy)], session.device
                 )
                 session.saver.poll(saving > 0)
                 self.settle()

@@ -15,6 +15,7 @@ from megazh.model.generate import generate
 from megazh.model.sampling import SamplingOptions
 from megazh.pipeline.generate import pipeline_forward
 from megazh.progress import duration
+from megazh.run.pulse import beat
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import decode_whole
 from megazh.training.held_out import HeldOut, Validation
@@ -114,6 +115,7 @@ def sample_text(
         tokens: list[int] = []
         for token in generate(forward, ids, count, options, tokenizer.vocab_size, prompting.end_ids, seed):
             tokens.append(token)
+            beat("sampling")
             if len(tokens) % _TOKENS_PER_POLL == 0 and _agree_in_replica(module, stop()):
                 return None
     finally:

@@ -9,6 +9,7 @@ import torch
 from megazh.index.loader import Batch, ahead, training_batches
 from megazh.index.mixture import Mixture, ValidationSamples
 from megazh.model.document_map import encode_document_map
+from megazh.run.pulse import beat
 from megazh.training.layout import Layout
 
 MicroBatch = tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -63,6 +64,7 @@ def _scale(mixture: Mixture, size: int, passed: int, pinned: bool, step: int) ->
 
 
 def _micro_batch(batch: Batch, scale: torch.Tensor) -> MicroBatch:
+    beat("training")
     return (batch["tokens"], batch["document_map"]), (batch["labels"], scale)
 
 
@@ -104,6 +106,7 @@ class ValidationFeed:
             samples = self._samples.batch([*rows, *[0] * missing])
             tokens, labels, position_ids, cu_seqlens = map(torch.from_numpy, samples)
             labels[len(rows) :] = -100
+            beat("validation")
             yield (tokens, encode_document_map(position_ids, cu_seqlens)), (labels, scale)
 
 

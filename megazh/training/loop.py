@@ -14,6 +14,7 @@ from megazh.pipeline.engine import check_tied, make_engine, quiet
 from megazh.pipeline.module import Z_LOSS, DecoderPipeline
 from megazh.run.folder import RunFolder
 from megazh.training.collect import largest
+from megazh.training.control import Control
 from megazh.training.cut import agree_on_bounds
 from megazh.training.describe import describe_kernels
 from megazh.training.evaluate import Validation, Validator, sample_text
@@ -25,12 +26,11 @@ from megazh.training.recipe import Kernels, Recipe
 from megazh.training.session import Agreed, Session, StepResult, train_as
 from megazh.training.stages import describe_parts, work_of
 from megazh.training.startup import Startup
-from megazh.training.stop import StopRequest
 
 
-def train(path: Path, device: torch.device, stop: StopRequest, startup: Startup) -> None:
+def train(path: Path, device: torch.device, control: Control, startup: Startup) -> None:
     """Train the run in folder `path` to its end; see `megazh.training.session.train_as`."""
-    train_as(Trainer, path, device, stop, startup)
+    train_as(Trainer, path, device, control, startup)
 
 
 class Trainer(Session):
@@ -44,10 +44,10 @@ class Trainer(Session):
         recipe: Recipe,
         layout: Layout,
         device: torch.device,
-        stop: StopRequest,
+        control: Control,
         startup: Startup | None = None,
     ) -> None:
-        super().__init__(run, recipe, layout, device, stop, startup)
+        super().__init__(run, recipe, layout, device, control, startup)
         kernels = recipe.parallel.kernels is Kernels.AUTO
         backend = choose_backend(recipe.model, device, self.precision.compute.torch, kernels, recipe.low_rank)
         self.work = work_of(recipe, layout, self.precision, backend)
@@ -159,7 +159,7 @@ class Trainer(Session):
         """See `Session`."""
 
         def agree(seconds: float) -> tuple[bool, float]:
-            stop, slowest = largest([float(self.stop.requested), seconds], self.device)
+            stop, slowest = largest([float(self.control.reason), seconds], self.device)
             return stop > 0, slowest
 
         assert self._validator is not None
@@ -167,4 +167,6 @@ class Trainer(Session):
 
     def generate(self, prompt: str, tokens: int, seed: int, options: SamplingOptions) -> str | None:
         """See `Session`."""
-        return sample_text(self.engine, self.prompting, prompt, tokens, seed, lambda: self.stop.requested, options)
+        return sample_text(
+            self.engine, self.prompting, prompt, tokens, seed, lambda: bool(self.control.reason), options
+        )

@@ -319,6 +319,18 @@ class EvaluationConfig(Config):
     """Largest number of tokens in a sampled continuation or answer."""
 
 
+class ControlConfig(Config):
+    """When an attempt stops by itself."""
+
+    max_hours: Annotated[Positive | None, MAY_CHANGE] = None
+    """Hours from the start of an attempt after which it saves and ends with exit code 75, to be started again.
+    Default: no limit."""
+    hang_minutes: Annotated[NotNegative, MAY_CHANGE] = 30.0
+    """Minutes without a sign of progress (a micro-batch, a step, a piece of a validation, a sampled token, a file of a
+    checkpoint) after which a run is taken for one that hangs: its stacks are logged, and it ends with exit code 5;
+    0: never."""
+
+
 class LoggingConfig(Config):
     """Trackers, and reference figures that logs and plans compare with."""
 
@@ -365,6 +377,8 @@ class Recipe(Config):
     """Reaction to spikes of the loss."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation and sampled continuations during training."""
+    control: ControlConfig = ControlConfig()
+    """When an attempt stops by itself."""
     logging: LoggingConfig = LoggingConfig()
     """Trackers, and reference figures that logs and plans compare with."""
     lora: LoraConfig = LoraConfig()

@@ -22,6 +22,7 @@ from megazh.run.changes import Change
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import VALIDATION, Metrics, StepRecord, sample_of
 from megazh.run.peaks import mfu, peak_flops
+from megazh.run.pulse import beat
 from megazh.run.state import State
 from megazh.run.trackers.start import TRACKERS
 from megazh.run.trackers.tracker import TrackedRun
@@ -29,11 +30,13 @@ from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path,
 from megazh.training.checkpoint_read import load_checkpoint
 from megazh.training.collect import largest, of_rank_0
 from megazh.training.commands import Commands
+from megazh.training.control import Control, Interrupted, Reason
 from megazh.training.describe import describe_devices
 from megazh.training.evaluate import SAMPLING
 from megazh.training.garbage import COLLECT_EVERY, collect_on_request_only
 from megazh.training.gpu_memory import limit_memory, peak_memory
 from megazh.training.guard import Guard, Verdict
+from megazh.training.hang import limit_collectives, start_limit, step_limit
 from megazh.training.health import diverged, find_not_finite
 from megazh.training.held_out import Validation
 from megazh.training.layout import Layout, make_layout
@@ -47,11 +50,6 @@ from megazh.training.retention import keep_rule, prune, validation_losses
 from megazh.training.rollback import roll_back
 from megazh.training.saver import Saver, mark_complete
 from megazh.training.startup import Startup
-from megazh.training.stop import StopRequest
-
-
-class Interrupted(Exception):
-    """A rank was requested to stop; finished steps are saved."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,8 @@ class StepResult:
 class Agreed:
     """What all ranks know of a step."""
 
-    stop: bool
-    """A rank was requested to stop."""
+    reason: Reason
+    """The weightiest reason to stop that any rank knows."""
     verdict: Verdict
     """The guard's decision."""
     commands: bool
@@ -102,7 +100,7 @@ class Session(ABC):
         recipe: Recipe,
         layout: Layout,
         device: torch.device,
-        stop: StopRequest,
+        control: Control,
         startup: Startup | None = None,
     ) -> None:
         """Open the data, and agree with the other ranks on the checkpoint to go on from.
@@ -119,7 +117,7 @@ class Session(ABC):
             MegazhError: data or checkpoints fail, as the functions called here document.
         """
         self.startup = startup or Startup()
-        self.folder, self.recipe, self.layout, self.device, self.stop = run, recipe, layout, device, stop
+        self.folder, self.recipe, self.layout, self.device, self.control = run, recipe, layout, device, control
         self.live = LiveRecipe(recipe, run.changes())
         self.steps = recipe.total_steps
         """Optimizer steps of the run."""
@@ -265,14 +263,16 @@ class Session(ABC):
     def record(self, result: StepResult) -> Agreed:
         """Count and record a step; returns what all ranks know of it."""
         self.step += 1
+        beat("training", step=self.step)
         if not self._has_stepped:
             self._has_stepped = True
+            limit_collectives(step_limit(self.recipe.control.hang_minutes * 60))
             self.startup.done("first step")
             self.log(self.startup.describe())
             collect_on_request_only()
-        stop, data_seconds, memory, reserved, verdict, saving, commands = largest(
+        reason, data_seconds, memory, reserved, verdict, saving, commands = largest(
             [
-                float(self.stop.requested),
+                float(self.control.reason),
                 result.data_seconds,
                 *peak_memory(self.device),
                 float(self.guard.verdict),
@@ -283,7 +283,7 @@ class Session(ABC):
         )
         self.saver.poll(saving > 0)
         self.commands.settle()
-        agreed = Agreed(stop > 0, Verdict(int(verdict)), commands > 0)
+        agreed = Agreed(_noted(reason), Verdict(int(verdict)), commands > 0)
         self.guard.count(self.step, agreed.verdict)
         rate_all = self.recipe.batch_tokens / result.seconds
         rate = rate_all / self.layout.ranks
@@ -323,9 +323,9 @@ class Session(ABC):
         self.check_health()
         went_back = self._skip_or_go_back()
         if not went_back:
-            self._save_if_due(agreed.stop)
-        if agreed.stop:
-            raise Interrupted
+            self._save_if_due(bool(agreed.reason))
+        if agreed.reason:
+            raise self._stopped(agreed.reason)
         self.check_data_left()
         if not went_back:
             self.evaluate()
@@ -423,8 +423,11 @@ class Session(ABC):
         Raises:
             Interrupted: a rank was requested to stop.
         """
-        if self.stop_is_agreed():
-            raise Interrupted  # during start-up: there is nothing to save
+        limit_collectives(start_limit(self.recipe.control.hang_minutes * 60))
+        reason = self.agreed_reason()
+        self.control.begin()
+        if reason:
+            raise self._stopped(reason)  # there is nothing to save
         self.evaluated = of_rank_0(self.metrics.evaluated_at(self.step))
         self.evaluate()
         self.check_data_left()
@@ -505,21 +508,37 @@ class Session(ABC):
         warmup = warmup_steps(self.steps, recipe.schedule.warmup)
         return learning_rate(step, self.steps, recipe.optimizer.learning_rate, warmup, recipe.schedule.min_lr_ratio)
 
+    def agreed_reason(self) -> Reason:
+        """The weightiest reason to stop that any rank knows."""
+        return _noted(largest([float(self.control.reason)], self.device)[0])
+
     def stop_is_agreed(self) -> bool:
         """Whether any rank was requested to stop."""
-        return largest([float(self.stop.requested)], self.device)[0] > 0
+        return bool(self.agreed_reason())
 
     def interrupt(self) -> NoReturn:
         """Save the current step, unless that was done or it is the first, and end."""
         self.commands.state(State.STOPPING)
+        reason = self.agreed_reason()
         self._save_now()
-        raise Interrupted
+        raise self._stopped(reason)
 
     def _save_now(self) -> None:
         """Save the current step, unless that was done or it is the first."""
         self.saver.wait()
         if self.step and not self.saved_or_saving:
             self.save()
+
+    def _stopped(self, reason: Reason) -> Interrupted:
+        """Record a stop; returns what ends the run."""
+        self.metrics.event(
+            self.step,
+            "stop",
+            f"stopped at step {self.step} of {self.steps}: {reason.text}",
+            reason=reason.name.lower(),
+            exit_code=reason.exit_code,
+        )
+        return Interrupted(reason)
 
     @property
     def saved_or_saving(self) -> bool:
@@ -579,7 +598,7 @@ class Session(ABC):
         return prune(saved.parent, keep_rule(self.recipe), losses, step_of(saved))
 
 
-def train_as(engine: type[Session], path: Path, device: torch.device, stop: StopRequest, startup: Startup) -> None:
+def train_as(engine: type[Session], path: Path, device: torch.device, control: Control, startup: Startup) -> None:
     """Train the run in folder `path` to its end, with an engine. All ranks call it.
 
     Args:
@@ -594,7 +613,7 @@ def train_as(engine: type[Session], path: Path, device: torch.device, stop: Stop
     """
     run = RunFolder(path)
     recipe = run_recipe(run)
-    session = engine(run, recipe, make_layout(recipe, dist.get_world_size()), device, stop, startup)
+    session = engine(run, recipe, make_layout(recipe, dist.get_world_size()), device, control, startup)
     devices = describe_devices(device)
     if dist.get_rank() == 0:
         run.record(session.recorded_recipe.to_yaml())
@@ -606,6 +625,14 @@ def train_as(engine: type[Session], path: Path, device: torch.device, stop: Stop
         raise
     finally:
         session.commands.close(has_stopped=False)
+
+
+def _noted(number: float) -> Reason:
+    """The reason of that number; where there is one, the launcher learns of it, too."""
+    reason = Reason(int(number))
+    if reason:
+        beat("stopping", reason=reason)
+    return reason
 
 
 def hash_seed(*parts: int) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import psutil
 
+from megazh.run.pulse import beat
+
 BEGUN = "MEGAZH_BEGUN"
 """Environment variable with the start time of the command, in seconds since the epoch; launchers pass it to ranks."""
 
@@ -71,6 +73,12 @@ class Startup:
         now = time.time() if now is None else now
         self._phases.append((phase, max(0.0, now - self._last)))
         self._last = now
+        beat(f"after {phase}")
+
+    @property
+    def begun(self) -> float:
+        """Start time of the command, in seconds since the epoch."""
+        return self._begun
 
     def describe(self) -> str:
         """`first step after 14.2 s: launcher 1.4, imports 6.0, ...`; phases below 0.05 s are left out."""

@@ -10,21 +10,23 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megazh import __version__
 from megazh.console import LAST_WORDS, finish_console, lenient, mark
-from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
+from megazh.errors import MegazhError, UsageError, WorkerError
 from megazh.program import program, runnable
 from megazh.progress import duration
 from megazh.run.folder import RunFolder
+from megazh.run.pulse import beat, open_pulse
+from megazh.training.control import Control, Interrupted, Reason
+from megazh.training.hang import start_limit, watch_alone, write_stacks_to
 from megazh.training.layout import make_layout
 from megazh.training.recipe import Recipe, run_recipe
 from megazh.training.startup import Startup
-from megazh.training.stop import StopRequest
 
 if TYPE_CHECKING:
     import torch
@@ -35,22 +37,36 @@ def work(run: Path) -> int:
 
     RUN/logs/rank_N.log gets lines about begin and end of this rank, and its error. Nothing is raised.
     """
-    stop, startup, notes = StopRequest(), Startup(), _Notes(RunFolder(run).logs)
-    begun = time.monotonic()
+    notes, begun = _Notes(RunFolder(run).logs), time.monotonic()
+    watched = open_pulse()
+
+    def end(code: int) -> int:
+        notes.add(f"ended with exit code {code} after {duration(time.monotonic() - begun)}")
+        return code
+
+    def leave_at_once(reason: Reason) -> None:
+        notes.add(f"stopped before the first step: {reason.text}")
+        beat("stopped", reason=reason)
+        leave(end(reason.exit_code))
+
+    def give_up(what: str) -> None:
+        leave(end(notes.fail(f"error: rank {os.environ.get('RANK')}: {what}", WorkerError.exit_code)))
+
+    control, startup = Control(leave_at_once), Startup()
+    write_stacks_to(notes.path)
     try:
-        code = _train(run, stop, startup, notes)
+        return end(_train(run, control, startup, notes, lambda limit: None if watched else watch_alone(limit, give_up)))
     except BaseException:  # a bug, or a library that gave up
-        notes.fail(traceback.format_exc().rstrip())
-        code = 1
-    notes.add(f"ended with exit code {code} after {duration(time.monotonic() - begun)}")
-    return code
+        return end(notes.fail(traceback.format_exc().rstrip()))
 
 
-def _train(run: Path, stop: StopRequest, startup: Startup, notes: _Notes) -> int:
+def _train(run: Path, control: Control, startup: Startup, notes: _Notes, watch: Callable[[float], None]) -> int:
     notes.add(f"process {os.getpid()} on {os.uname().nodename}: {_versions()}")
     try:
         recipe, engine = run_recipe(RunFolder(run)), RunFolder(run).info().engine
-        device_type = recipe.parallel.device.value
+        device_type, hang_seconds = recipe.parallel.device.value, recipe.control.hang_minutes * 60
+        control.limit(recipe.control.max_hours, startup.begun)
+        watch(hang_seconds)
         # DeepSpeed's launcher sets neither; both are read when CUDA and DeepSpeed are imported.
         os.environ.setdefault("DS_ACCELERATOR", device_type)
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -58,7 +74,6 @@ def _train(run: Path, stop: StopRequest, startup: Startup, notes: _Notes) -> int
             import torch
 
             from megazh.training.loop import train  # imports DeepSpeed, which looks for its accelerator
-            from megazh.training.session import Interrupted
 
             if engine == "hf":
                 from megazh.training.hf.loop import train
@@ -66,15 +81,16 @@ def _train(run: Path, stop: StopRequest, startup: Startup, notes: _Notes) -> int
         return notes.fail(f"error: {runnable(str(error))}", error.exit_code)
     startup.done("imports")
     try:
-        device = join(device_type)
+        device = join(device_type, hang_seconds)
         startup.done("joining the ranks")
         notes.add(_place(recipe, device))
         with _ended_group():
-            train(run, device, stop, startup)
+            train(run, device, control, startup)
     except MegazhError as error:
         return notes.fail(f"error: {runnable(str(error))}", error.exit_code)
-    except Interrupted:
-        return INTERRUPTED
+    except Interrupted as stopped:
+        notes.add(f"stopped: {stopped.reason.text}")
+        return stopped.reason.exit_code
     except torch.OutOfMemoryError as error:
         first = ". ".join(str(error).split(". ")[:2])
         return notes.fail(
@@ -93,7 +109,7 @@ class _Notes:
 
     def __init__(self, logs: Path) -> None:
         self._rank = os.environ.get("RANK", "0")
-        self._path = logs / f"rank_{self._rank}.log"
+        self.path = logs / f"rank_{self._rank}.log"
 
     def add(self, text: str) -> None:
         """Add a line with the time."""
@@ -113,13 +129,13 @@ class _Notes:
 
     def _append(self, line: str) -> None:
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "ab") as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
                 file.write(line.encode("utf-8", "replace"))
 
     def _is_stderr(self) -> bool:
         try:
-            return os.path.samestat(os.fstat(2), self._path.stat())
+            return os.path.samestat(os.fstat(2), self.path.stat())
         except OSError:
             return False
 
@@ -167,8 +183,13 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def join(device_type: str) -> torch.device:
-    """Choose this rank's device, `cpu` or `cuda`, and join the process group of all ranks."""
+def join(device_type: str, hang_seconds: float = 0.0) -> torch.device:
+    """Choose this rank's device, `cpu` or `cuda`, and join the process group of all ranks.
+
+    Args:
+        device_type: `cpu` or `cuda`.
+        hang_seconds: seconds without progress that are a hang; 0: nothing is one.
+    """
     # DeepSpeed broadcasts a flag inside a backward pass, and calls barrier() without naming its device: both harmless.
     warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
     warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device")
@@ -198,7 +219,11 @@ def join(device_type: str) -> torch.device:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     with quiet():
-        deepspeed.init_distributed(dist_backend="gloo" if device_type == "cpu" else "nccl", auto_mpi_discovery=False)
+        deepspeed.init_distributed(
+            dist_backend="gloo" if device_type == "cpu" else "nccl",
+            auto_mpi_discovery=False,
+            timeout=start_limit(hang_seconds),
+        )
     return device
 
 

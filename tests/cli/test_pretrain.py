@@ -19,7 +19,7 @@ from processes import Finished, Running, run_command, start_command, wait_until
 from megazh.cli import main
 from megazh.cluster import start as starting
 from megazh.console import MARK
-from megazh.errors import INTERRUPTED, BusyError, DataError, UsageError, WorkerError
+from megazh.errors import INTERRUPTED, REQUEUE, BusyError, DataError, UsageError, WorkerError
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
@@ -214,7 +214,11 @@ def recorded(run: Path) -> int:
 def errors(finished: Finished) -> list[str]:
     """megazh's own lines on stderr; torch may print warnings there."""
     assert "Traceback" not in finished.stderr
-    return [line for line in finished.stderr.splitlines() if line.startswith(("error", "stopping", "interrupted"))]
+    return [
+        line
+        for line in finished.stderr.splitlines()
+        if line.startswith(("error", "stopping", "stopped: ", "interrupted"))
+    ]
 
 
 @pytest.mark.ranks
@@ -308,10 +312,10 @@ def test_moved_elsewhere_it_needs_no_data(here: Path, env: dict[str, str | None]
 
 
 @contextlib.contextmanager
-def training(here: Path, env: dict[str, str | None], name: str) -> Iterator[Running]:
+def training(here: Path, env: dict[str, str | None], name: str, *settings: str) -> Iterator[Running]:
     """Start the run `runs/NAME`; the block begins after two steps."""
     run = here / "runs" / name
-    with start_command([*PRETRAIN, "-r", f"runs/{name}"], env, here) as running:
+    with start_command([*PRETRAIN, "-r", f"runs/{name}", *settings], env, here) as running:
         wait_until(lambda: recorded(run) >= 2 or running.process.poll() is not None, 120, f"two steps of {name}")
         assert running.process.poll() is None, running.wait(1)
         yield running
@@ -328,7 +332,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(here: Path, env: dict[str, st
         assert running.descendants() == []
     assert finished.returncode == INTERRUPTED
     assert errors(finished) == [
-        "stopping: the ranks save and end (a second Ctrl-C kills them)",
+        "stopping: interrupted (Ctrl-C); the ranks save and end (a second Ctrl-C kills them)",
         f"interrupted; {AGAIN}",
     ]
     (checkpoint,) = list_checkpoints(run / "checkpoints")
@@ -338,6 +342,45 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(here: Path, env: dict[str, st
     assert finished.returncode == 0, finished
     assert f"resumed at step {step} of {STEPS}" in finished.stdout
     assert losses(run) == losses(here / "runs" / "mini"), "as if it had not been interrupted"
+    assert ends(run) == [(INTERRUPTED, "interrupted (Ctrl-C)"), (0, "done")]
+    (stop,) = (each for each in read_metrics(run) if each["kind"] == "event" and each["name"] == "stop")
+    assert (stop["step"], stop["details"]) == (step, {"reason": "person", "exit_code": INTERRUPTED})
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.usefixtures("complete")
+def test_a_signal_while_the_ranks_start_ends_them_at_once(here: Path, env: dict[str, str | None]) -> None:
+    run = here / "runs" / "early"
+    with start_command([*PRETRAIN, "-r", "runs/early"], env, here) as running:
+        log = run / "logs" / "rank_1.log"
+        wait_until(lambda: log.exists() and "process" in log.read_text(), 60, "rank 1 has begun")
+        running.process.send_signal(signal.SIGUSR1)
+        finished = running.wait(10)
+        assert running.descendants() == []
+    assert finished.returncode == REQUEUE
+    assert errors(finished)[-1] == f"stopped: the time limit is near (SIGUSR1); {AGAIN}"
+    assert ends(run) == [(REQUEUE, "the time limit is near (SIGUSR1)")]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.usefixtures("complete")
+def test_a_rank_that_is_stopped_ends_the_run(here: Path, env: dict[str, str | None]) -> None:
+    with training(here, env, "hangs", "hang_minutes=0.1") as running:
+        os.kill(process_of_rank(running, 1), signal.SIGSTOP)
+        finished = running.wait(30)
+        assert running.descendants() == []
+    assert finished.returncode == WorkerError.exit_code
+    (line,) = errors(finished)
+    assert line.startswith("error: no rank has got on for 0:00:06 after step ")
+    assert "the others wait for rank 1 (stage 1), which is stopped by a signal (SIGSTOP); it is in " in line
+    assert ends(here / "runs" / "hangs") == [(WorkerError.exit_code, line)]
+    for rank in range(2):
+        stacks = (here / "runs" / "hangs" / "logs" / f"rank_{rank}.log").read_text()
+        assert re.search(
+            r'\n(Current t|T)hread .*\n(  File .*\n)+  File "\S*/training/loop.py", line \d+ in take_step\n', stacks
+        )
 
 
 @pytest.mark.ranks
@@ -353,6 +396,7 @@ def test_a_killed_rank_is_named_and_nothing_is_left(here: Path, env: dict[str, s
         "error: rank 1 (stage 1) was killed by signal 9 (out of memory?); all ranks ended; its last output is in "
         f"runs/killed/logs/rank_1.log; {AGAIN}"
     ]
+    assert ends(here / "runs" / "killed") == [(WorkerError.exit_code, errors(finished)[0])]
 
 
 @pytest.mark.ranks
@@ -404,7 +448,15 @@ def test_closing_the_terminal_saves(here: Path, env: dict[str, str | None]) -> N
         os.waitpid(process, 0)
     (checkpoint,) = list_checkpoints(run.checkpoints)
     assert 2 <= read_manifest(checkpoint).step == recorded(run.path) < STEPS
-    assert f"\ninterrupted; {AGAIN}\n" in log.read_text()
+    assert f"\nstopped: the terminal was closed (SIGHUP); {AGAIN}\n" in log.read_text()
+    assert ends(run.path) == [(INTERRUPTED, "the terminal was closed (SIGHUP)")]
+
+
+def ends(run: Path) -> list[tuple[int | None, str | None]]:
+    """Exit code and reason of each attempt of a run, as run.json has them."""
+    attempts = RunFolder(run).info().attempts
+    assert all(attempt.ended is not None and attempt.ended >= attempt.started for attempt in attempts)
+    return [(attempt.exit_code, attempt.reason) for attempt in attempts]
 
 
 def process_of_rank(running: Running, rank: int) -> int:

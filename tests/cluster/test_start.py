@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Launches(list[dict[str, Any]]):
         gpu_ids: Sequence[str] | None,
         logs: Path,
         labels: Sequence[str],
+        hang_seconds: float,
+        at_end: Callable[[int, str], None],
     ) -> int:
         self.append({"arguments": arguments, "ranks": ranks, "gpu_ids": gpu_ids, "logs": logs, "labels": labels})
         return STOPPED

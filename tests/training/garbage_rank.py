@@ -15,14 +15,13 @@ from ranks import join_ranks, save_results
 from recipes import make_recipe
 
 from megazh.run.folder import RunFolder
+from megazh.training.control import Control, Interrupted, Reason
 from megazh.training.layout import make_layout
-from megazh.training.stop import StopRequest
 
 
 def train(folder: Path, manifest: str) -> dict[str, Any]:
     """Whether objects are frozen and collection is automatic, before each step; and the steps with collections."""
     from megazh.training.loop import Trainer
-    from megazh.training.session import Interrupted
 
     recipe = make_recipe(
         model={"vocab_size": 512}, data={"manifest": manifest}, seq_len=64, steps=5, validate_every=3, sample_every=0,
@@ -31,7 +30,7 @@ def train(folder: Path, manifest: str) -> dict[str, Any]:
     run = RunFolder(folder / "run")
     run.begin(recipe.to_yaml(), recipe.open_mixture())
     gc.unfreeze()
-    trainer = Trainer(run, recipe, make_layout(recipe, 1), torch.device("cpu"), StopRequest())
+    trainer = Trainer(run, recipe, make_layout(recipe, 1), torch.device("cpu"), Control())
     before_steps: list[tuple[bool, bool]] = []
     collected_after: list[int] = []
 
@@ -44,7 +43,7 @@ def train(folder: Path, manifest: str) -> dict[str, Any]:
     def noting_step() -> Any:
         before_steps.append((gc.get_freeze_count() > 10_000, gc.isenabled()))
         if len(before_steps) == 5:
-            raise Interrupted
+            raise Interrupted(Reason.PERSON)
         return take_step()
 
     trainer.take_step = noting_step  # type: ignore[method-assign]

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from megazh.run.folder import RunFolder
 from megazh.run.metrics import Metrics
 from megazh.training.checkpoint_list import list_checkpoints
 from megazh.training.collect import of_rank_0
+from megazh.training.control import Control, Interrupted, Reason
 from megazh.training.layout import make_layout
 from megazh.training.recipe import Recipe
 
@@ -47,7 +47,6 @@ def recipe_on(manifest: str, stages: int, dtype: str) -> Recipe:
 
 def error_of(call: Callable[[], object]) -> str:
     """The class and the message of what `call` raises; empty if it raises nothing."""
-    from megazh.training.session import Interrupted
 
     try:
         call()
@@ -72,13 +71,13 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
     """What happens, as errors and names of checkpoints."""
     from megazh.training.loop import Trainer
 
-    run_folder, stop = RunFolder(folder / "run"), SimpleNamespace(requested=False)
+    run_folder, control = RunFolder(folder / "run"), Control()
     if dist.get_rank() == 0:
         run_folder.begin(recipe.to_yaml(), recipe.open_mixture())
     dist.barrier()
 
     def trainer() -> Any:
-        return Trainer(run_folder, recipe, make_layout(recipe, 2, stages), torch.device("cpu"), stop)  # type: ignore[arg-type]
+        return Trainer(run_folder, recipe, make_layout(recipe, 2, stages), torch.device("cpu"), control)
 
     def saved() -> list[str]:
         return [path.name for path in list_checkpoints(run_folder.checkpoints)]
@@ -126,11 +125,12 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
             norm.weight.data.copy_(kept)
         # Only one rank knows of the request to stop.
         own.evaluated = set()
-        stop.requested = dist.get_rank() == 1
+        if dist.get_rank() == 1:
+            own.control.request(Reason.TERMINATED)
         results["stop in validation"] = error_of(own.evaluate)
         own.evaluated, own.saver.saved_at = {"validation"}, own.step
         results["stop in a sample"] = error_of(own.sample)
-        stop.requested = False
+        own.control = Control()
         results["saved by a stop"] = saved()
         results["evaluated"] = of_rank_0(sorted(own.metrics.evaluated_at(3)))
         # A checkpoint that an earlier version saved with weights that are not finite.

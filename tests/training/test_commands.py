@@ -31,9 +31,20 @@ from megazh.run.metrics import read_metrics
 from megazh.run.requests import Answer, Command, Inbox, Request, read_private
 from megazh.training import commands
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
+from megazh.training.control import Reason
 
 STEPS = 100_000
 LAYOUT = (2, 1)
+
+
+class Requests:
+    """A `Control` that handles no signals."""
+
+    reason = Reason.NONE
+
+    def request(self, reason: Reason) -> None:
+        """See `Control`."""
+        self.reason = reason
 
 
 class Rank:
@@ -50,7 +61,7 @@ class Rank:
             step=7,
             recipe=make_recipe(),
             live=SimpleNamespace(changes=[]),
-            stop=SimpleNamespace(requested=False),
+            control=Requests(),
             saver=SimpleNamespace(step=None, saved_at=None, failure=""),
             validation_samples=0,
         )
@@ -75,7 +86,7 @@ def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rank:
 def test_a_stop_is_known_at_once_and_answered_at_the_end(rank: Rank) -> None:
     rank.send("1", command=Command.SAVE)
     rank.send("2", command=Command.STOP)
-    assert rank.session.stop.requested
+    assert rank.session.control.reason is Reason.COMMAND
     assert rank.answer("2") == ("accepted", "accepted: the run saves and ends after this step")
     rank.send("3", command=Command.STOP)
     rank.send("4", command=Command.PAUSE)

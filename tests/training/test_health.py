@@ -81,8 +81,12 @@ def test_a_loss_logits_or_validation_that_is_not_finite_ends_nothing(
 def test_a_request_to_stop_that_one_rank_knows_ends_all_within_validation_and_sampling(
     happened: tuple[Path, int, dict[str, Any]],
 ) -> None:
-    _, _, results = happened
-    assert (results["stop in validation"], results["stop in a sample"]) == ("Interrupted: ", "Interrupted: ")
+    run, _, results = happened
+    assert (results["stop in validation"], results["stop in a sample"]) == ("Interrupted: terminated (SIGTERM)",) * 2
+    stops = [event for event in read_metrics(run) if event["kind"] == "event" and event["name"] == "stop"]
+    assert {(event["step"], *event["details"].items()) for event in stops} == {
+        (3, ("reason", "terminated"), ("exit_code", 75))
+    }
     assert results["saved by a stop"] == ["step_00000003"]
     assert results["evaluated"] == ["sample 从前", "sample 小狗", "validation"], "only those before"
 

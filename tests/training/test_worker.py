@@ -1,17 +1,22 @@
 """A rank: what it leaves in its log, and how it ends when something fails that nobody expected."""
 
+import faulthandler
 import os
 import re
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import start_command, wait_until
 
 from megazh.console import LAST_WORDS
 from megazh.errors import DataError
 from megazh.run.folder import RunFolder
 from megazh.training import worker
+from megazh.training.control import SIGNALS
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +24,10 @@ def rank_1(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Be rank 1; its handlers of signals are taken away afterwards."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv(LAST_WORDS, raising=False)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
+    signal.set_wakeup_fd(-1)
+    faulthandler.unregister(signal.SIGUSR2)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -74,8 +81,16 @@ def test_a_full_disk_of_the_log_does_not_end_a_rank(tmp_path: Path, monkeypatch:
     assert worker.work(tmp_path) == DataError.exit_code
 
 
-def test_slurms_sigterm_requests_a_stop() -> None:
-    stop = worker.StopRequest()
-    assert not stop.requested
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.requested
+def test_a_signal_before_training_ends_the_rank_with_its_reason(tmp_path: Path) -> None:
+    script = "import sys, time; from megazh.training import worker; from pathlib import Path\n"
+    script += "worker.run_recipe = lambda run: (print('ready', flush=True), time.sleep(60))\n"
+    script += "worker.leave(worker.work(Path('.')))"
+    with start_command([sys.executable, "-c", script], cwd=tmp_path) as started:
+        log = tmp_path / "logs" / "rank_1.log"
+        wait_until(lambda: log.exists() and "process" in log.read_text(), 20, "the rank has begun")
+        time.sleep(0.2)
+        started.process.send_signal(signal.SIGUSR1)
+        assert started.wait(5).returncode == 75
+    stopped, end = log.read_text().splitlines()[-2:]
+    assert stopped.endswith("rank 1: stopped before the first step: the time limit is near (SIGUSR1)")
+    assert " rank 1: ended with exit code 75 after 0:00:0" in end

@@ -73,8 +73,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         port = free.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["DS_ACCELERATOR"] = arguments.device
+    from megazh.training.control import Control
     from megazh.training.loop import Trainer
-    from megazh.training.stop import StopRequest
     from megazh.training.worker import join
 
     device = join(arguments.device)
@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     run_folder = RunFolder(folder / "run")
     run_folder.begin(recipe.to_yaml(), recipe.open_mixture())
     Inbox.clear(run_folder)  # so that the run listens to commands
-    trainer = Trainer(run_folder, recipe, make_layout(recipe, 1), device, StopRequest())
+    trainer = Trainer(run_folder, recipe, make_layout(recipe, 1), device, Control())
     engine = trainer.engine
     inside: list[float] = []
     plain = engine.train_batch

@@ -77,8 +77,8 @@ def profile(arguments: argparse.Namespace, folder: Path) -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["DS_ACCELERATOR"] = "cuda"
     from megazh.run.metrics import Metrics
+    from megazh.training.control import Control
     from megazh.training.loop import Trainer
-    from megazh.training.stop import StopRequest
     from megazh.training.worker import join
 
     settings = [
@@ -95,7 +95,7 @@ def profile(arguments: argparse.Namespace, folder: Path) -> None:
     make_mixture(folder, tokens, recipe.model.vocab_size, arguments.document_tokens, 0)
     run_folder = RunFolder(folder / "run")
     run_folder.begin(recipe.to_yaml(), recipe.open_mixture())
-    trainer = Trainer(run_folder, recipe, make_layout(recipe, 1), join("cuda"), StopRequest())
+    trainer = Trainer(run_folder, recipe, make_layout(recipe, 1), join("cuda"), Control())
     with Metrics(folder / "run", 0, quiet=True) as trainer.metrics:
         for _ in range(WARM_UP):
             trainer.take_step()

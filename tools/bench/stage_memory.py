@@ -161,8 +161,8 @@ class _Steps(Metrics):
 def serve(arguments: argparse.Namespace) -> None:
     """The process of `measure`: one rank of one stage."""
     from megazh.pipeline.engine import use_no_compiled_operators
+    from megazh.training.control import Control
     from megazh.training.loop import Trainer
-    from megazh.training.stop import StopRequest
 
     stage: int = arguments.serve
     recipe, layout, _ = prepare(arguments)
@@ -181,7 +181,7 @@ def serve(arguments: argparse.Namespace) -> None:
     folder = RunFolder(path)
     mixture = recipe.open_mixture()
     folder.begin(recipe.to_yaml(), mixture)
-    trainer = Trainer(folder, recipe, layout, device, StopRequest())
+    trainer = Trainer(folder, recipe, layout, device, Control())
     if stage > 0:
         _tell_shapes(trainer.engine, recipe, mixture.shape.max_docs)
     with _Steps(path) as steps:

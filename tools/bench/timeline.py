@@ -94,15 +94,15 @@ def serve(path: Path) -> None:
     import torch.distributed as dist
 
     from megazh.run.metrics import Metrics
+    from megazh.training.control import Control
     from megazh.training.layout import make_layout
     from megazh.training.loop import Trainer
-    from megazh.training.stop import StopRequest
     from megazh.training.worker import join, leave
 
     device = join("cuda")
     folder = RunFolder(path)
     recipe = run_recipe(folder)
-    trainer = Trainer(folder, recipe, make_layout(recipe, dist.get_world_size()), device, StopRequest())
+    trainer = Trainer(folder, recipe, make_layout(recipe, dist.get_world_size()), device, Control())
     with Metrics(path, 0, quiet=dist.get_rank() != 0) as trainer.metrics:
 
         def steps(number: int) -> float:

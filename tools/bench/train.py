@@ -92,9 +92,9 @@ def serve_megazh(path: Path, device_type: str) -> None:
     import torch.distributed as dist
 
     from megazh.run.metrics import METRICS, Metrics
+    from megazh.training.control import Control
     from megazh.training.layout import make_layout
     from megazh.training.loop import Trainer
-    from megazh.training.stop import StopRequest
     from megazh.training.worker import join, leave
 
     startup.done("imports")
@@ -108,7 +108,7 @@ def serve_megazh(path: Path, device_type: str) -> None:
         dist.barrier()
         dist.destroy_process_group()
         leave(0)
-    trainer = Trainer(folder, recipe, layout, device, StopRequest(), startup)
+    trainer = Trainer(folder, recipe, layout, device, Control(), startup)
     seconds = []
     with Metrics(path, 0, quiet=dist.get_rank() != 0) as trainer.metrics:
         for _ in range(recipe.total_steps):
@@ -138,11 +138,11 @@ def _serve_hf(folder: RunFolder, recipe: Recipe, device: torch.device, startup: 
     import torch.distributed as dist
 
     from megazh.run.metrics import METRICS
+    from megazh.training.control import Control
     from megazh.training.hf.loop import HfRun
     from megazh.training.layout import make_layout
-    from megazh.training.stop import StopRequest
 
-    HfRun(folder, recipe, make_layout(recipe, dist.get_world_size()), device, StopRequest(), startup).run()
+    HfRun(folder, recipe, make_layout(recipe, dist.get_world_size()), device, Control(), startup).run()
     if dist.get_rank() == 0:
         lines = (folder.path / METRICS).read_text().splitlines()
         records = [record for record in map(json.loads, lines) if record["kind"] == "step"]

@@ -16,40 +16,48 @@ from megazh.cluster.hostfile import Host, read_hostfile
 from megazh.cluster.launchers.local import free_port
 from megazh.cluster.launchers.rank_log import Output
 from megazh.console import CONSOLE_LOG, open_console
-from megazh.errors import INTERRUPTED, DivergedError, UsageError, WorkerError
+from megazh.errors import INTERRUPTED, REQUEUE, DivergedError, SaveError, UsageError, WorkerError
+from megazh.training.control import SIGNALS, Reason
 from megazh.training.job import Job
 
 _POLL_SECONDS = 0.1
+_OF_RANKS = (DivergedError.exit_code, SaveError.exit_code, REQUEUE, INTERRUPTED)
+"""Exit codes that DeepSpeed's launcher has from the ranks, which have printed why: the same again would not help, or
+they have stopped by themselves."""
 
 
 def launch(job: Job) -> int:
     """Run DeepSpeed's launcher to its end; returns the exit code.
 
-    It decides how its ranks end: on a signal they do not get to save.
+    It decides how its ranks end: on a signal, which it gets as SIGINT, they do not get to save. The exit code is
+    that of the signal's reason nevertheless.
 
     Raises:
         UsageError: as `command`.
     """
     with open_console() as console:
         console.log_to(job.run.logs / CONSOLE_LOG)
-        return _run(command(job))
+        code, reason = _run(command(job))
+        job.run.end(code, reason)
+        return code
 
 
-def _run(command: list[str]) -> int:
+def _run(command: list[str]) -> tuple[int, str]:
+    """Run DeepSpeed's launcher; returns the exit code and the reason."""
     # Not the terminal itself: DeepSpeed's launcher and pdsh would end where it is gone.
     out, err = Output("stdout"), Output("stderr")
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # DeepSpeed hands PYTHON* on to the hosts
     process = subprocess.Popen(command, stdout=out.descriptor, stderr=err.descriptor, env=environment)
-    interrupted = False
+    reason = Reason.NONE
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
+        nonlocal reason
+        reason = max(reason, SIGNALS[signal.Signals(number)])
         process.send_signal(signal.SIGINT)  # then wait: this process holds the lock of the run folder
 
     before = {
         each: signal.signal(each, forward)
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for each in SIGNALS
         if signal.getsignal(each) != signal.SIG_IGN  # nohup has it ignored
     }
     try:
@@ -64,18 +72,18 @@ def _run(command: list[str]) -> int:
         err.close()
         for each, handler in before.items():
             signal.signal(each, handler)
-    if not code or code == DivergedError.exit_code:  # the ranks have said why, and the same again would diverge again
-        return code
     again = "run the same command again to resume from the last checkpoint"
-    if interrupted:
-        print(f"interrupted; {again}", file=sys.stderr, flush=True)
-        return INTERRUPTED
-    print(
-        f"error: DeepSpeed's launcher ended with exit code {code}; the output of the ranks is above; {again}",
-        file=sys.stderr,
-        flush=True,
-    )
-    return WorkerError.exit_code
+    if not code:
+        return 0, "done"
+    if reason:
+        code, line = reason.exit_code, f"{'interrupted' if reason is Reason.PERSON else reason.text}; {again}"
+    elif code in _OF_RANKS:
+        return code, f"the ranks ended with exit code {code}, and have printed why"
+    else:
+        line = f"error: DeepSpeed's launcher ended with exit code {code}; the output of the ranks is above; {again}"
+        code = WorkerError.exit_code
+    print(line, file=sys.stderr, flush=True)
+    return code, reason.text or line
 
 
 def command(job: Job) -> list[str]:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +18,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from megazh.cluster.launchers.environment import environment_of_ranks, refuse_copies
+from megazh.cluster.launchers.hang import Watch, explain
 from megazh.cluster.launchers.rank_log import Output, RankLog
 from megazh.console import CONSOLE_LOG, LAST_WORDS, open_console
-from megazh.errors import INTERRUPTED, UsageError, WorkerError
+from megazh.errors import INTERRUPTED, REQUEUE, WorkerError
+from megazh.progress import duration
+from megazh.run.pulse import PULSE, Pulses
+from megazh.training.control import SIGNALS, Reason
 from megazh.training.job import Job
 from megazh.training.startup import start_times
 
@@ -43,22 +47,8 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
-# Variables of other launchers about this process; a rank that read them would use a wrong rank number.
-_FOREIGN_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "TORCHELASTIC_")
-_FOREIGN = {
-    "SLURM_GTIDS",
-    "SLURM_LOCALID",
-    "SLURM_NODEID",
-    "SLURM_NPROCS",
-    "SLURM_NTASKS",
-    "SLURM_PROCID",
-    "SLURM_STEP_NUM_TASKS",
-    "SLURM_TASKS_PER_NODE",
-    "SLURM_TASK_PID",
-}
-_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
-_SIGNALLED = (-signal.SIGINT, -signal.SIGTERM)  # exit codes of a process that a signal ended before it could save
+_SIGNALLED = tuple(-number for number in SIGNALS)  # exit codes of a process that a signal ended before it could save
+_STOPPED = (INTERRUPTED, REQUEUE)  # exit codes of a rank that was requested to stop, and has saved
 _HINTS: dict[int, str] = {signal.SIGKILL: " (out of memory?)", signal.SIGBUS: " (is /dev/shm full?)"}
 
 
@@ -68,7 +58,10 @@ def launch(job: Job) -> int:
     arguments = ["-m", "megazh", *job.arguments]
     with open_console() as console:
         console.log_to(job.run.logs / CONSOLE_LOG)
-        return run_ranks(arguments, job.layout.ranks, env, job.devices.ids, job.run.logs, job.labels)
+        hang_seconds = job.recipe.control.hang_minutes * 60
+        return run_ranks(
+            arguments, job.layout.ranks, env, job.devices.ids, job.run.logs, job.labels, hang_seconds, job.run.end
+        )
 
 
 def command(job: Job) -> list[str]:
@@ -83,6 +76,8 @@ def run_ranks(
     gpu_ids: Sequence[int | str] | None,
     log_folder: Path,
     labels: Sequence[str] | None = None,
+    hang_seconds: float = 0.0,
+    at_end: Callable[[int, str], object] = lambda code, reason: None,
 ) -> int:
     """Run `ranks` processes `python ARGUMENTS` on this machine until all have ended; returns the exit code.
 
@@ -92,10 +87,11 @@ def run_ranks(
     this process goes on where its terminal, or the reader of its output, is stuck or gone.
 
     When a rank fails, the others are killed, and one line on stderr names the first that failed and why: its own line
-    `error: ...` where its exit code is one of megazh's errors. The first Ctrl-C (SIGINT; also SIGTERM and SIGHUP) sends
-    SIGINT to all ranks, which have 15 minutes to save and end; another Ctrl-C kills them. A second SIGTERM or SIGHUP
-    does not: Slurm and terminals that close send several. No process of the ranks outlives this one, even if this one
-    is killed.
+    `error: ...` where its exit code is one of megazh's errors. Ctrl-C (SIGINT), SIGTERM, SIGUSR1 and SIGHUP go to all
+    ranks as they are, which have 15 minutes to save and end. A second Ctrl-C kills them; a second of the other signals
+    does not: Slurm and terminals that close send several. Where no rank gives a sign of progress any longer (see
+    `megazh.run.pulse`), all are killed, their stacks are in their logs, and the line names the one that others wait
+    for. No process of the ranks outlives this one, even if this one is killed.
 
     Args:
         arguments: arguments of the Python interpreter in each rank.
@@ -104,27 +100,32 @@ def run_ranks(
         gpu_ids: CUDA devices 0, 1 and so on of the ranks: numbers as nvidia-smi counts, or UUIDs. None: CPU.
         log_folder: folder of the ranks' logs.
         labels: names of the ranks in messages, such as `rank 1 (stage 1)`.
+        hang_seconds: seconds without progress of any rank that are a hang; 0: nothing is one.
+        at_end: called with the exit code and the reason, before this returns.
 
     Returns:
-        0 if all ranks ended with 0, 130 if stopped by Ctrl-C, else the code of the first failure; see `megazh.errors`.
+        0 if all ranks ended with 0; where a stop was requested, the code of its reason (see
+        `megazh.training.control.Reason`); else the code of the first failure.
 
     Raises:
         UsageError: srun or mpirun started this process several times.
     """
-    _refuse_copies()
+    refuse_copies()
     log_folder.mkdir(parents=True, exist_ok=True)
     labels = labels or [f"rank {rank}" for rank in range(ranks)]
     with open_console() as console, _signals() as events:
         console.outlive()
         for attempt in range(_ATTEMPTS):
             with _reserved_port() as port:
-                environment = _environment(env, ranks, gpu_ids, port)
+                environment = environment_of_ranks(env, ranks, gpu_ids, port)
                 logs = [RankLog(log_folder / f"rank_{rank}.log") for rank in range(ranks)]
-                run = _Run(list(arguments), environment, logs)
+                run = _Run(list(arguments), environment, logs, labels, hang_seconds)
                 run.watch(events)
-            if run.failed is None or run.interrupted or attempt + 1 == _ATTEMPTS or not run.port_was_taken():
+            if run.failed is None or run.reason or attempt + 1 == _ATTEMPTS or not run.port_was_taken():
                 break
-        return _report(run, labels)
+        code, reason = _report(run, labels)
+        at_end(code, reason)
+        return code
 
 
 def free_port() -> int:
@@ -145,14 +146,27 @@ _Events = queue.SimpleQueue[_Exit | signal.Signals]
 class _Run:
     """Ranks that were started together."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], logs: list[RankLog]) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        logs: list[RankLog],
+        labels: Sequence[str],
+        hang_seconds: float,
+    ) -> None:
         self._arguments, self._environment = arguments, environment
-        self.logs = logs
+        self.logs, self._labels = logs, labels
         self._output = Output("stdout")  # of rank 0
         self.failed: _Exit | None = None
-        self.interrupted = False
+        self.reason = Reason.NONE
+        """Why the run is to stop, if it is."""
+        self.hang = ""
+        """Why the run was taken for one that hangs, if it was."""
         self.stuck: list[int] = []
         """Ranks that did not end in time."""
+        self._ctrl_c = 0
+        self._pulses = Pulses(len(logs))
+        self._watch = Watch(self._pulses, hang_seconds)
         self._alive: dict[int, subprocess.Popen[bytes]] = {}
         self._last_words: dict[int, int] = {}
         self._deadline: float | None = None
@@ -170,7 +184,9 @@ class _Run:
                     if isinstance(event, _Exit):
                         self._ended(event)
                     else:
-                        self._interrupt(event)
+                        self._request(event)
+                if not self._killed and self.failed is None and self._watch.hangs():
+                    self._give_up()
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     if self._killed:
                         break
@@ -180,6 +196,7 @@ class _Run:
             self._kill()
             self._show()
             self._output.close()
+            self._pulses.close()
             for descriptor in self._last_words.values():
                 os.close(descriptor)
 
@@ -194,7 +211,8 @@ class _Run:
 
     def _start(self, rank: int, events: _Events) -> None:
         self._last_words[rank], last_words = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), LAST_WORDS: str(last_words)}
+        pulse = self._pulses.descriptor
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), LAST_WORDS: str(last_words), PULSE: str(pulse)}
         bootstrap = [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, str(os.getpid())]
         with open(self.logs[rank].path, "ab") as log:
             process = subprocess.Popen(
@@ -203,7 +221,7 @@ class _Run:
                 stdin=subprocess.DEVNULL,
                 stdout=self._output.descriptor if rank == 0 else log,
                 stderr=log,
-                pass_fds=[last_words],
+                pass_fds=[last_words, pulse],
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, and a rank's children can be ended with it
             )
         os.close(last_words)
@@ -218,13 +236,14 @@ class _Run:
             log.reported = os.read(self._last_words[event.rank], 1 << 16).decode(errors="replace")
         if event.code < 0:  # else it has written the end itself
             log.note(f"rank {event.rank}: ended by signal {-event.code}{' of its launcher' if self._killed else ''}")
-        if self.interrupted and event.code == 1 and log.ends_with_interrupt():
+        if self.reason and event.code == 1 and log.ends_with_interrupt():
             # The signal came while Python itself was starting, which then ends with 1 instead of by the signal.
             event = _Exit(event.rank, -signal.SIGINT)
-        if event.code == INTERRUPTED:  # the ranks agree to stop where one of them got a signal
-            self.interrupted = True
-        well = event.code in (0, INTERRUPTED)
-        if self.interrupted and self.failed is None and not self._killed:
+        if event.code in _STOPPED:  # the ranks agree to stop where one of them got a signal, or at a deadline
+            agreed = Reason(self._pulses.read()[event.rank].reason)
+            self.reason = max(self.reason, agreed) or _reason_of(event.code)
+        well = event.code == 0 or event.code in _STOPPED
+        if self.reason and self.failed is None and not self._killed:
             self._deadline = min(self._deadline or math.inf, time.monotonic() + _OTHERS_SECONDS)
         if not well and not self._killed and self.failed is None:
             self.failed = event
@@ -232,18 +251,36 @@ class _Run:
             self.logs[0].hide()
             self._kill()
 
-    def _interrupt(self, number: signal.Signals) -> None:
-        if self.failed is not None and self.failed.code in _SIGNALLED and not self.interrupted:
-            self.interrupted = True  # Slurm sends signals to all processes, and the ranks were quicker
-            return
-        if self.interrupted or self.failed is not None:
-            if number == signal.SIGINT:
+    def _request(self, number: signal.Signals) -> None:
+        reason, first = SIGNALS[number], not self.reason
+        self._ctrl_c += number == signal.SIGINT
+        if self.failed is not None:
+            if self.failed.code in _SIGNALLED:
+                self.reason = max(self.reason, reason)  # Slurm signals all processes, and the ranks were quicker
+            if self._ctrl_c > 1 or not first:
                 self._kill()
             return
-        self.interrupted = True
-        self._signal(signal.SIGINT)
-        self._wait(_SAVE_SECONDS)
-        print("stopping: the ranks save and end (a second Ctrl-C kills them)", file=sys.stderr, flush=True)
+        if self._ctrl_c > 1:
+            self._kill()
+            return
+        if reason <= self.reason:
+            return
+        self.reason = reason
+        self._signal(number)
+        if first:
+            self._wait(_SAVE_SECONDS)
+        again = "a second Ctrl-C kills them" if self._ctrl_c else "Ctrl-C twice kills them"
+        print(f"stopping: {reason.text}; the ranks save and end ({again})", file=sys.stderr, flush=True)
+
+    def _give_up(self) -> None:
+        """Kill ranks that get on no longer."""
+        self._show()
+        self.logs[0].hide()  # the stacks are for the log
+        processes = {rank: process.pid for rank, process in self._alive.items() if process.returncode is None}
+        self.hang = f"no rank has got on for {duration(self._watch.idle)} " + (
+            explain(processes, self.logs, self._pulses, self._labels) if processes else "(all have ended)"
+        )
+        self._kill()
 
     def _signal(self, number: signal.Signals) -> None:
         """Signal all ranks that live. Not through Popen, which would reap a dead one before its thread can."""
@@ -272,20 +309,36 @@ def _await(rank: int, process: subprocess.Popen[bytes], events: _Events) -> None
     events.put(_Exit(rank, process.wait()))
 
 
-def _report(run: _Run, labels: Sequence[str]) -> int:
-    """Print one line on why the ranks failed, if they did; returns the exit code."""
+def _reason_of(code: int) -> Reason:
+    """The reason of a rank that has ended with a code of `_STOPPED`, and has not said which one it is."""
+    return Reason.PERSON if code == INTERRUPTED else Reason.TERMINATED
+
+
+def _report(run: _Run, labels: Sequence[str]) -> tuple[int, str]:
+    """Print one line on why the ranks failed or were stopped, if they were; returns the exit code and the reason."""
     again = "run the same command again to resume from the last checkpoint"
-    code, line = 0, ""
-    if run.failed is not None:
+    code, line, reason = 0, "", "done"
+    if run.hang:
+        where = f"the stacks of all ranks are in {run.logs[0].path.parent}/rank_*.log"
+        code, line = WorkerError.exit_code, f"error: {run.hang}; {where}; all ranks were killed; {again}"
+    elif run.failed is not None:
         code, line = _cause(run.failed, labels, run, again)
-    if run.interrupted and (run.failed is None or run.failed.code in _SIGNALLED):
-        code, line = INTERRUPTED, f"interrupted; {again}"
+    if run.reason and not run.hang and (run.failed is None or run.failed.code in _SIGNALLED):
+        code, reason, late = run.reason.exit_code, run.reason.text, ""
         if run.stuck:
             names = ", ".join(labels[rank] for rank in run.stuck)
-            line = f"interrupted; {names} did not end within {_SAVE_SECONDS:.0f} s, and all ranks were killed; {again}"
+            late = f"; {names} did not end within {_SAVE_SECONDS:.0f} s, and all ranks were killed"
+        line = f"{_stopped(run.reason)}{late}; {again}"
+        reason += late
+    elif line:
+        reason = line
     if line:
         print(line, file=sys.stderr, flush=True)
-    return code
+    return code, reason
+
+
+def _stopped(reason: Reason) -> str:
+    return "interrupted" if reason is Reason.PERSON else f"stopped: {reason.text}"
 
 
 def _cause(failed: _Exit, labels: Sequence[str], run: _Run, again: str) -> tuple[int, str]:
@@ -301,47 +354,6 @@ def _cause(failed: _Exit, labels: Sequence[str], run: _Run, again: str) -> tuple
     words = f" ({log.last_words()})" if log.last_words() else ""
     code = failed.code if failed.code in (1, INTERRUPTED) else WorkerError.exit_code
     return code, f"error: {label} ended with exit code {failed.code}{words}; {where}; {again}"
-
-
-def _environment(env: Mapping[str, str], ranks: int, gpu_ids: Sequence[int | str] | None, port: int) -> dict[str, str]:
-    """The environment that all ranks share."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _FOREIGN and not name.startswith(_FOREIGN_PREFIXES)
-    }
-    cores = len(os.sched_getaffinity(0))
-    result = {
-        "OMP_NUM_THREADS": str(
-            max(1, cores // ranks)
-        ),  # by default each rank would use all cores, and they would compete
-        "PYTHONUNBUFFERED": "1",  # by default a killed rank loses its last output
-        "PYTHONFAULTHANDLER": "1",
-        **kept,
-        **env,
-        "PYTHONIOENCODING": "utf-8",  # of files and pipes that this process reads; the terminal may have another
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpu_ids or ())),
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that GPUs are numbered as nvidia-smi does
-        "DS_ACCELERATOR": "cpu" if gpu_ids is None else "cuda",
-    }
-    # Scripts of this environment, found by name.
-    result["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), result.get("PATH", os.defpath)])
-    if sys.flags.safe_path:
-        result["PYTHONSAFEPATH"] = "1"
-    return result
-
-
-def _refuse_copies() -> None:
-    for name in _SIZES:
-        if os.environ.get(name, "1") != "1":
-            raise UsageError(
-                f"{name}={os.environ[name]}: started several times at once; start this command once (srun -n 1, "
-                "sbatch --ntasks=1, no mpirun): it starts the ranks itself"
-            )
 
 
 @contextlib.contextmanager
@@ -362,7 +374,7 @@ def _signals() -> Iterator[_Events]:
         events.put(signal.Signals(number))
 
     before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for each in SIGNALS:
         if signal.getsignal(each) != signal.SIG_IGN:  # nohup has it ignored
             before[each] = signal.signal(each, handler)
     try:

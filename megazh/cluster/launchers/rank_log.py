@@ -5,10 +5,10 @@ import fcntl
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 from megazh.console import MARK, mark
+from megazh.run.pulse import memory_file
 
 _TAIL_BYTES = 1 << 16
 _LONGEST_MESSAGE = 300
@@ -16,7 +16,7 @@ _LONGEST_MESSAGE = 300
 # torch.distributed puts the rank in front of a traceback.
 _RANK = r"^(?:\[rank\d+\]: ?)?"
 _ERROR = re.compile(_RANK + r"(error: .+)")
-_FINAL = re.compile(_RANK + r"(?:error: |interrupted|Traceback \(most recent call last\))")
+_FINAL = re.compile(_RANK + r"(?:error: |interrupted|stopped: |Traceback \(most recent call last\))")
 _EXCEPTION = re.compile(_RANK + r"((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception)(?:: .*)?)$")
 
 
@@ -30,11 +30,7 @@ class Output:
     def __init__(self, stream: str) -> None:
         """Args: stream: `stdout` or `stderr`, where `show` writes."""
         self._stream = stream
-        if hasattr(os, "memfd_create"):
-            self.descriptor = os.memfd_create("megazh output")
-        else:  # a Python that was built for an old system
-            with tempfile.TemporaryFile() as file:
-                self.descriptor = os.dup(file.fileno())
+        self.descriptor = memory_file("megazh output")
         flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags | os.O_APPEND)
         self._shown = 0

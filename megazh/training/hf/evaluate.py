@@ -10,6 +10,7 @@ from megazh.index.mixture import ValidationSamples
 from megazh.model.generate import generate
 from megazh.model.sampling import SamplingOptions
 from megazh.progress import duration
+from megazh.run.pulse import beat
 from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import decode_whole
 from megazh.training.evaluate import SAMPLING
@@ -90,6 +91,7 @@ def sample_text(
         forward = model.generation(len(ids) + count)
         for token in generate(forward, ids, count, options, tokenizer.vocab_size, prompting.end_ids, seed):
             tokens.append(token)
+            beat("sampling")
             if len(tokens) % _TOKENS_PER_POLL == 0 and stop():
                 return None
     finally:

@@ -15,6 +15,7 @@ from megazh.model.sampling import SamplingOptions
 from megazh.pipeline.engine import quiet
 from megazh.run.changes import Change
 from megazh.run.folder import RunFolder
+from megazh.training.control import Control
 from megazh.training.evaluate import Validation
 from megazh.training.hf.deepspeed import zero_config
 from megazh.training.hf.evaluate import HfValidator, sample_text
@@ -26,12 +27,11 @@ from megazh.training.layout import Layout
 from megazh.training.recipe import Kernels, Recipe
 from megazh.training.session import Session, StepResult, train_as
 from megazh.training.startup import Startup
-from megazh.training.stop import StopRequest
 
 
-def train(path: Path, device: torch.device, stop: StopRequest, startup: Startup) -> None:
+def train(path: Path, device: torch.device, control: Control, startup: Startup) -> None:
     """Train the run in folder `path` to its end; see `megazh.training.session.train_as`."""
-    train_as(HfRun, path, device, stop, startup)
+    train_as(HfRun, path, device, control, startup)
 
 
 class HfRun(Session, TrainerCallback):
@@ -46,13 +46,13 @@ class HfRun(Session, TrainerCallback):
         recipe: Recipe,
         layout: Layout,
         device: torch.device,
-        stop: StopRequest,
+        control: Control,
         startup: Startup | None = None,
     ) -> None:
         transformers_logging.set_verbosity_error()
         # It warns that the Trainer tells it of one micro-batch per step, and DeepSpeed's configuration of all of them.
         logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
-        super().__init__(run, recipe, layout, device, stop, startup)
+        super().__init__(run, recipe, layout, device, control, startup)
         self.bounds = [0, recipe.model.num_hidden_layers + 2]
         self._model = PackedModel(
             recipe.model,
@@ -129,7 +129,9 @@ class HfRun(Session, TrainerCallback):
 
     def generate(self, prompt: str, tokens: int, seed: int, options: SamplingOptions) -> str | None:
         """See `Session`."""
-        return sample_text(self._model, self.prompting, prompt, tokens, seed, lambda: self.stop.requested, options)
+        return sample_text(
+            self._model, self.prompting, prompt, tokens, seed, lambda: bool(self.control.reason), options
+        )
 
     def change(self, changes: list[Change]) -> None:
         """Go on with changed settings; the Trainer has prepared the rate of the next step already."""

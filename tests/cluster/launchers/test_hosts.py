@@ -33,11 +33,11 @@ def test_a_failed_launcher_gives_an_exit_code_and_one_line(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     job = make_job(Request(), make_recipe(), tmp_path / "run", tmp_path, Devices(Device.CPU, 2, None))
-    monkeypatch.setattr(hosts, "command", lambda job: [sys.executable, "-c", "raise SystemExit(7)"])
+    monkeypatch.setattr(hosts, "command", lambda job: [sys.executable, "-c", "raise SystemExit(9)"])
     assert hosts.launch(job) == WorkerError.exit_code
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("error: DeepSpeed's launcher ended with exit code 7")
+    assert err.startswith("error: DeepSpeed's launcher ended with exit code 9")
     monkeypatch.setattr(hosts, "command", lambda job: [sys.executable, "-c", ""])
     assert hosts.launch(job) == 0
     monkeypatch.setattr(hosts, "command", lambda job: [sys.executable, "-c", "raise SystemExit(6)"])

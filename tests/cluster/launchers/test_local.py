@@ -29,7 +29,9 @@ from megazh.cluster.launchers import local
 settings = json.loads(sys.argv[1])
 for name, seconds in settings.pop("seconds").items():
     setattr(local, name, seconds)
-sys.exit(local.run_ranks(log_folder=Path("logs"), **settings))
+def at_end(code, reason):
+    Path("end.json").write_text(json.dumps([code, reason]))
+sys.exit(local.run_ranks(log_folder=Path("logs"), at_end=at_end, **settings))
 """
 RANK = "import os, sys, time, signal\nrank = int(os.environ['RANK'])\n"
 AGAIN = "run the same command again to resume from the last checkpoint"
@@ -43,6 +45,7 @@ def command(script: str, ranks: int, gpu_ids: list[str] | None = None, seconds: 
         "gpu_ids": gpu_ids,
         "labels": [f"rank {rank} (stage {rank})" for rank in range(ranks)],
         "seconds": seconds or {},
+        "hang_seconds": more.pop("hang_seconds", 0.0),
     }
     return [sys.executable, "-c", DRIVER, json.dumps(settings)]
 
@@ -179,22 +182,45 @@ time.sleep(60)"""
     assert "ended with exit code 7" in finished.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_ctrl_c_lets_the_ranks_save(tmp_path: Path, number: signal.Signals) -> None:
-    script = """
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGHUP, 130, "stopped: the terminal was closed (SIGHUP)"),
+        (signal.SIGTERM, 75, "stopped: terminated (SIGTERM)"),
+        (signal.SIGUSR1, 75, "stopped: the time limit is near (SIGUSR1)"),
+    ],
+)
+def test_a_signal_reaches_the_ranks_as_it_is_and_lets_them_save(
+    tmp_path: Path, number: signal.Signals, code: int, line: str
+) -> None:
+    script = f"""
 def save(*_):
     time.sleep(0.5)
-    open(f'saved_{rank}', 'w').close()
-    sys.exit(130 if rank else 0)
-signal.signal(signal.SIGINT, save)"""
+    open(f'saved_{{rank}}', 'w').close()
+    sys.exit({code} if rank else 0)
+signal.signal({int(number)}, save)"""
     with running(tmp_path, script) as started:
         started.process.send_signal(number)
         finished = started.wait(10)
         assert started.descendants() == []
-    assert finished.returncode == 130
+    assert finished.returncode == code
     assert (tmp_path / "saved_0").exists()
     assert (tmp_path / "saved_1").exists()
-    assert finished.stderr.splitlines()[-1] == f"interrupted; {AGAIN}"
+    assert finished.stderr.splitlines()[-1] == f"{line}; {AGAIN}"
+    assert json.loads((tmp_path / "end.json").read_text())[0] == code
+
+
+def test_a_person_outranks_the_scheduler(tmp_path: Path) -> None:
+    """SIGUSR1 and then Ctrl-C, while the ranks save: no scheduler may start the run again."""
+    with running(tmp_path, SAVES.replace("0.3", "1").replace("130", "75")) as started:
+        started.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
+        started.process.send_signal(signal.SIGINT)
+        finished = started.wait(10)
+    assert finished.returncode == 130
+    assert (tmp_path / "saved_1").exists(), "the first Ctrl-C lets them save"
+    assert json.loads((tmp_path / "end.json").read_text()) == [130, "interrupted (Ctrl-C)"]
 
 
 def test_ctrl_c_before_the_ranks_listen_ends_them(tmp_path: Path) -> None:
@@ -268,7 +294,7 @@ def save(*_):
     time.sleep(0.3)
     open(f'saved_{rank}', 'w').close()
     sys.exit(130)
-signal.signal(signal.SIGINT, save)"""
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1): signal.signal(number, save)"""
 STEPS = "for step in range(40): print('step', step, flush=True); print('note', step, file=sys.stderr); time.sleep(0.02)"
 
 
@@ -332,12 +358,69 @@ def test_a_terminal_that_stops_does_not_hold_up_a_save(tmp_path: Path) -> None:
 
 def test_a_second_sigterm_or_sighup_does_not_kill(tmp_path: Path) -> None:
     with running(tmp_path, SAVES) as started:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             started.process.send_signal(number)
             time.sleep(0.05)
-        assert started.wait(10).returncode == 130
+        finished = started.wait(10)
+    assert finished.returncode == 75
+    assert finished.stderr.count("stopping: ") == 1
     assert (tmp_path / "saved_0").exists()
     assert (tmp_path / "saved_1").exists()
+
+
+PULSE = """
+import faulthandler
+from megazh.run.pulse import beat, open_pulse
+from megazh.training.hang import write_stacks_to
+from pathlib import Path
+write_stacks_to(Path(f'logs/rank_{rank}.log'))
+assert open_pulse()
+"""
+
+
+def test_a_run_that_gets_on_does_not_hang(tmp_path: Path) -> None:
+    script = (
+        f"{PULSE}\nfor step in range(30): beat('step', step); time.sleep(0.1)\nbeat('stopped', reason=2)\nsys.exit(75)"
+    )
+    finished = launch(tmp_path, script, 2, hang_seconds=1.5)
+    assert (finished.returncode, finished.stderr) == (75, f"stopped: the time limit is near (SIGUSR1); {AGAIN}\n")
+    assert json.loads((tmp_path / "end.json").read_text()) == [75, "the time limit is near (SIGUSR1)"]
+
+
+HANGS = {
+    ", which is stopped by a signal (SIGSTOP); it is in suspended, ": """
+def suspended(): os.kill(os.getpid(), signal.SIGSTOP)
+beat('step', 4)
+if rank == 1: suspended()
+time.sleep(60)""",
+    ", which is at step 3 while others are at step 4; it is in busy, ": """
+def busy():
+    while True: pass
+beat('step', 3 if rank == 1 else 4)
+busy()""",
+    "; it is in busy, ": """
+import torch.distributed as dist, datetime, torch
+def busy():
+    while True: pass
+dist.init_process_group('gloo')
+beat('step', 4)
+busy() if rank == 1 else dist.all_reduce(torch.ones(1))""",
+}
+
+
+@pytest.mark.parametrize("why", HANGS)
+def test_a_hang_ends_the_run_with_stacks_and_names_the_rank(tmp_path: Path, why: str) -> None:
+    begin = time.monotonic()
+    finished = launch(tmp_path, PULSE + HANGS[why], 3, hang_seconds=6 if "torch" in HANGS[why] else 2)
+    assert time.monotonic() - begin < 25
+    assert finished.returncode == 5
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: no rank has got on for 0:00:0")
+    assert f"after step 4 (phase 'step'): the others wait for rank 1 (stage 1){why}" in line
+    assert line.endswith(f"the stacks of all ranks are in logs/rank_*.log; all ranks were killed; {AGAIN}")
+    for rank in range(3):
+        assert "\nCurrent thread" in (tmp_path / "logs" / f"rank_{rank}.log").read_text()
+    assert json.loads((tmp_path / "end.json").read_text()) == [5, line]
 
 
 def test_ranks_that_stop_by_themselves_are_waited_for(tmp_path: Path) -> None:
