@@ -1,5 +1,6 @@
 """docs/metrics.md has the fields of every record, their types, the events and the curves."""
 
+import ast
 import dataclasses
 import re
 import types
@@ -45,6 +46,16 @@ def test_the_schema_and_the_figures_of_a_corpus_are_there() -> None:
 def test_events_are_those_of_the_code() -> None:
     found = rows("`event`.*?", r"^\| `(\w+)` \| ([^|]+) \|$")
     assert found == [(name, text[0].lower() + text[1:].rstrip(".")) for name, text in EVENTS.items()]
+
+
+def test_events_of_the_code_are_known() -> None:
+    """Those that name their event in place; a name that is not known would be missing from the page."""
+    names = set()
+    for path in (Path(__file__).parents[2] / "megazh").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "event":
+                names.update(each.value for each in node.args[1:2] if isinstance(each, ast.Constant))
+    assert {"start", "resume", "relayout"} <= names <= set(EVENTS)
 
 
 def test_curves_are_those_of_the_code() -> None:

@@ -82,6 +82,22 @@ def test_a_tracker_gets_each_record_once(
     assert name not in sys.modules, "only its own process imports it"
 
 
+def test_a_run_that_goes_back_sends_what_comes_after_the_steps_it_takes_anew(tmp_path: Path, calls: Path) -> None:
+    run = TrackedRun("20261128-ab", "demo", "china", {"batch": {"seq_len": 64}}, tmp_path / "run" / "trackers")
+    with Metrics(tmp_path / "run", 0, quiet=False) as metrics:
+        metrics.track([TrackerName.WANDB], run)
+        for first, last in ((0, 6), (2, 4), (3, 9)):
+            if first:
+                metrics.event(last, "rollback", f"back to {first}")
+                metrics.go_back(first)
+            for step in range(first + 1, last + 1):
+                metrics.step(record(step))
+            sent = len({*range(1, last + 1), *range(1, 7)})
+            wait_until(lambda sent=sent: len(made(calls, "scalars")) == sent, 30, "steps that are sent")
+    assert [each["step"] for each in made(calls, "scalars")] == list(range(1, 10))
+    assert [each["text"] for each in made(calls, "text")] == ["back to 2", "back to 3"]
+
+
 def test_a_tracker_that_is_named_later_gets_the_history(tmp_path: Path, calls: Path) -> None:
     with Metrics(tmp_path / "run", 0, quiet=False) as metrics:
         for step in range(1, 4):
