@@ -150,6 +150,20 @@ def test_a_refused_step_changes_no_weight_and_clears_the_gradients() -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_a_state_that_is_restarted_is_that_of_a_new_optimizer_and_weights_stay() -> None:
+    own, new = optimizer(parameters()), optimizer(parameters())
+    own.updates = 7
+    for piece in own.pieces_to_load():
+        if piece.kind != WEIGHT:
+            piece.values.fill_(3.0)
+    own.restart()
+    assert own.updates == 0
+    for piece, wanted in zip(own.pieces_to_load(), new.pieces_to_load(), strict=True):
+        assert (piece.parameter, piece.kind) == (wanted.parameter, wanted.kind)
+        assert torch.equal(piece.values, wanted.values)
+
+
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
 def test_a_norm_that_is_not_finite_is_refused(value: float) -> None:
     members = parameters()
