@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from megazh.index.choices import Cut
 from megazh.index.mixture import Mixture
 
 Batch = dict[str, torch.Tensor]
@@ -27,6 +28,7 @@ def training_batches(
     replicas: int = 1,
     workers: int = 2,
     ready: int = 8,
+    cut_of: Callable[[int], Cut | None] = lambda sample: None,
 ) -> Iterator[Batch]:
     """Micro-batches of one replica, from training sample `start` until the mixture ends.
 
@@ -37,14 +39,15 @@ def training_batches(
         start: number of samples that all replicas together have consumed before.
         workers: number of threads that gather batches ahead; 0 gathers each batch when it is requested.
         ready: number of batches that the threads keep in stock.
+        cut_of: gives the cuts of a micro-batch by its first sample.
 
     Yields:
-        tokens, labels (micro_batch, seq) int32, and document_map (micro_batch, seq + max_docs + 3) int32: position_ids
-        (micro_batch, seq) and cu_seqlens (micro_batch, max_docs + 1), also given as views, and the bytes of the sample
+        tokens, labels (micro_batch, seq) int32, and document_map (micro_batch, seq + segments + 3) int32: position_ids
+        (micro_batch, seq) and cu_seqlens (micro_batch, segments + 1), also given as views, and the bytes of the sample
         numbers, (micro_batch,) int64. All are in one block of memory of their own, pinned if there is a GPU.
     """
     numbers = _training_numbers(mixture.end, start, micro_batch_size, replica, replicas)
-    make = functools.partial(_gather, mixture, pinned=torch.cuda.is_available())
+    make = functools.partial(_gather, mixture, cut_of, torch.cuda.is_available())
     return ahead(make, numbers, workers, ready) if workers else map(make, numbers)
 
 
@@ -54,13 +57,13 @@ def _training_numbers(end: int | None, start: int, size: int, replica: int, repl
         start += size * replicas
 
 
-def _gather(mixture: Mixture, numbers: range, pinned: bool) -> Batch:
+def _gather(mixture: Mixture, cut_of: Callable[[int], Cut | None], pinned: bool, numbers: range) -> Batch:
     count, shape = len(numbers), mixture.shape
     widths = (shape.seq_len, shape.seq_len, shape.document_map_size)
     block = torch.empty(count * sum(widths), dtype=torch.int32, pin_memory=pinned)
     parts = block.split([count * width for width in widths])
     tokens, labels, document_map = (part.view(count, width) for part, width in zip(parts, widths, strict=True))
-    mixture.gather(numbers, tokens.numpy(), labels.numpy(), document_map.numpy())
+    mixture.gather(numbers, tokens.numpy(), labels.numpy(), document_map.numpy(), cut_of(numbers.start))
     return {
         "tokens": tokens,
         "labels": labels,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megazh.errors import DataError, MegazhError, UsageError
+from megazh.index.choices import Cut
 from megazh.index.fingerprint import Fingerprint, fingerprint_of
 from megazh.index.manifest import CorpusEntry, OnExhausted, exact, manifest_at
 from megazh.index.metadata import Metadata, TemplateInfo
@@ -52,6 +53,7 @@ class Mixture:
         max_docs: largest number of segments per sample; default `packing.default_max_docs`.
         seed: replaces the manifest's seed.
         running_positions: see `SampleShape`.
+        shortest_cut: see `SampleShape`; decides the width of document maps, and no sample.
 
     Raises:
         UsageError: a key, a path or a size cannot work; corpora have different tokenizers; one side is too small.
@@ -66,6 +68,7 @@ class Mixture:
         max_docs: int | None = None,
         seed: int | None = None,
         running_positions: bool = False,
+        shortest_cut: int | None = None,
     ) -> None:
         if seq_len < 2:
             raise UsageError(f"seq_len {seq_len}: expected at least 2")
@@ -74,7 +77,9 @@ class Mixture:
         self.path = Path(manifest)
         self.manifest = manifest_at(self.path)
         self.seed = self.manifest.seed if seed is None else seed
-        self.shape = SampleShape(seq_len, packing, max_docs or default_max_docs(seq_len), running_positions)
+        self.shape = SampleShape(
+            seq_len, packing, max_docs or default_max_docs(seq_len), running_positions, shortest_cut
+        )
         self.corpora = [self._open(entry) for entry in self.manifest.corpora]
         self._check_tokenizers()
         self.template = self._template()
@@ -271,9 +276,17 @@ class Mixture:
         """Number of labels of training sample `number` that are not -100, found without reading its tokens."""
         return self.count_labels([number])
 
-    def count_labels(self, numbers: Sequence[int]) -> int:
-        """Number of labels of training samples `numbers` that are not -100, found without reading their tokens."""
-        return sum(int(samples.table.valid_labels[rows].sum()) for samples, _, rows in self._rows(numbers))
+    def count_labels(self, numbers: Sequence[int], cut: Cut | None = None) -> int:
+        """Number of labels of training samples `numbers` that are not -100, found without reading their tokens.
+
+        `cut`: the cuts that are made of them.
+        """
+        found = 0
+        for samples, _, rows in self._rows(numbers):
+            found += int(samples.table.valid_labels[rows].sum())
+            if cut is not None and not cut.keeps_labels:
+                found -= samples.labels_at_cuts(rows, cut.length)
+        return found
 
     def sample(self, number: int) -> Sample:
         """Training sample `number`."""
@@ -283,11 +296,13 @@ class Mixture:
         """Training samples `numbers` as one batch: arrays as in `Sample`, with a leading batch dimension."""
         return _batch(self._rows(numbers), len(numbers), self.shape)
 
-    def gather(self, numbers: Sequence[int], tokens: Int32s, labels: Int32s, document_map: Int32s) -> None:
+    def gather(
+        self, numbers: Sequence[int], tokens: Int32s, labels: Int32s, document_map: Int32s, cut: Cut | None = None
+    ) -> None:
         """Write training samples `numbers` and these numbers to arrays as `CorpusSamples.gather` has them."""
         document_map[:, -2:] = np.array(numbers, np.int64)[:, None].view(np.int32)
         for samples, places, rows in self._rows(numbers):
-            samples.gather(rows, places, tokens, labels, document_map)
+            samples.gather(rows, places, tokens, labels, document_map, cut)
 
     @cached_property
     def validation(self) -> "ValidationSamples":

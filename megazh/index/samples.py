@@ -16,6 +16,7 @@ import numpy.typing as npt
 from megazh.caches import cache_dir, warn_not_kept
 from megazh.errors import WorkerError
 from megazh.files import fsync_directory, locked
+from megazh.index.choices import Cut
 from megazh.index.compiled import compiled
 from megazh.index.mask import Mask
 from megazh.index.order import permutation, stream_key
@@ -37,8 +38,10 @@ class Sample(NamedTuple):
         tokens: (seq,) int32.
         labels: (seq,) int32, the next token of the same document, or -100 if there is none. They are already
             shifted: a loss compares logits[i] with labels[i].
-        position_ids: (seq,) int32, counted from 0 in each piece of a document and in the padding.
-        cu_seqlens: (max_docs + 1,) int32, cumulative segment boundaries, starting with 0 and filled up with seq.
+        position_ids: (seq,) int32, counted from 0 in each segment: a piece of a document, or what `Cut` makes of it,
+            and the padding.
+        cu_seqlens: (segments + 1,) int32, cumulative segment boundaries, starting with 0 and filled up with seq;
+            segments = `SampleShape.segments`.
     """
 
     tokens: Int32s
@@ -55,14 +58,22 @@ class SampleShape:
     """Tokens per sample."""
     packing: Packing
     max_docs: int
-    """Largest number of segments per sample, padding included."""
+    """Largest number of pieces of documents per sample, padding included."""
     running_positions: bool = False
     """Whether position ids continue with a document that continues in the next sample, not from 0 in each piece."""
+    shortest_cut: int | None = None
+    """Smallest length of a `Cut` of these samples, which the boundaries have room for; None: they are never cut."""
+
+    @property
+    def segments(self) -> int:
+        """Largest number of segments per sample, those made by cuts included."""
+        # A piece of n tokens has (n - 1) // length cuts at most, and all pieces together have up to seq_len tokens.
+        return self.max_docs + ((self.seq_len - 1) // self.shortest_cut if self.shortest_cut else 0)
 
     @property
     def document_map_size(self) -> int:
         """Integers per sample of position_ids, cu_seqlens and the sample's number, of 64 bits, together."""
-        return self.seq_len + self.max_docs + 3
+        return self.seq_len + self.segments + 3
 
 
 class CorpusSamples:
@@ -89,6 +100,7 @@ class CorpusSamples:
         tokens: Int32s,
         labels: Int32s,
         document_map: Int32s,
+        cut: Cut | None = None,
     ) -> None:
         """Copy the samples `rows` to the rows `places` of a batch, without Python's lock.
 
@@ -96,10 +108,16 @@ class CorpusSamples:
             rows: (n,) numbers of packed samples.
             places: (n,) row of the batch for each sample.
             tokens, labels: (batch, seq) int32, contiguous; written.
-            document_map: (batch, seq + max_docs + 3) int32, contiguous; written: position_ids, then cu_seqlens. The
+            document_map: (batch, seq + segments + 3) int32, contiguous; written: position_ids, then cu_seqlens. The
                 last two columns are for the sample's number, and not written.
+            cut: the cuts to make. None: none.
+
+        Raises:
+            ValueError: the document map has no room for these cuts.
         """
         table = self.table
+        if cut is not None and (self.shape.shortest_cut is None or cut.length < self.shape.shortest_cut):
+            raise ValueError(f"cuts of {cut.length} tokens in samples made for {self.shape.shortest_cut}")
         _gather(
             self.index.tokens,
             self.index.starts,
@@ -112,10 +130,18 @@ class CorpusSamples:
             places,
             self._padding_id,
             self.shape.running_positions,
+            self.shape.seq_len if cut is None else cut.length,
+            cut is None or cut.keeps_labels,
             tokens,
             labels,
             document_map,
         )
+
+    def labels_at_cuts(self, rows: npt.NDArray[np.int64], length: int) -> int:
+        """Number of labels at cuts of `length` tokens in the samples `rows`, found without reading their tokens."""
+        table, index = self.table, self.index
+        pieces = table.document, table.offset, table.length, table.first_piece
+        return int(_labels_at_cuts(index.starts, index.mask, *pieces, rows, length))
 
 
 @compiled(nogil=True)
@@ -131,6 +157,8 @@ def _gather(
     places: npt.NDArray[np.int64],
     padding_id: int,
     running: bool,
+    longest: int,
+    keeps_labels: bool,
     tokens: Int32s,
     labels: Int32s,
     document_map: Int32s,
@@ -143,9 +171,8 @@ def _gather(
         positions, boundaries = document_map[place, :seq_len], document_map[place, seq_len:-2]
         boundaries[:] = seq_len
         boundaries[0] = 0
-        filled = 0
-        first = first_piece[row]
-        for piece in range(first, first_piece[row + 1]):
+        filled = segments = 0
+        for piece in range(first_piece[row], first_piece[row + 1]):
             begin = starts[document[piece]] + offset[piece]
             size = length[piece]
             end = filled + size
@@ -155,12 +182,41 @@ def _gather(
             row_labels[end - 1] = IGNORED if ends else stored[begin + size]
             if len(mask):
                 _ignore_untrained(mask, begin + 1, row_labels[filled : end - 1 if ends else end])
-            _count_from(offset[piece] if running else 0, positions[filled:end])
-            filled = end
-            boundaries[piece - first + 1] = filled
+            position = offset[piece] if running else 0
+            while filled < end:
+                segment_end = min(filled + longest, end)
+                _count_from(position, positions[filled:segment_end])
+                if segment_end < end and not keeps_labels:
+                    row_labels[segment_end - 1] = IGNORED
+                filled, position = segment_end, 0
+                segments += 1
+                boundaries[segments] = filled
         row_tokens[filled:] = padding_id
         row_labels[filled:] = IGNORED
         _count_from(0, positions[filled:])
+
+
+@compiled(nogil=True)
+def _labels_at_cuts(
+    starts: npt.NDArray[np.int64],
+    mask: Mask,
+    document: npt.NDArray[np.int64],
+    offset: npt.NDArray[np.int64],
+    length: npt.NDArray[np.int64],
+    first_piece: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    longest: int,
+) -> int:
+    found = 0
+    for row in rows:
+        for piece in range(first_piece[row], first_piece[row + 1]):
+            if not len(mask):
+                found += (length[piece] - 1) // longest
+                continue
+            begin = starts[document[piece]] + offset[piece]
+            for token in range(begin + longest, begin + length[piece], longest):  # the labels: what follows a cut
+                found += (mask[token >> 3] >> (token & 7)) & 1
+    return found
 
 
 @compiled(nogil=True)
