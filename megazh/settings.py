@@ -157,8 +157,9 @@ def _assigned(text: str, model: type[BaseModel]) -> Settings:
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UsageError(f"'{text}': the value is not valid YAML") from None
     section = _section(key, model)
-    if section is not None and not isinstance(value, dict):
-        keys = ", ".join(f"{key}.{name}" for name in section.model_fields)
+    if section is not None and not (isinstance(value, dict) and _has_names(value)):
+        others = [name for name, _ in dotted_fields(model) if name.endswith(f".{key}")]
+        keys = ", ".join([f"{key}.{name}" for name in section.model_fields] + others)
         raise UsageError(f"'{text}': '{key}' is a section; give one of its keys: {keys}")
     return Settings(_nested(key, value), dict.fromkeys((key, *_keys_in(value, key)), COMMAND_LINE))
 
@@ -192,6 +193,11 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def _has_names(values: dict[Any, Any]) -> bool:
+    """Whether all keys of a mapping are text."""
+    return all(isinstance(key, str) for key in values)
+
+
 def _keys_in(value: Any, prefix: str) -> Iterator[str]:
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -223,6 +229,9 @@ def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Merge mappings by key; those with a key that is no text, such as `{0: 128, 2B: 256}`, are values of their own."""
+    if not _has_names(below) and not _has_names(above):
+        return above
     both = {
         key: _merged(below[key], value)
         for key, value in above.items()

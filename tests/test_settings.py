@@ -45,6 +45,17 @@ def layered(folder: Path, **files: str) -> dict[str, Any]:
     return read_layers(folder / "top.yaml").values
 
 
+def test_a_mapping_from_numbers_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    base = "schedule:\n  batch: {0: 16, 2B: 32}\n  rate: 0.5\n"
+    found = layered(tmp_path, base=base, top="include: base.yaml\nschedule: {batch: {0: 8, 1B: 24}}\n")
+    assert found == {"schedule": {"batch": {0: 8, "1B": 24}, "rate": 0.5}}
+
+
+def test_a_number_given_twice_as_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"top\.yaml:1: not valid YAML: key '0' is given twice"):
+        layered(tmp_path, top="batch: {0: 8, 0: 24}\n")
+
+
 def test_include_is_overridden_key_by_key(tmp_path: Path) -> None:
     found = layered(
         tmp_path,
