@@ -33,6 +33,7 @@ from megazh.cluster.launchers import local
 from megazh.errors import INTERRUPTED, MegazhError
 from megazh.run import attempt, redraw
 from megazh.training import worker
+from megazh.training.course import Course
 from megazh.training.feed import MicroBatch, training_feed
 from megazh.training.job import Job, Request
 from megazh.training.layout import Layout
@@ -174,9 +175,12 @@ def run_rank(job: Job, rank: int, port: int, feeding: int, poison: dict[str, flo
     )
     torch.set_num_threads(1)
 
-    def reported(mixture: Any, layout: Layout, replica: int, first: int, *rest: Any) -> Iterator[MicroBatch]:
-        for number, batch in enumerate(training_feed(mixture, layout, replica, first, *rest)):
-            os.write(feeding, described(batch, first + number // layout.micro_batches, layout))
+    def reported(
+        mixture: Any, layout: Layout, replica: int, first: int, workers: int, course: Course, passed: int = 0
+    ) -> Iterator[MicroBatch]:
+        for batch in training_feed(mixture, layout, replica, first, workers, course, passed):
+            step = course.batches.step_of(numbers_of(batch)[0] - passed)
+            os.write(feeding, described(batch, step, layout))
             inputs, (labels, scale) = batch
             yield inputs, (labels, scale * math.prod(poison.get(str(sample), 1.0) for sample in numbers_of(batch)))
 

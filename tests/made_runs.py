@@ -106,7 +106,7 @@ def add_checkpoint(
         data=run.info().data or {},
         versions={},
         template=template,
-        complete=step >= recipe.total_steps,
+        complete=step >= recipe.course.steps,
         files=written.files,
         tensors=written.tensors,
     )

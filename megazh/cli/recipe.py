@@ -70,5 +70,7 @@ def _check(options: argparse.Namespace) -> None:
             path = recipe_path(name)
             recipe, written = read_recipe(path, settings)
             check_recipe(recipe, written, path)
-            print(f"{path}: a recipe of {recipe.total_steps:,} steps x {recipe.batch_tokens:,} tokens")
+            course = recipe.course
+            sizes = " or ".join(f"{size * recipe.batch.seq_len:,}" for size in course.sizes())
+            print(f"{path}: a recipe of {course.steps:,} steps x {sizes} tokens")
     found.raise_all()

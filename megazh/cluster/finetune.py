@@ -78,7 +78,10 @@ def _with_length(request: Request, epochs: float) -> Request:
     data = facts(recipe)
     if data is None:
         return request  # which the start refuses
-    steps = max(1, round(epochs * sum(each.training_tokens for each in data.corpora) / recipe.batch_tokens))
+    tokens, course = epochs * sum(each.training_tokens for each in data.corpora), recipe.course
+    fewer = course.steps_within(tokens)
+    nearer = min(fewer, fewer + 1, key=lambda steps: abs(course.tokens_before(steps) - tokens))
+    steps = max(1, nearer)
     return replace(request, settings=[*request.settings, f"schedule.steps={steps}"])
 
 

@@ -1,5 +1,6 @@
 """Layouts of stages and replicas for a recipe on given GPUs: memory, bubble, speed, days; best first."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from megazh.run.peaks import peak_flops
 from megazh.settings import Settings
 from megazh.training.checks import exported, fit
 from megazh.training.checks.place import space_of
-from megazh.training.describe import describe_trained
+from megazh.training.describe import describe_course, describe_trained
 from megazh.training.job import Case, Devices
 from megazh.training.layout import Layout
 from megazh.training.preflight import DATA, planned_case, preflight, warnings_of
@@ -74,6 +75,7 @@ class Projection:
     """Seconds per step of communication that no computation hides: gradient reduction over replicas, the tied matrix
     between first and last stage."""
     step_seconds: float
+    """Seconds of the average step."""
     tokens_per_second: float
     days: float
 
@@ -174,22 +176,29 @@ def _estimate(
     slowest, average = max(stage_seconds), sum(stage_seconds) / len(stage_seconds)
     split = work.defers_weight_gradients
     seconds = [costs.passes(begin, end, blocks, split) for begin, end in pairwise(bounds)]
-    compute = makespan([(f / per_second, b / per_second, w / per_second) for f, b, w in seconds], layout.micro_batches)
+    passes = [(f / per_second, b / per_second, w / per_second) for f, b, w in seconds]
+    course = recipe.course
+    steps = Counter(dict.fromkeys(course.sizes(), 0))
+    for part in course.parts():
+        steps[course.samples(part[0])] += len(part)
+    batches = {size: layout.micro_batches_of(size) for size in steps}
+    # Seconds, and micro-batches, of the average step.
+    compute = sum(makespan(passes, batches[size]) * count for size, count in steps.items()) / course.steps
+    micro_batches = sum(batches[size] * count for size, count in steps.items()) / course.steps
     largest = max(trained_parameters(recipe.model, begin, end, work.lora) for begin, end in pairwise(bounds))
     communication_seconds = _bytes_moved(work, largest) / (assumed.bandwidth * 1e9)
     step_seconds = compute + communication_seconds
-    rate = recipe.batch_tokens / step_seconds
     return Projection(
         layout=layout,
         bounds=bounds,
         costs=costs,
         memory=memory_by_stage(work, bounds),
-        bubble=max(0.0, 1 - layout.micro_batches * slowest / compute),
+        bubble=max(0.0, 1 - micro_batches * slowest / compute),
         imbalance=1 - average / slowest,
         communication_seconds=communication_seconds,
         step_seconds=step_seconds,
-        tokens_per_second=rate,
-        days=recipe.total_steps * step_seconds / 86400,
+        tokens_per_second=course.total_tokens / course.steps / step_seconds,
+        days=course.steps * step_seconds / 86400,
     )
 
 
@@ -211,7 +220,8 @@ def _describe_model(
     recipe: Recipe, gpus: int, card: str, peak: float, limit_gib: float, assumed: Assumptions, measured: bool
 ) -> Iterator[str]:
     counts, flops = parameter_counts(recipe.model), recipe.flops_per_token
-    tokens, seq_len = recipe.total_steps * recipe.batch_tokens, recipe.batch.seq_len
+    course, seq_len = recipe.course, recipe.batch.seq_len
+    tokens, sizes = course.total_tokens, course.sizes()
     yield (
         f"model       {counts.total:,} parameters: embedding {counts.embedding:,}, {counts.blocks} layers x "
         f"{counts.block:,}, last norm {counts.norm:,}, head {_head(counts.head)}"
@@ -223,7 +233,9 @@ def _describe_model(
         f"FLOPs       {flops.total / 1e9:.3f} GFLOP per token (forward and backward, causal, {seq_len} tokens"
         f"{groups}): layer {flops.block / 1e6:.1f} M, head {flops.head / 1e6:.1f} M = {_in_blocks(flops):.1f} layers"
     )
-    yield f"run         {recipe.total_steps:,} steps x {recipe.batch_tokens:,} = {tokens:,} tokens"
+    per_step = f" x {sizes[0] * seq_len:,} =" if len(sizes) == 1 else ","
+    yield f"run         {course.steps:,} steps{per_step} {tokens:,} tokens"
+    yield from describe_course(course)
     as_measured = " (one H100 without a pipeline)" if assumed.mfu == MEASURED_MFU else ""
     speed = "" if measured else f"MFU {assumed.mfu:.0%}{as_measured}, "
     yield (
@@ -265,7 +277,7 @@ def _projection(recipe: Recipe, best: Projection, card: str, limit_gib: float, a
     """Speed and length of the best layout, beside the recipe's reference where that is for the same cards."""
     if best.memory_gib > limit_gib:
         return
-    tokens = recipe.total_steps * recipe.batch_tokens
+    tokens = recipe.course.total_tokens
     yield (
         f"projection, not measured: {best.tokens_per_second:,.0f} tokens/s on {best.layout.ranks} x {card}, "
         f"{best.days:.2f} days for {tokens / 1e9:.1f} billion tokens"

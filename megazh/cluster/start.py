@@ -19,6 +19,7 @@ from megazh.run.plot import plot_losses
 from megazh.run.requests import Inbox
 from megazh.run.summary import describe_end
 from megazh.training.checkpoint_list import newest_good, remove_unfinished
+from megazh.training.checks.course import bends, course_of, with_first_warmup
 from megazh.training.checks.data import checked_mixture, describe_data, makes_data
 from megazh.training.checks.resume import check_resume, is_complete, saved_data, steps_done
 from megazh.training.describe import describe_job
@@ -174,17 +175,26 @@ def _deepspeed(job: Job) -> str:
 
 def _describe_end(job: Job, request: Request) -> None:
     recipe, run = job.recipe, job.run
-    done = steps_done(run) or recipe.total_steps
-    if done > recipe.total_steps:
-        print(
-            f"{run.path}: has {done:,} steps already, and {recipe.total_steps:,} were asked for: nothing is left to do"
-        )
-    kept = [text for text in request.settings if _last_name(text) not in ("steps", "tokens", "resume")]
-    longer = replace(request, settings=[*kept, f"steps={2 * done}"])
+    asked = recipe.course.steps
+    done = steps_done(run) or asked
+    if done > asked:
+        print(f"{run.path}: has {done:,} steps already, and {asked:,} were asked for: nothing is left to do")
+    kept = [text for text in request.settings if _last_name(text) not in ("steps", "tokens", "resume", "allow_bend")]
+    longer = replace(request, settings=[*kept, f"steps={2 * done}", *_bend(job, 2 * done)])
     anew = replace(request, run=run.path.with_name(f"{run.path.name}-2"))
-    flops = recipe.flops_per_token.total * recipe.batch_tokens
+    flops = recipe.flops_per_token.total
     for line in describe_end(run, done, flops, _trial(job), _command(longer), _command(anew)):
         print(line)
+
+
+def _bend(job: Job, steps: int) -> list[str]:
+    """The setting that a complete run needs to go on for so many steps."""
+    saved = newest_good(job.run.checkpoints)
+    if saved is None:
+        return []
+    schedule = job.recipe.schedule.model_copy(update={"steps": steps, "tokens": None})
+    longer = with_first_warmup(job.recipe.model_copy(update={"schedule": schedule}), job.run)
+    return ["allow_bend=true"] if bends(course_of(saved), longer.course, saved[1].step) else []
 
 
 def _trial(job: Job) -> list[str]:

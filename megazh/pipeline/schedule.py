@@ -20,7 +20,18 @@ class WeightPass(schedule.BufferOpInstruction):
 
 
 class SplitSchedule(schedule.PipeSchedule):
-    """A training step of one stage, with input and weight gradients in separate passes."""
+    """A training step of one stage, with input and weight gradients in separate passes.
+
+    Args:
+        micro_batches: micro-batches of this step.
+        stages: number of stages.
+        stage: number of this stage.
+        most: micro-batches of the largest step of the run, which decides the number of buffers. Default: this one's.
+    """
+
+    def __init__(self, micro_batches: int, stages: int, stage: int, most: int | None = None) -> None:
+        super().__init__(micro_batches, stages, stage)
+        self._most = most or micro_batches
 
     def steps(self) -> Iterator[list[schedule.PipeInstruction]]:
         """One list of instructions per pass, and one for the optimizer step."""
@@ -47,5 +58,8 @@ class SplitSchedule(schedule.PipeSchedule):
         yield [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
 
     def num_pipe_buffers(self) -> int:
-        """Number of buffers: as many as micro-batches can be between forward and weight pass at one time."""
-        return kept_micro_batches(self.stage_id, self.stages, self.micro_batches)
+        """Number of buffers: as many as micro-batches can be between forward and weight pass at one time.
+
+        It is the same in all steps of a run: passes are recorded once per buffer.
+        """
+        return kept_micro_batches(self.stage_id, self.stages, self._most)

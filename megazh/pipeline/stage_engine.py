@@ -61,6 +61,7 @@ class StageEngine(PipelineEngine):
         self._example: tuple[Tensors, Tensors | None] | None = None
         """Inputs and labels of a micro-batch that has run, so that nothing is set up for the first time."""
         self._totals = Totals(0.0, (), 0.0)  # of the last step
+        self._most_micro_batches = self.micro_batches  # of any step; `set_train_batch_size` changes those of the next
         if self.num_stages > 1:
             self._transfers = Transfers(self.module.topology(), self.device)
             if not self.module.checkpointing:  # recomputed activations would have to be kept after all
@@ -203,7 +204,7 @@ class StageEngine(PipelineEngine):
         return self._recorded[buffer_id] if self._recorded and self.module.training else None
 
     def _train_schedule(self) -> Any:
-        return SplitSchedule(self.micro_batches, self.num_stages, self.stage_id)
+        return SplitSchedule(self.micro_batches, self.num_stages, self.stage_id, self._most_micro_batches)
 
     def _exec_reduce_tied_grads(self) -> None:
         for weight, group in self.module.get_tied_weights_and_groups():

@@ -14,14 +14,14 @@ _SAMPLES = 2
 
 
 def describe_end(
-    run: RunFolder, steps: int, flops_per_step: float, words: list[str], longer: str, anew: str
+    run: RunFolder, steps: int, flops_per_token: float, words: list[str], longer: str, anew: str
 ) -> Iterator[str]:
     """The lines that sum up a complete run. Draws its plot.
 
     Args:
         run: the run's folder.
         steps: optimizer steps of the run.
-        flops_per_step: floating-point operations per step, the count behind MFU.
+        flops_per_token: floating-point operations per token, the count behind MFU.
         words: the arguments of `megazh` that try the model, such as `sample runs/demo 从前`.
         longer: the command that trains on, twice as long.
         anew: the command that starts another run of the same recipe.
@@ -56,7 +56,7 @@ def describe_end(
     except Exception as error:  # the run is complete without it
         yield f"{'plot':<12}could not be drawn: {' '.join(str(error).split())}"
     seconds = sum(record["step_seconds"] for record in trained)
-    operations = flops_per_step * len(trained) / 1e12
+    operations = flops_per_token * trained[-1]["tokens"] / 1e12
     yield f"{'time':<12}{seconds:.0f} s in {len(trained)} steps, {operations:.1f} TFLOP"
     yield ""
     yield "go on:"

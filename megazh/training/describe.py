@@ -13,6 +13,7 @@ from megazh.model.counts import parameter_counts, trained_counts
 from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.memory import stage_parameters
 from megazh.training.checks.hf import describe_engine
+from megazh.training.course import Course
 from megazh.training.cpu_time import describe_cpu_time
 from megazh.training.recipe import Device, Kernels, Recipe, StageCosts
 from megazh.training.stages import describe_parts, fitting_bounds, memory_by_stage, memory_limit, work_of
@@ -29,7 +30,8 @@ def describe_job(job: Job, detailed: bool = False) -> Iterator[str]:
     recipe, layout = job.recipe, job.layout
     unit = "GPUs" if job.device is Device.CUDA else "CPU processes"
     counts = parameter_counts(recipe.model)
-    tokens = recipe.total_steps * recipe.batch_tokens
+    course = recipe.course
+    tokens, largest = course.total_tokens, max(course.sizes())
     yield f"{'run':<12}{job.run.path}"
     yield f"{'model':<12}{counts.total:,} parameters, {counts.blocks} layers x {recipe.model.hidden_size}"
     if recipe.low_rank is not None:
@@ -40,7 +42,8 @@ def describe_job(job: Job, detailed: bool = False) -> Iterator[str]:
     )
     yield (
         f"{'batch':<12}{layout.micro_batch_size} x {layout.micro_batches} micro-batches x {layout.replicas} replicas x "
-        f"{recipe.batch.seq_len} = {recipe.batch_tokens:,} tokens per step"
+        f"{recipe.batch.seq_len} = {largest * recipe.batch.seq_len:,} tokens per step"
+        f"{', the largest' if len(course.sizes()) > 1 else ''}"
     )
     if job.engine == "hf":
         yield f"{'engine':<12}{describe_engine(recipe, layout.ranks)}"
@@ -49,12 +52,32 @@ def describe_job(job: Job, detailed: bool = False) -> Iterator[str]:
             f"{'attention':<12}in groups of {recipe.attention_group} tokens, shifted by half of one for half of the "
             "heads; full in validation and sampling"
         )
-    yield f"{'length':<12}{recipe.total_steps:,} steps, {tokens:,} tokens"
+    yield f"{'length':<12}{course.steps:,} steps, {tokens:,} tokens"
+    yield from describe_course(course)
     if job.device is Device.CPU:
         operations = recipe.flops_per_token.total * tokens
         yield f"{'time':<12}{describe_cpu_time(operations)}"
     if detailed and job.engine == "ds_pp":
         yield from describe_stages(job)
+
+
+def describe_course(course: Course) -> Iterator[str]:
+    """The learning rate of a run on one line, and a table of its parts where batch or length of segments change."""
+    schedule = course.schedule
+    rise = f" after {schedule.warmup:,} steps of warm-up" if schedule.warmup else ""
+    fall = f" of {schedule.decay:,} steps of decay" if schedule.decay else ""
+    last = course.rate(course.steps - 1)
+    end = f", {last:.2e} at the end{fall}" if last != schedule.peak else ""
+    yield f"{'rate':<12}{course.kind}: {schedule.peak:.2e}{rise}{end}"
+    parts = list(course.parts())
+    if len(parts) == 1 and course.cut_of(0) is None:
+        return
+    yield f"{'course':<12}from step   tokens so far    batch   length    first rate   last rate"
+    for part in parts:
+        yield (
+            f"{'':<12}{part[0] + 1:>9,} {course.tokens_before(part[0]):>15,} {course.samples(part[0]):>8,} "
+            f"{course.length(part[0]):>8,} {course.rate(part[0]):>13.2e} {course.rate(part[-1]):>11.2e}"
+        )
 
 
 def describe_trained(recipe: Recipe) -> str:

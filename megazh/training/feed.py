@@ -6,16 +6,18 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from megazh.index.choices import Cut
 from megazh.index.loader import Batch, ahead, training_batches
 from megazh.index.mixture import Mixture, ValidationSamples
 from megazh.model.document_map import encode_document_map
 from megazh.run.pulse import beat
+from megazh.training.course import Course
 from megazh.training.layout import Layout
 
 MicroBatch = tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """((tokens, document map), (labels, scale)).
 
-Shapes: (batch, seq), (batch, seq + max_docs + 3) and (batch, seq) int32, and (1,) fp32.
+Shapes: (batch, seq), (batch, seq + segments + 3) and (batch, seq) int32, and (1,) fp32.
 """
 
 
@@ -27,13 +29,13 @@ A recorded graph only queues the work of a micro-batch: all micro-batches of a s
 
 
 def training_feed(
-    mixture: Mixture, layout: Layout, replica: int, first_step: int, workers: int, passed: int = 0
+    mixture: Mixture, layout: Layout, replica: int, first_step: int, workers: int, course: Course, passed: int = 0
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batches of one replica from step `first_step` (from 0) to the mixture's last whole step.
 
-    Step n takes the samples from n * global_batch_size + passed on, whatever the layout. Each micro-batch's summed loss
-    is scaled by 1 / valid labels of the whole step, so that the sum over micro-batches and replicas is a mean over
-    tokens.
+    Step n takes the samples from `course.samples_before(n)` + passed on, whatever the layout, with the cuts of
+    `course`. Each micro-batch's summed loss is scaled by 1 / valid labels of the whole step, so that the sum over
+    micro-batches and replicas is a mean over tokens.
 
     Args:
         mixture: the data.
@@ -41,25 +43,30 @@ def training_feed(
         replica: number of this rank's replica.
         first_step: optimizer steps done before.
         workers: threads that gather samples ahead of time.
+        course: batch and cuts of each step.
         passed: samples that rollbacks passed over: every step takes those that come so many later.
     """
-    size = layout.micro_batch_size * layout.micro_batches * layout.replicas
+    size, begin = layout.micro_batch_size, course.samples_before(first_step)
     ready = min(layout.micro_batches + _READY, _MOST_READY)
-    batches = training_batches(
-        mixture, layout.micro_batch_size, first_step * size + passed, replica, layout.replicas, workers, ready
-    )
+
+    def cut_of(sample: int) -> Cut | None:
+        return course.cut_of(sample - passed)
+
+    batches = training_batches(mixture, size, begin + passed, replica, layout.replicas, workers, ready, cut_of)
     steps: Iterable[int] = itertools.count(first_step)
     if mixture.end is not None:
-        steps = range(first_step, (mixture.end - passed) // size)
+        steps = range(first_step, course.batches.step_of(max(mixture.end - passed, 0)))
 
-    scale_of = functools.partial(_scale, mixture, size, passed, torch.cuda.is_available())
-    for scale in ahead(scale_of, steps, 1, _READY) if workers else map(scale_of, steps):
-        yield from map(_micro_batch, itertools.islice(batches, layout.micro_batches), itertools.repeat(scale))
+    scale_of = functools.partial(_scale, mixture, course, passed, torch.cuda.is_available())
+    scales = ahead(scale_of, steps, 1, _READY) if workers else map(scale_of, steps)
+    for step, scale in zip(itertools.count(first_step), scales, strict=False):
+        number = layout.micro_batches_of(course.samples(step))
+        yield from map(_micro_batch, itertools.islice(batches, number), itertools.repeat(scale))
 
 
-def _scale(mixture: Mixture, size: int, passed: int, pinned: bool, step: int) -> torch.Tensor:
-    begin = step * size + passed
-    valid = mixture.count_labels(range(begin, begin + size))
+def _scale(mixture: Mixture, course: Course, passed: int, pinned: bool, step: int) -> torch.Tensor:
+    begin, end = course.samples_before(step), course.samples_before(step + 1)
+    valid = mixture.count_labels(range(begin + passed, end + passed), course.cut_of(begin))
     return torch.tensor([1 / max(valid, 1)], pin_memory=pinned)
 
 

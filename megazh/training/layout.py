@@ -15,7 +15,11 @@ class Layout:
     replicas: int
     micro_batch_size: int
     micro_batches: int
-    """Micro-batches per optimizer step and replica (gradient accumulation steps)."""
+    """Micro-batches per replica in the largest optimizer step (gradient accumulation steps)."""
+
+    def micro_batches_of(self, samples: int) -> int:
+        """Micro-batches per replica in a step of so many samples."""
+        return samples // (self.micro_batch_size * self.replicas)
 
 
 def make_layout(recipe: Recipe, ranks: int, stages: int | None = None) -> Layout:
@@ -42,6 +46,7 @@ def make_layout(recipe: Recipe, ranks: int, stages: int | None = None) -> Layout
     replicas = ranks // stages
     size, total = recipe.batch.micro_batch_size, recipe.batch.global_batch_size
     micro_batches, rest = divmod(total, size * replicas)
+    sizes = recipe.course.sizes()
     given = recipe.batch.gradient_accumulation_steps
     if given is not None and size * given * replicas != total:
         other = "" if rest else f", or gradient_accumulation_steps={micro_batches}"
@@ -55,10 +60,22 @@ def make_layout(recipe: Recipe, ranks: int, stages: int | None = None) -> Layout
             f"global_batch_size {total} does not divide by micro_batch_size {size} x {replicas} replicas = "
             f"{size * replicas}; {_remedy(total, size, replicas)}"
         )
+    for samples in sizes:
+        if samples % (size * replicas):
+            raise UsageError(
+                f"schedule.batch: {samples} samples do not divide by micro_batch_size {size} x {replicas} replicas = "
+                f"{size * replicas}; {_remedy_of_sizes(samples, sizes, size, replicas)}"
+            )
     bounds = recipe.parallel.stage_bounds
     if bounds is not None and len(bounds) != stages + 1:
         raise UsageError(f"stage_bounds {bounds} cut into {len(bounds) - 1} stages, and there are {stages}")
-    return Layout(ranks, stages, replicas, size, micro_batches)
+    return Layout(ranks, stages, replicas, size, max(sizes) // (size * replicas))
+
+
+def _remedy_of_sizes(samples: int, sizes: list[int], size: int, replicas: int) -> str:
+    near = max(1, round(samples / (size * replicas))) * size * replicas
+    fitting = [count for count in range(1, size) if not any(each % (count * replicas) for each in sizes)]
+    return f"give {near} in their place" + (f", or set micro_batch_size={fitting[-1]}" if fitting else "")
 
 
 def _remedy(batch: int, size: int, replicas: int) -> str:

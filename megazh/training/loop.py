@@ -97,7 +97,7 @@ class Trainer(Session):
         if module.is_first or module.is_last:
             workers, passed = self.recipe.data.workers, self.guard.samples_passed
             self._feed = self._timed(
-                training_feed(self.mixture, self.layout, self._replica, self.step, workers, passed)
+                training_feed(self.mixture, self.layout, self._replica, self.step, workers, self.course, passed)
             )
 
     def _timed(self, feed: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
@@ -128,8 +128,9 @@ class Trainer(Session):
         """Take one optimizer step and record it."""
         engine, rate = self.engine, self.rate(self.step)
         engine.optimizer.learning_rate = rate
+        engine.set_train_batch_size(self.course.samples(self.step))
         self._data_seconds = 0.0
-        self.guard.begin_step(self.recipe.batch.global_batch_size, self.recipe.batch.seq_len)
+        self.guard.begin_step(self.course.samples(self.step), self.course.length(self.step))
         begun = time.perf_counter()
         loss = float(engine.train_batch(self._feed))
         z_loss = float(engine.agg_additional_losses[Z_LOSS]) if engine.agg_additional_losses else None

@@ -26,6 +26,8 @@ from megazh.run.changes import newest
 from megazh.run.folder import RunFolder
 from megazh.run.trackers.tracker import TrackerName
 from megazh.settings import Settings, override, read_layers
+from megazh.training.amounts import ByTokens, Span
+from megazh.training.course import Batches, Course, Kind, Lengths
 from megazh.training.model_from import split_from, with_model
 from megazh.training.recipe_files import recipes_folder
 
@@ -106,7 +108,8 @@ class BatchConfig(Config):
     micro_batch_size: Annotated[Count, MAY_CHANGE]
     """Samples per micro-batch: what one GPU computes at a time."""
     global_batch_size: Count
-    """Samples per optimizer step over all GPUs; a multiple of micro_batch_size times the replicas."""
+    """Samples per optimizer step over all GPUs; a multiple of micro_batch_size times the replicas. With
+    schedule.batch, that of the first steps."""
     gradient_accumulation_steps: Annotated[Count | None, MAY_CHANGE] = None
     """Micro-batches per optimizer step and replica. Default: global_batch_size / (micro_batch_size x replicas)."""
 
@@ -196,16 +199,36 @@ class OptimizerConfig(Config):
 
 
 class ScheduleConfig(Config):
-    """Length of the run, learning rate over its steps, and seed."""
+    """Length of the run, learning rate, batch and length of segments over its steps, and seed."""
 
     tokens: Annotated[Amount | None, MAY_CHANGE] = None
     """Length of the run in tokens, such as 500M or 30B; give this or steps."""
     steps: Annotated[Count | None, MAY_CHANGE] = None
     """Length of the run in optimizer steps; give this or tokens."""
-    warmup: Annotated[NotNegative, MAY_CHANGE] = 0.01
-    """Steps of linear warm-up; below 1 a share of the run."""
+    kind: Annotated[Kind, choice(Kind), MAY_CHANGE] = Kind.COSINE
+    """Shape of the learning rate behind the warm-up: cosine and linear fall to the last step, wsd stays at the peak and
+    falls over the steps of decay, constant stays, inverse_sqrt falls with the root of the steps."""
+    warmup: Annotated[Span, MAY_CHANGE] = 0.01
+    """Length of the linear warm-up: steps, tokens such as 2M, or below 1 a share of the steps. A run that goes on with
+    another length keeps the warm-up of its first start where this is a share."""
+    decay: Annotated[Span, MAY_CHANGE] = 0.1
+    """Length of the fall at the end of kind=wsd: steps, tokens such as 2B, or below 1 a share of the steps."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1), MAY_CHANGE] = 0.1
-    """Learning rate at the end of the cosine, relative to learning_rate."""
+    """Learning rate at the last step of cosine, linear and wsd, relative to learning_rate."""
+    batch: Annotated[ByTokens | None, MAY_CHANGE] = None
+    """Samples per optimizer step by the tokens consumed before it, such as {0: 128, 2B: 256, 8B: 768}; the first is
+    batch.global_batch_size. May change on resume for tokens that are not consumed. Default: that size throughout."""
+    length: Annotated[ByTokens | None, MAY_CHANGE] = None
+    """Tokens of the longest segment by the tokens consumed before a step, such as {0: 64, 1B: 128, 3B: 512, 6B: 1024}:
+    longer pieces of documents are cut, and tokens do not see those of another segment; position ids begin anew. Tokens
+    per step stay, and validation is not cut. May change on resume for tokens that are not consumed. Default:
+    batch.seq_len throughout, no cuts."""
+    label_at_cut: bool = True
+    """Whether the last token of a segment that ends at such a cut is trained to predict the next token of the document,
+    as at the end of a sample; if false, it is not trained."""
+    allow_bend: Annotated[bool, MAY_CHANGE] = False
+    """Whether a run may go on along a curve of the learning rate by which steps already done would have had other
+    rates, as with another number of steps and kind=cosine. The new curve applies from the next step on."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of initial weights and dropout. The order of data follows the manifest's seed."""
 
@@ -403,6 +426,7 @@ class Recipe(Config):
             )
         if (self.schedule.tokens is None) == (self.schedule.steps is None):
             raise ValueError("give one of schedule.tokens and schedule.steps")
+        self._check_course()
         if self.attention_group is not None and self.model.kv_heads % 2:
             raise ValueError(
                 f"attention.pattern=s2 halves the heads, and the model has num_key_value_heads={self.model.kv_heads}, "
@@ -418,6 +442,24 @@ class Recipe(Config):
                     "head)"
                 )
         return self
+
+    def _check_course(self) -> None:
+        """Refuse batches and lengths that cannot work. Raises ValueError."""
+        size, sizes = self.batch.global_batch_size, self.schedule.batch
+        try:
+            _ = self.course
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        if sizes and sizes[0] != size:
+            raise ValueError(
+                f"schedule.batch begins with {sizes[0]} samples, and batch.global_batch_size is {size}; set "
+                f"global_batch_size={sizes[0]}, or let schedule.batch begin with {{0: {size}, ...}}"
+            )
+        if sizes and len(set(sizes.values())) > 1 and self.batch.gradient_accumulation_steps is not None:
+            raise ValueError(
+                "schedule.batch has steps of several sizes, and gradient_accumulation_steps is one number; leave "
+                "batch.gradient_accumulation_steps out"
+            )
 
     @property
     def low_rank(self) -> LoraConfig | None:
@@ -435,17 +477,24 @@ class Recipe(Config):
         return flops_per_token(self.model, self.batch.seq_len, self.attention_group, self.low_rank)
 
     @property
-    def batch_tokens(self) -> int:
-        """Tokens per optimizer step."""
-        return self.batch.global_batch_size * self.batch.seq_len
+    def course(self) -> Course:
+        """Batch, segment length and learning rate of each step.
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the run: its tokens, rounded up to whole steps."""
-        if self.schedule.steps is not None:
-            return self.schedule.steps
-        assert self.schedule.tokens is not None
-        return -(-self.schedule.tokens // self.batch_tokens)
+        A length in tokens is rounded up to whole steps.
+        """
+        schedule, seq_len = self.schedule, self.batch.seq_len
+        batches = Batches(schedule.batch or {0: self.batch.global_batch_size}, seq_len)
+        return Course(
+            steps=schedule.steps or batches.steps_for(schedule.tokens or 0),
+            batches=batches,
+            lengths=Lengths(schedule.length or {0: seq_len}, seq_len),
+            kind=schedule.kind,
+            peak=self.optimizer.learning_rate,
+            warmup=schedule.warmup,
+            decay=schedule.decay,
+            min_ratio=schedule.min_lr_ratio,
+            label_at_cut=schedule.label_at_cut,
+        )
 
     def with_cut(self, bounds: list[int]) -> "Recipe":
         """This recipe with the cut into stages that its ranks agreed on."""
@@ -470,11 +519,18 @@ class Recipe(Config):
         """Open the data of the run. Raises UsageError and DataError as `Mixture` does."""
         from megazh.index.mixture import Mixture
 
-        return Mixture(self.data.manifest, self.batch.seq_len, self.data.packing, self.data.max_docs)
+        shortest = min(self.schedule.length.values()) if self.schedule.length else None
+        return Mixture(
+            self.data.manifest, self.batch.seq_len, self.data.packing, self.data.max_docs, shortest_cut=shortest
+        )
 
     def to_yaml(self) -> str:
         """Text of a file that `load_recipe` reads back; keys left at a default of None are left out."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+        values = self.model_dump(mode="json", exclude_none=True)
+        for key in ("batch", "length"):
+            if numbers := getattr(self.schedule, key):
+                values["schedule"][key] = numbers  # JSON has no keys that are numbers
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 ALTERNATIVES = [("schedule.tokens", "schedule.steps")]

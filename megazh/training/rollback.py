@@ -33,7 +33,7 @@ def roll_back(session: Session) -> bool:
         return False
     path, saved = found
     steps = session.step - saved.step
-    samples = session.samples_before(session.step) - session.samples_before(saved.step)
+    samples = session.course.samples_before(session.step) - session.course.samples_before(saved.step)
     text = (
         f"step {session.step}: {guard.reason}: back to {path.name}, and past the data of {steps:,} steps "
         f"({samples:,} samples)"

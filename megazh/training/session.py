@@ -28,6 +28,7 @@ from megazh.run.trackers.start import TRACKERS
 from megazh.run.trackers.tracker import TrackedRun
 from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path, step_of
 from megazh.training.checkpoint_read import load_checkpoint
+from megazh.training.checks.course import check_consumed, course_of
 from megazh.training.collect import largest, of_rank_0
 from megazh.training.commands import Commands
 from megazh.training.control import Control, Interrupted, Reason
@@ -40,7 +41,6 @@ from megazh.training.hang import limit_collectives, start_limit, step_limit
 from megazh.training.health import diverged, find_not_finite
 from megazh.training.held_out import Validation
 from megazh.training.layout import Layout, make_layout
-from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.live import LiveRecipe
 from megazh.training.pace import Pace, due
 from megazh.training.prompting import Prompting
@@ -119,7 +119,7 @@ class Session(ABC):
         self.startup = startup or Startup()
         self.folder, self.recipe, self.layout, self.device, self.control = run, recipe, layout, device, control
         self.live = LiveRecipe(recipe, run.changes())
-        self.steps = recipe.total_steps
+        self.course, self.steps = recipe.course, recipe.course.steps
         """Optimizer steps of the run."""
         self.precision = recipe.precision.on(Device(device.type))
         limit_memory(device, recipe.parallel.memory_limit_gib)
@@ -133,6 +133,8 @@ class Session(ABC):
         named = None if isinstance(resume, Resume) else resume
         self.found: Found | None = agree_on_checkpoint(run.checkpoints, self.run_id, self.log, named)
         """The checkpoint that the run goes on from; None where it begins."""
+        if self.found:
+            check_consumed(run.path, self.found[1], course_of(self.found), self.course)
         self.step = self.found[1].step if self.found else 0
         """Optimizer steps done."""
         self.recipe = self.live.at(self.step)
@@ -148,7 +150,7 @@ class Session(ABC):
         self._save_is_due = bool(every and row) and self.step // every > (self.step - row) // every
         """Whether a checkpoint waits for a step that is not skipped."""
         self._has_stepped = False
-        self._pace = Pace(self.step, self.steps)
+        self._pace = Pace(self.step, self.course)
         self._flops_per_token = recipe.flops_per_token.total
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self._peak_flops = peak_flops(name, recipe.logging.peak_tflops)
@@ -227,10 +229,6 @@ class Session(ABC):
             remedy = "name other weights" if begins else "remove this checkpoint to resume from the one before it"
             raise DataError(f"{path}: {wrong} is not finite: training had diverged; {remedy}")
 
-    def samples_before(self, step: int) -> int:
-        """Samples that the steps before step `step`, counted from 0, take."""
-        return step * self.recipe.batch.global_batch_size
-
     def restart_feed(self) -> None:
         """Feed from the current step on; called after a rollback, and so only where the guard decides."""
         raise NotImplementedError
@@ -285,13 +283,13 @@ class Session(ABC):
         self.commands.settle()
         agreed = Agreed(_noted(reason), Verdict(int(verdict)), commands > 0)
         self.guard.count(self.step, agreed.verdict)
-        rate_all = self.recipe.batch_tokens / result.seconds
+        rate_all = self.course.tokens(self.step - 1) / result.seconds
         rate = rate_all / self.layout.ranks
         self.metrics.step(
             StepRecord(
                 step=self.step,
                 steps=self.steps,
-                tokens=self.step * self.recipe.batch_tokens,
+                tokens=self.course.tokens_before(self.step),
                 loss=result.loss,
                 learning_rate=result.learning_rate,
                 grad_norm=result.grad_norm,
@@ -364,7 +362,7 @@ class Session(ABC):
             DataError: names the number of steps that there is data for.
         """
         end, passed = self.mixture.end, self.guard.samples_passed
-        if self.last or end is None or self.samples_before(self.step + 1) + passed <= end:
+        if self.last or end is None or self.course.samples_before(self.step + 1) + passed <= end:
             return
         self._save_now()
         raise DataError(
@@ -391,7 +389,7 @@ class Session(ABC):
         self.step, self.saver.saved_at = step, step
         self.recipe = self.live.at(step)
         self._save_is_due = False
-        self._pace = Pace(step, self.steps)
+        self._pace = Pace(step, self.course)
         self.restart_feed()
 
     def _save_if_due(self, stop: bool) -> None:
@@ -455,7 +453,7 @@ class Session(ABC):
             found = self.compute_validation()
         if found is None:
             self.interrupt()
-        tokens = self.step * self.recipe.batch_tokens
+        tokens = self.course.tokens_before(self.step)
         size = self.validation_samples
         self.metrics.validation(self.step, tokens, found.loss, found.bits_per_byte, size, found.corpora)
         self.evaluated.add(VALIDATION)
@@ -504,9 +502,7 @@ class Session(ABC):
 
     def rate(self, step: int) -> float:
         """The learning rate of the optimizer step after `step` steps."""
-        recipe = self.live.at(step)
-        warmup = warmup_steps(self.steps, recipe.schedule.warmup)
-        return learning_rate(step, self.steps, recipe.optimizer.learning_rate, warmup, recipe.schedule.min_lr_ratio)
+        return self.live.at(step).course.rate(step)
 
     def agreed_reason(self) -> Reason:
         """The weightiest reason to stop that any rank knows."""
@@ -566,8 +562,8 @@ class Session(ABC):
         manifest = CheckpointManifest(
             run_id=self.run_id,
             step=self.step,
-            samples=self.samples_before(self.step) + self.guard.samples_passed,
-            tokens=self.step * recipe.batch_tokens,
+            samples=self.course.samples_before(self.step) + self.guard.samples_passed,
+            tokens=self.course.tokens_before(self.step),
             stages=self.layout.stages,
             replicas=self.layout.replicas,
             bounds=self.bounds,

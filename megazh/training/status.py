@@ -126,14 +126,14 @@ def status(run: RunFolder) -> Status:
     if is_running:
         state = record.state.value if record else State.STARTING.value
     else:
-        state = "complete" if saved and saved.complete and saved.step >= recipe.total_steps else "ended"
+        state = "complete" if saved and saved.complete and saved.step >= recipe.course.steps else "ended"
     attempt: Any = info.attempts[-1] if info.attempts else None
     return Status(
         run=str(run.path),
         state=state,
         since=record.since if record else None,
         step=max(last.step if last else 0, saved.step if saved else 0),
-        steps=recipe.total_steps,
+        steps=recipe.course.steps,
         tokens=max(last.tokens if last else 0, saved.tokens if saved else 0),
         loss=last.loss if last else None,
         learning_rate=last.learning_rate if last else None,

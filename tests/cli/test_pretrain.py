@@ -114,7 +114,7 @@ def test_a_word_with_an_equals_sign_is_a_setting_only_if_it_can_be_one(
     assert (requests[0].inputs, requests[0].settings) == (inputs, settings)
 
 
-@pytest.mark.parametrize("word", ["lang=en.jsonl", "lang=en", "steps_of=x.txt"])
+@pytest.mark.parametrize("word", ["lang=en.jsonl", "wiki=en", "steps_of=x.txt"])
 def test_a_word_that_is_neither_file_nor_setting_is_named_as_both(
     capsys: pytest.CaptureFixture[str], requests: list[Request], word: str
 ) -> None:
@@ -291,7 +291,7 @@ def test_the_same_command_again_says_complete(complete: Finished, here: Path, en
 @pytest.mark.usefixtures("complete")
 def test_more_steps_train_on_from_there(here: Path, env: dict[str, str | None]) -> None:
     longer = shutil.copytree(here / "runs" / "mini", here / "runs" / "longer")
-    finished = run_command([*PRETRAIN, "-r", "runs/longer", f"steps={STEPS + 4}"], 120, env, here)
+    finished = run_command([*PRETRAIN, "-r", "runs/longer", f"steps={STEPS + 4}", "allow_bend=true"], 120, env, here)
     assert finished.returncode == 0, finished
     assert f"resumed at step {STEPS} of {STEPS + 4}" in finished.stdout
     found = losses(longer)

@@ -62,7 +62,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert newest is not None
     assert 2 <= newest[1].step < STEPS
     assert not newest[1].complete
-    again = [*COMMAND, "1", *SETTINGS[::2], f"steps={newest[1].step + 3}"]
+    again = [*COMMAND, "1", *SETTINGS[::2], f"steps={newest[1].step + 3}", "allow_bend=true"]
     finished = run_command(again, 120, env, tmp_path)
     assert finished.returncode == 0, finished
     assert f"resumed at step {newest[1].step} of {newest[1].step + 3}" in finished.stdout

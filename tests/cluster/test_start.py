@@ -221,12 +221,12 @@ def test_a_second_job_in_the_same_folder_is_refused(launches: Launches, recipe: 
         ({"settings": ["dtype=bf16"], "device": "cpu"}, ["was saved in fp32, and this is bf16", "-r"]),
     ],
 )
-@pytest.mark.parametrize("length", ["steps=6", "steps=12"], ids=["complete", "to go on"])
+@pytest.mark.parametrize("length", [["steps=6"], ["steps=12", "allow_bend=true"]], ids=["complete", "to go on"])
 def test_a_run_does_not_go_on_as_another_one(
-    launches: Launches, recipe: str, changes: dict[str, Any], parts: list[str], length: str
+    launches: Launches, recipe: str, changes: dict[str, Any], parts: list[str], length: list[str]
 ) -> None:
     make_run(Path("runs/mini"), Path(recipe))
-    options = {"num_gpus": 1, "stages": 1, **changes, "settings": [length, *changes.get("settings", [])]}
+    options = {"num_gpus": 1, "stages": 1, **changes, "settings": [*length, *changes.get("settings", [])]}
     line = refused(Request(recipe=recipe, **options), launches)
     for part in parts:
         assert part in line
@@ -235,7 +235,9 @@ def test_a_run_does_not_go_on_as_another_one(
 def test_a_run_goes_on_in_another_layout(launches: Launches, recipe: str) -> None:
     make_run(Path("runs/mini"), Path(recipe))
     for ranks, stages, settings in ((2, 2, []), (2, 2, ["stage_bounds=[0, 1, 4]"]), (2, 1, []), (1, 1, [])):
-        request = Request(recipe=recipe, num_gpus=ranks, stages=stages, settings=["steps=12", *settings])
+        request = Request(
+            recipe=recipe, num_gpus=ranks, stages=stages, settings=["steps=12", "allow_bend=true", *settings]
+        )
         assert start(request) == STOPPED
 
 
@@ -264,7 +266,7 @@ def test_dtypes_are_compared_as_they_are_not_as_they_are_written(launches: Launc
 def test_a_run_does_not_go_on_with_other_data(launches: Launches, recipe: str, tmp_path: Path) -> None:
     make_run(Path("runs/mini"), Path(recipe))
     other = prepare(tmp_path / "other", 400, 2, None, story_count=150, say=lambda line: None)
-    settings = ["steps=12", f"data.manifest={other}"]
+    settings = ["steps=12", "allow_bend=true", f"data.manifest={other}"]
     line = refused(Request(recipe=recipe, num_gpus=1, stages=1, settings=settings), launches)
     assert "runs/mini: the run was begun with another tokenizer" in line
 
@@ -278,7 +280,7 @@ def test_what_is_started(launches: Launches, recipe: str) -> None:
     ]  # fmt: skip
     assert (launched["ranks"], launched["gpu_ids"], launched["logs"]) == (4, None, run / "logs")
     assert launched["labels"] == [f"rank {rank} (stage {stage})" for rank, stage in enumerate([0, 0, 1, 1])]
-    assert run_recipe(RunFolder(run)).total_steps == 9
+    assert run_recipe(RunFolder(run)).course.steps == 9
 
 
 def test_chosen_gpus_reach_the_ranks_in_order(launches: Launches, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,6 +418,7 @@ def test_a_complete_run_says_so_and_other_text_is_still_refused(
     assert launches == []
     assert files_of_runs() == {**before, run.plot: run.plot.read_bytes()}
     longer, anew = (shlex.split(line, comments=True) for line in lines[-2:])
+    assert longer[-2:] == ["steps=12", "allow_bend=true"], "a cosine does not go on by itself"
     for command, expected in ((longer, ["runs/novels", "12"]), (anew, ["runs/novels-2", "6"])):
         assert command[0] == "bash"
         assert Path(command[1]).samefile(Path(__file__).parents[2] / "jobs" / "run_pretrain.sh")
@@ -523,7 +526,10 @@ def test_a_complete_run_that_is_asked_for_fewer_steps_says_so(
 
 def test_a_resume_lists_what_changes(launches: Launches, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(Path("runs/mini"), Path(recipe))
-    assert start(Request(recipe=recipe, num_gpus=1, stages=1, settings=["steps=60"])) == STOPPED
+    line = refused(Request(recipe=recipe, num_gpus=1, stages=1, settings=["steps=60"]), launches)
+    assert "by cosine over 60 steps (cosine over 6 before)" in line
+    request = Request(recipe=recipe, num_gpus=1, stages=1, settings=["steps=60", "allow_bend=true"])
+    assert start(request) == STOPPED
     lines = capsys.readouterr().err.splitlines()
     assert "runs/mini: settings that changed since the last start:" in lines
     assert "  schedule.steps                   6 -> 60" in lines

@@ -22,8 +22,8 @@ def run(stories: Path, tmp_path: Path) -> RunFolder:
 
 
 def closing_lines(run: RunFolder) -> list[str]:
-    """The lines of a run whose steps take half a TFLOP each."""
-    return list(describe_end(run, 6, 0.5e12, ["sample", str(run.path), "it's 从前"], LONGER, ANEW))
+    """The lines of a run whose steps of 256 tokens take half a TFLOP each."""
+    return list(describe_end(run, 6, 0.5e12 / 256, ["sample", str(run.path), "it's 从前"], LONGER, ANEW))
 
 
 def test_end_of_a_run(run: RunFolder) -> None:

@@ -40,7 +40,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         module = DecoderPipeline(work, [0, 4], SEED)
     engine = make_engine(module, recipe.optimizer.name.value, rules(recipe.optimizer), work, 1.0)
     engine.optimizer.learning_rate = 1e-2
-    feed = training_feed(recipe.open_mixture(), layout, module.mpu().get_data_parallel_rank(), 0, 0)
+    replica = module.mpu().get_data_parallel_rank()
+    feed = training_feed(recipe.open_mixture(), layout, replica, 0, 0, recipe.course)
     losses, labels = [], []
     for _ in range(STEPS):
         batches = list(itertools.islice(feed, layout.micro_batches))

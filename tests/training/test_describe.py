@@ -11,7 +11,7 @@ from recipes import make_recipe
 from megazh.kernels import support
 from megazh.model.counts import parameter_counts
 from megazh.pipeline.memory import stage_parameters
-from megazh.training.describe import describe_job, describe_kernels, describe_stages
+from megazh.training.describe import describe_course, describe_job, describe_kernels, describe_stages
 from megazh.training.job import Devices, Job, Request, make_job
 from megazh.training.layout import make_layout
 from megazh.training.recipe import Device, Recipe, load_recipe
@@ -47,7 +47,22 @@ def test_layout_of_the_half_billion() -> None:
         "layout      6 GPUs = 2 stages x 3 replicas, bf16",
         "batch       8 x 32 micro-batches x 3 replicas x 1024 = 786,432 tokens per step",
         "length      38,147 steps, 30,000,021,504 tokens",
+        "rate        cosine: 5.00e-04 after 381 steps of warm-up, 5.00e-05 at the end",
     ]
+
+
+def test_a_course_that_changes_is_a_table() -> None:
+    course = make_recipe(
+        steps=None, tokens=4096, kind="wsd", decay=4, warmup=2, length={0: 4, "1K": 16},
+        **{"schedule.batch": {0: 8, "1K": 16, "1M": 24}},
+    ).course  # fmt: skip
+    assert list(describe_course(course)) == [
+        "rate        wsd: 1.00e-03 after 2 steps of warm-up, 1.00e-04 at the end of 4 steps of decay",
+        "course      from step   tokens so far    batch   length    first rate   last rate",
+        "                    1               0        8        4      5.00e-04    1.00e-03",
+        "                    9           1,024       16       16      1.00e-03    1.00e-04",
+    ]
+    assert list(describe_course(make_recipe(kind="constant", warmup=0).course)) == ["rate        constant: 1.00e-03"]
 
 
 def test_on_the_cpu_ranks_are_processes_and_auto_is_fp32() -> None:

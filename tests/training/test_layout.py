@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import pytest
 from recipes import make_recipe
@@ -73,6 +74,23 @@ def test_remedies_by_name() -> None:
     message = refused(2, micro_batch_size=2, global_batch_size=24, gradient_accumulation_steps=4)
     assert "2 x gradient_accumulation_steps 4 x 2 replicas = 16, and global_batch_size is 24" in message
     assert "set global_batch_size=16, or gradient_accumulation_steps=6" in message
+
+
+def test_each_size_of_a_course_must_divide() -> None:
+    def layout(sizes: dict[int | str, int], ranks: int = 2, **changes: Any) -> Layout:
+        return make_layout(make_recipe(global_batch_size=sizes[0], **{"schedule.batch": sizes}, **changes), ranks)
+
+    found = layout({0: 8, 256: 24, 640: 16})
+    assert (found.micro_batches, [found.micro_batches_of(size) for size in (8, 24, 16)]) == (6, [2, 6, 4])
+    with pytest.raises(UsageError) as refusal:
+        layout({0: 8, 256: 18})
+    assert str(refusal.value) == (
+        "schedule.batch: 18 samples do not divide by micro_batch_size 2 x 2 replicas = 4; give 16 in their place, or "
+        "set micro_batch_size=1"
+    )
+    with pytest.raises(UsageError, match="9 samples do not divide by micro_batch_size 1 x 2 replicas = 2; give 8 in"):
+        layout({0: 8, 256: 9}, micro_batch_size=1)
+    assert layout({0: 8, "1M": 9}).micro_batches == 2, "the run does not reach it"
 
 
 def test_gradient_accumulation_that_agrees_is_accepted() -> None:

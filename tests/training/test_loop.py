@@ -17,8 +17,8 @@ from megazh.errors import INTERRUPTED, DivergedError
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
+from megazh.training.course import Kind, Schedule
 from megazh.training.guard import SKIPPED_LIMIT
-from megazh.training.learning_rate import learning_rate
 
 STEPS = 5
 ENVIRONMENT = {
@@ -88,9 +88,8 @@ def test_a_run_tells_every_step_and_does_what_is_due(stories: Path, tmp_path: Pa
     steps = [record for record in records if record["kind"] == "step"]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5]
     assert [record["tokens"] for record in steps] == [256, 512, 768, 1024, 1280]
-    assert [record["learning_rate"] for record in steps] == [
-        learning_rate(step, STEPS, 1e-3, 2, 0.1) for step in range(STEPS)
-    ]
+    schedule = Schedule(Kind.COSINE, 1e-3, STEPS, 2, 0.1)
+    assert [record["learning_rate"] for record in steps] == [schedule.rate(step) for step in range(STEPS)]
     assert not any(record["skipped"] for record in steps)
     assert all(0 < record["data_seconds"] < record["step_seconds"] for record in steps)
     assert [record["step"] for record in records if record["kind"] == "validation"] == [0, 2, 4, 5]

@@ -8,7 +8,6 @@ from recipes import make_recipe
 
 from megazh.errors import SeveralErrors, UsageError
 from megazh.training.layout import make_layout
-from megazh.training.learning_rate import learning_rate
 from megazh.training.recipe import MAY_CHANGE, Recipe, differing_keys, keys, load_recipe
 from megazh.training.recipe_files import recipe_names, recipe_path
 
@@ -31,7 +30,7 @@ def test_recipes_that_come_along_work(name: str) -> None:
     recipe = load_recipe(recipe_path(name))
     layout = make_layout(recipe, recipe.parallel.num_gpus or 6)
     assert layout.micro_batches >= 1
-    assert recipe.total_steps >= 1
+    assert recipe.course.steps >= 1
 
 
 @pytest.mark.parametrize(
@@ -48,9 +47,9 @@ def test_recipes_that_come_along_work(name: str) -> None:
 def test_numbers_of_the_recipes(name: str, tokens: int, layout: tuple[int, ...], steps: int) -> None:
     recipe = load_recipe(recipe_path(name))
     found = make_layout(recipe, layout[0])
-    assert recipe.batch_tokens == tokens
+    assert recipe.course.tokens(0) == tokens
     assert (found.ranks, found.stages, found.replicas, found.micro_batch_size, found.micro_batches) == layout
-    assert recipe.total_steps == steps
+    assert recipe.course.steps == steps
 
 
 def test_settings_of_the_half_billion_run() -> None:
@@ -72,7 +71,7 @@ def test_settings_of_longlora() -> None:
     """Learning rate, weight decay, warm-up and interpolation as in LongLoRA; attention that is not approximated."""
     recipe = load_recipe(recipe_path("longlora_qwen0.5b_6x3090"))
     assert (recipe.optimizer.learning_rate, recipe.optimizer.weight_decay, recipe.schedule.warmup) == (2e-5, 0, 20)
-    rates = [learning_rate(step, 1000, 2e-5, 20, recipe.schedule.min_lr_ratio) for step in (20, 500, 999)]
+    rates = [recipe.course.rate(step) for step in (20, 500, 999)]
     assert rates == pytest.approx([2e-5] * 3)
     assert (recipe.batch.seq_len, recipe.attention_group) == (8192, None)
     assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (8, 16, ["q", "k", "v", "o"])
@@ -101,12 +100,12 @@ def test_defaults_of_one_recipe_are_not_those_of_another() -> None:
 
 def test_tokens_and_steps_replace_each_other(tmp_path: Path) -> None:
     path = write(tmp_path, "schedule: {tokens: 1.5M}\n")
-    assert load_recipe(path).total_steps == -(-1_500_000 // 128)
+    assert load_recipe(path).course.steps == -(-1_500_000 // 128)
     for setting in ("steps=7", "--steps=7"):
         recipe = load_recipe(path, [setting])
-        assert (recipe.schedule.tokens, recipe.total_steps) == (None, 7)
+        assert (recipe.schedule.tokens, recipe.course.steps) == (None, 7)
     recipe = load_recipe(write(tmp_path, "schedule: {steps: 9}\n"), ["tokens=1k"])
-    assert (recipe.schedule.steps, recipe.schedule.tokens, recipe.total_steps) == (None, 1000, 8)
+    assert (recipe.schedule.steps, recipe.schedule.tokens, recipe.course.steps) == (None, 1000, 8)
     for settings in (["tokens=1k", "steps=7"], ["steps=null"]):
         with pytest.raises(UsageError, match=r"one of schedule\.tokens and schedule\.steps"):
             load_recipe(path, settings)
@@ -163,7 +162,7 @@ def test_bounds_by_hand(bounds: list[int]) -> None:
 @pytest.mark.parametrize(("changes", "steps"), [({"tokens": 128}, 1), ({"tokens": 129}, 2), ({"steps": 3}, 3)])
 def test_steps_are_rounded_up(changes: dict[str, Any], steps: int) -> None:
     recipe: Recipe = make_recipe(**{"steps": None, **changes})
-    assert (recipe.batch_tokens, recipe.total_steps) == (128, steps)
+    assert (recipe.course.tokens(0), recipe.course.steps) == (128, steps)
 
 
 def test_every_key_has_a_docstring_and_a_last_name_of_its_own() -> None:
@@ -171,7 +170,7 @@ def test_every_key_has_a_docstring_and_a_last_name_of_its_own() -> None:
     assert all(field.description for _, field in keys())
     last = [name.rpartition(".")[2] for name in names]
     twice = {name for name in last if last.count(name) > 1}
-    assert twice == set(), "the last name is enough on the command line"
+    assert twice == {"batch"}, "the last name is enough on the command line; batch is the section, not schedule.batch"
 
 
 def test_whether_a_key_may_change_is_said_at_its_field() -> None:

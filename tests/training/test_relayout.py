@@ -203,3 +203,41 @@ def test_the_same_layout_gives_the_same_bits_in_bf16(forks: ForkedRuns, stories:
         run = back_to(whole, SAVED, tmp_path / f"{optimizer}_resumed")
         assert_resumed(forks.train(recipe, run, (2, 2)), SAVED)
         assert_same_bits(run, whole)
+
+
+def test_batches_and_lengths_that_change_go_on_in_any_layout(forks: ForkedRuns, stories: Path, tmp_path: Path) -> None:
+    """Three steps of 12 samples and then of 24; segments of 8 tokens, from step 5 on of 16, from step 7 on whole."""
+    course = {"schedule.batch": {0: 12, "1K": 24}, "schedule.length": {0: 8, 1200: 16, "3K": 32}, "kind": "wsd"}
+    recipe = write_recipe(tmp_path / "recipe.yaml", stories, "adamw", checkpoint_every=1, decay=3, **course)
+    # Of 12 samples per micro-batch, a step of two stages has one and then two.
+    layouts = {(1, 1): [], (2, 1): ["micro_batch_size=12"], (1, 2): ["micro_batch_size=3"]}
+    wholes = {layout: tmp_path / f"whole_{layout[0]}x{layout[1]}" for layout in layouts}
+    unlabelled = {(1, 1): tmp_path / "unlabelled", (2, 1): tmp_path / "unlabelled_in_stages"}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda layout: forks.train(recipe, wholes[layout], layout, *layouts[layout]), layouts))
+        jobs = {}
+        for layout, step in (((1, 1), 2), ((2, 1), 3)):
+            run = back_to(wholes[layout], step, tmp_path / f"{layout[0]}x{layout[1]}_{step}")
+            jobs[layout, run] = step, pool.submit(forks.train, recipe, run, layout, *layouts[layout])
+        other = back_to(wholes[2, 1], 4, tmp_path / "other")
+        moved = pool.submit(forks.train, recipe, other, (1, 3), "micro_batch_size=4")
+        for layout, run in unlabelled.items():
+            pool.submit(forks.train, recipe, run, layout, "label_at_cut=false", "steps=4")
+    wanted = losses(wholes[1, 1])
+    for layout, whole in wholes.items():
+        assert losses(whole) == pytest.approx(wanted, rel=1e-5), layout
+    records = [record for record in read_metrics(wholes[2, 1]) if record["kind"] == "step"]
+    assert [record["tokens"] for record in records] == [384, 768, 1152, 1920, 2688, 3456, 4224, 4992]
+    last = read_manifest(checkpoint_path(wholes[2, 1] / "checkpoints", STEPS))
+    assert (last.samples, last.tokens) == (156, 4992)
+    for (layout, run), (step, job) in jobs.items():
+        assert_resumed(job.result(), step)
+        assert_same_bits(run, wholes[layout])
+    assert_resumed(moved.result(), 4)
+    assert losses(other) == pytest.approx(wanted, rel=1e-5)
+    first, second = (
+        [record["loss"] for record in read_metrics(run) if record["kind"] == "step"] for run in unlabelled.values()
+    )
+    assert len(first) == 4
+    assert first == pytest.approx(second, rel=1e-5)
+    assert first[0] != pytest.approx(wanted[0], rel=1e-5), "other labels from the first step on"

@@ -25,6 +25,7 @@ from pack import write_made_up
 
 from megazh.cli.options import count
 from megazh.index.mixture import Mixture
+from megazh.training.course import Batches, Course, Kind, Lengths
 from megazh.training.feed import MicroBatch, training_feed
 from megazh.training.layout import Layout
 
@@ -94,6 +95,11 @@ def main() -> None:
         parser.error("--global-batch-size must be a multiple of --micro-batch-size")
     micro_batches = options.global_batch_size // options.micro_batch_size
     layout = Layout(1, 1, 1, options.micro_batch_size, micro_batches)
+    batches, lengths = (
+        Batches({0: options.global_batch_size}, options.seq_len),
+        Lengths({0: options.seq_len}, options.seq_len),
+    )
+    course = Course(1, batches, lengths, Kind.CONSTANT, 1.0, 0, 0, 1.0, True)
     seconds = options.micro_batch_size * options.seq_len / options.tokens_per_second
     with tempfile.TemporaryDirectory() as name:
         mixture = made_up_mixture(Path(name), options.corpora, options.tokens, options.seq_len)
@@ -101,10 +107,10 @@ def main() -> None:
             f"micro-batches of {options.micro_batch_size} x {options.seq_len} tokens, {micro_batches} per step, "
             f"{options.corpora} corpora; one every {1e3 * seconds:.1f} ms"
         )
-        spent = cost(training_feed(mixture, layout, 0, 0, 0), 400)
+        spent = cost(training_feed(mixture, layout, 0, 0, 0, course), 400)
         print(f"  made without threads       {1e6 * spent:8,.0f} us of CPU time per micro-batch")
         for what, at_once in (("one at a time", 1), ("a step at once", micro_batches)):
-            feed = training_feed(mixture, layout, 0, 0, options.workers)
+            feed = training_feed(mixture, layout, 0, 0, options.workers, course)
             steps = max(3, round(options.seconds / seconds / at_once))
             waited, longest, cpu = consume(feed, steps, at_once, seconds)
             print(

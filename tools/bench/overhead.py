@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         *arguments.settings,
     ]  # fmt: skip
     recipe = untrained(load_recipe(recipe_path(arguments.recipe), settings))
-    make_mixture(folder, (steps + 3) * recipe.batch_tokens, recipe.model.vocab_size, 500, 0)
+    make_mixture(folder, (steps + 3) * recipe.course.tokens(0), recipe.model.vocab_size, 500, 0)
     run_folder = RunFolder(folder / "run")
     run_folder.begin(recipe.to_yaml(), recipe.open_mixture())
     Inbox.clear(run_folder)  # so that the run listens to commands

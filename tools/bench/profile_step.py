@@ -91,7 +91,7 @@ def profile(arguments: argparse.Namespace, folder: Path) -> None:
         "device=cuda",
     ]  # fmt: skip
     recipe = load_recipe(recipe_path(arguments.recipe), [*settings, *own])
-    tokens = (WARM_UP + 3) * recipe.batch_tokens
+    tokens = (WARM_UP + 3) * recipe.course.tokens(0)
     make_mixture(folder, tokens, recipe.model.vocab_size, arguments.document_tokens, 0)
     run_folder = RunFolder(folder / "run")
     run_folder.begin(recipe.to_yaml(), recipe.open_mixture())
@@ -109,7 +109,7 @@ def profile(arguments: argparse.Namespace, folder: Path) -> None:
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kernels[event.name].append(event.time_range.elapsed_us() / 1e3)
-    report(arguments, kernels, wall, recipe.batch_tokens)
+    report(arguments, kernels, wall, recipe.course.tokens(0))
     torch.distributed.destroy_process_group()
 
 

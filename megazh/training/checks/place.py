@@ -113,7 +113,7 @@ def disk(case: Case) -> Iterator[str]:
 
 def _fewer(recipe: Recipe, done: int, fitting: int) -> str:
     """Setting with which no more than `fitting` checkpoints are on disk at a time."""
-    keep, steps = recipe.checkpoint, recipe.total_steps
+    keep, steps = recipe.checkpoint, recipe.course.steps
     if keep.keep_every:
         every = -(-steps // max(fitting - keep.keep_last - keep.keep_best - 1, 1))
         return f"checkpoint.keep_every={every} or more"
@@ -139,13 +139,13 @@ def space_of(recipe: Recipe, work: Work) -> CheckpointSpace:
     """The space of a run's checkpoints, from shapes and the keep rules of its recipe."""
     rule = keep_rule(recipe)
     validated = bool(recipe.evaluation.validate_every)
-    number = rule.most_kept(checkpoints_to_come(recipe, 0), recipe.total_steps, validated)
+    number = rule.most_kept(checkpoints_to_come(recipe, 0), recipe.course.steps, validated)
     return CheckpointSpace(number, checkpoint_bytes(work))
 
 
 def checkpoints_to_come(recipe: Recipe, done: int) -> int:
     """The number of checkpoints that a run still writes, the last one included."""
-    every, steps = recipe.checkpoint.checkpoint_every, recipe.total_steps
+    every, steps = recipe.checkpoint.checkpoint_every, recipe.course.steps
     if done >= steps:
         return 0
     return ((steps - 1) // every - done // every if every else 0) + 1

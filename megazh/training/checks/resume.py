@@ -17,14 +17,10 @@ from megazh.training.checkpoint_list import (
     newest_good,
     read_manifest,
 )
+from megazh.training.checks.course import check_course, describe_curve
 from megazh.training.job import Case, Job, with_dtypes
-from megazh.training.learning_rate import learning_rate, warmup_steps
 from megazh.training.live import describe as describe_set
-from megazh.training.live import recipe_at
 from megazh.training.recipe import Recipe, Resume, differing_keys, run_recipe
-
-_NOTABLE = 0.01
-"""Relative difference of two learning rates that is worth a line."""
 
 
 def same_run(case: Case) -> Iterator[str]:
@@ -39,8 +35,8 @@ def check_resume(job: Job) -> None:
     """Check that a run that exists already may be resumed as this job.
 
     Raises:
-        MegazhError: a length below what is done, another dtype, model or seed; all that differs, each with both values.
-            Or a checkpoint that is asked for cannot be used.
+        MegazhError: a length below what is done, another dtype, model, seed or batch so far, a learning rate that would
+            bend; all that differs, each with both values. Or a checkpoint that is asked for cannot be used.
     """
     found = Collector()
     for compare in _COMPARISONS:
@@ -58,7 +54,7 @@ def steps_done(run: RunFolder) -> int | None:
 def is_complete(run: RunFolder, recipe: Recipe) -> bool:
     """Whether the run has a checkpoint of the recipe's last step, or of a later one, and has evaluated it."""
     newest = newest_good(run.checkpoints)
-    return newest is not None and newest[1].step >= recipe.total_steps and newest[1].complete
+    return newest is not None and newest[1].step >= recipe.course.steps and newest[1].complete
 
 
 def saved_data(run: RunFolder) -> dict[str, str] | None:
@@ -110,15 +106,15 @@ def _checkpoint(job: Job, found: Collector) -> None:
 
 def _length(job: Job, saved: CheckpointManifest, found: Collector) -> None:
     """A run that is not complete goes on; a shorter length than is done would end it unnoticed."""
-    steps = job.recipe.total_steps
-    if saved.step <= steps or not job.run.exists or saved.step >= run_recipe(job.run).total_steps:
+    steps, before = job.recipe.course.steps, run_recipe(job.run).course.steps if job.run.exists else 0
+    if saved.step <= steps or saved.step >= before:
         return
     key = "steps" if job.recipe.schedule.steps is not None else "tokens"
     done = saved.step if key == "steps" else saved.tokens
     found.add(
         UsageError(
-            f"{job.run.path}: {saved.step:,} of {run_recipe(job.run).total_steps:,} steps are done, and this run is to "
-            f"have {steps:,}; give schedule.{key}= at least {done}, or start another run with -r"
+            f"{job.run.path}: {saved.step:,} of {before:,} steps are done, and this run is to have "
+            f"{steps:,}; give schedule.{key}= at least {done}, or start another run with -r"
         )
     )
 
@@ -151,11 +147,17 @@ def _settings(job: Job, found: Collector) -> None:
             )
 
 
-_COMPARISONS: tuple[Callable[[Job, Collector], None], ...] = (_engine, _checkpoint_asked_for, _checkpoint, _settings)
+_COMPARISONS: tuple[Callable[[Job, Collector], None], ...] = (
+    _engine,
+    _checkpoint_asked_for,
+    _checkpoint,
+    _settings,
+    check_course,
+)
 
 
 def describe_changes(job: Job) -> Iterator[str]:
-    """The settings that differ from the last start of a run, old and new, and the jump of its learning rate."""
+    """The settings that differ from the last start of a run, old and new, and what becomes of its learning rate."""
     if not job.run.exists:
         return
     before = with_dtypes(run_recipe(job.run), job.device)
@@ -169,28 +171,8 @@ def describe_changes(job: Job) -> Iterator[str]:
     yield f"{job.run.path}: settings that changed since the last start:"
     for key, old, new in changed:
         yield f"  {key:<32} {_written(old)} -> {_written(new)}"
-    yield from _jump(job, before)
+    yield from describe_curve(job)
 
 
 def _written(value: Any) -> str:
     return "not set" if value is None else str(value)
-
-
-def _jump(job: Job, before: Recipe) -> Iterator[str]:
-    """A line where the course of the learning rate breaks at the step that comes next."""
-    done = steps_done(job.run)
-    if done is None or done >= job.recipe.total_steps:
-        return
-    before = recipe_at(before, job.run.changes(), done)
-    old, new = _rate(before, done), _rate(job.recipe, done)
-    if abs(new - old) > _NOTABLE * max(old, new):
-        yield (
-            f"warning: {job.run.path}: the learning rate changes at step {done + 1:,}, the next one: {old:.2e} by the "
-            f"settings so far, {new:.2e} now (the step before had {_rate(before, done - 1):.2e})"
-        )
-
-
-def _rate(recipe: Recipe, step: int) -> float:
-    steps = recipe.total_steps
-    warmup = warmup_steps(steps, recipe.schedule.warmup)
-    return learning_rate(max(step, 0), steps, recipe.optimizer.learning_rate, warmup, recipe.schedule.min_lr_ratio)

@@ -96,6 +96,7 @@ class HfTrainer(transformers.Trainer):
     ) -> None:
         self._rate = rate
         self._recipe, self._layout, self._mixture, self._first_step = recipe, layout, mixture, first_step
+        self._course = recipe.course
         self.data_seconds = 0.0
         """Seconds spent waiting for samples since it was set to 0."""
         # The loss function tells the Trainer that losses are scaled already: it divides them by nothing.
@@ -152,7 +153,8 @@ class HfTrainer(transformers.Trainer):
         return found
 
     def _feed(self) -> Iterator[MicroBatch]:
-        return training_feed(self._mixture, self._layout, dist.get_rank(), self._first_step, self._recipe.data.workers)
+        workers = self._recipe.data.workers
+        return training_feed(self._mixture, self._layout, dist.get_rank(), self._first_step, workers, self._course)
 
     def _wait(self, seconds: float) -> None:
         self.data_seconds += seconds

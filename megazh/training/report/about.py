@@ -63,7 +63,7 @@ def hardware_parts(found: Gathered) -> Iterator[Html]:
         rows += [
             ("parameters", f"{counts.total:,}"),
             ("shape", f"{model.num_hidden_layers} layers x {model.hidden_size}, {model.vocab_size:,} ids"),
-            ("tokens per step", f"{recipe.batch_tokens:,}"),
+            ("tokens per step", ", ".join(f"{size * recipe.batch.seq_len:,}" for size in recipe.course.sizes())),
             ("FLOPs per token", f"{recipe.flops_per_token.total:.4g}"),
         ]
     newest = next((each for each in reversed(found.checkpoints.values()) if isinstance(each, CheckpointManifest)), None)

@@ -98,7 +98,7 @@ def _state(found: Gathered) -> str:
 def _total_steps(found: Gathered) -> int:
     if found.history.steps:
         return found.history.steps[-1]["steps"]
-    return found.recipe.total_steps if found.recipe else 0
+    return found.recipe.course.steps if found.recipe else 0
 
 
 def _tiles(found: Gathered) -> Iterator[Html]:

@@ -38,6 +38,7 @@ def test_each_key_that_cannot_be_honoured_is_named(tmp_path: Path) -> None:
         "attention.pattern=s2": "attention.pattern=s2: -t hf has full attention only",
         "neftune_alpha=5": "noise.neftune_alpha=5: -t hf adds no noise",
         "guard.spike=skip": "guard.spike=skip: with -t hf, the loss of a step is known after its update only",
+        "schedule.batch={0: 8, 256: 16}": "schedule.batch: steps of 8, 16 samples, and -t hf has one size for all",
         "stage_bounds=[0,2,4]": "stage_bounds=[0, 2, 4]: -t hf has no stages",
     }
     lines = refusals(tmp_path, *refused).split("\nerror: ")

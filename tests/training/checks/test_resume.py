@@ -11,7 +11,6 @@ from made_runs import RECIPE, make_run
 from megazh.errors import UsageError
 from megazh.training.checks.resume import describe_changes, same_run, steps_done
 from megazh.training.job import Case, Request
-from megazh.training.learning_rate import learning_rate
 from megazh.training.preflight import RUN, warnings_of
 
 
@@ -44,7 +43,7 @@ def test_a_longer_run_says_that_its_learning_rate_jumps(tmp_path: Path, stories:
     *block, line = describe_changes(case.job)
     assert block[1:] == ["  schedule.steps                   6 -> 60"]
     peak = RECIPE["learning_rate"]
-    old, new = learning_rate(6, 6, peak, 1, 0.1), learning_rate(6, 60, peak, 6, 0.1)
+    old, new = (make_case(tmp_path, stories, steps=steps).recipe.course.rate(6) for steps in (6, 60))
     assert line.startswith(f"warning: {case.run.path}: the learning rate changes at step 7, the next one: ")
     assert re.findall(r"\d\.\d\de-\d\d", line) == [f"{rate:.2e}" for rate in (old, new, old)]
     assert old == pytest.approx(0.1 * peak)

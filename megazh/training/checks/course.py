@@ -1,0 +1,158 @@
+"""Whether a run may go on by the course of another recipe: what it has consumed, and the curve of its learning rate."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from megazh.config import from_mapping
+from megazh.errors import Collector, DataError, UsageError
+from megazh.run.folder import RunFolder
+from megazh.training.checkpoint_list import (
+    MANIFEST,
+    CheckpointManifest,
+    gone_on_since,
+    list_checkpoints,
+    named_checkpoint,
+    newest_good,
+    read_manifest,
+)
+from megazh.training.course import Course, Kind
+from megazh.training.job import Job
+from megazh.training.recipe import Recipe, Resume
+
+_NOTABLE = 0.01
+"""Relative difference of two learning rates that is worth a line."""
+_SAME = 1e-6
+"""Difference of two learning rates, relative to the peak, that no curve makes."""
+_COMPARED = 1000
+"""Largest number of steps whose learning rates are compared."""
+
+Saved = tuple[Path, CheckpointManifest]
+
+
+def goes_on_from(run: RunFolder, recipe: Recipe) -> Saved | None:
+    """The checkpoint that a start of this recipe resumes from; None where the run begins.
+
+    Raises:
+        DataError: the one that `checkpoint.resume` names is damaged.
+    """
+    newest, named = newest_good(run.checkpoints), recipe.checkpoint.resume
+    if isinstance(named, Resume) or (newest is not None and gone_on_since(newest[1], named)):
+        return newest
+    path = named_checkpoint(run.checkpoints, named)
+    return (path, read_manifest(path)) if (path / MANIFEST).is_file() else newest
+
+
+def course_of(saved: Saved) -> Course:
+    """The course by which a checkpoint was trained. Raises DataError where its manifest holds no recipe."""
+    path, manifest = saved
+    try:
+        return from_mapping(manifest.recipe, Recipe, str(path / MANIFEST)).course
+    except UsageError as error:
+        raise DataError(f"{error}; resume with the version of megazh that wrote it, or from another one") from None
+
+
+def with_first_warmup(recipe: Recipe, run: RunFolder) -> Recipe:
+    """The recipe with the warm-up, in steps, of the run that it goes on with, where it gives a share.
+
+    A share is one of the steps that the run was begun with: another length shall not move the warm-up behind it.
+    """
+    saved = newest_good(run.checkpoints) if run.exists else None
+    span = recipe.schedule.warmup
+    if saved is None or isinstance(span, str) or span >= 1:
+        return recipe
+    before, now = course_of(saved).schedule.warmup, recipe.course
+    if before == now.schedule.warmup or before > now.steps:
+        return recipe
+    return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"warmup": float(before)})})
+
+
+def check_course(job: Job, found: Collector) -> None:
+    """What is consumed stays as it was, and the curve bends only where that is allowed."""
+    saved = goes_on_from(job.run, job.recipe) if job.run.exists else None
+    if saved is None:
+        return
+    before, now, done = course_of(saved), job.recipe.course, saved[1].step
+    with found.collecting():
+        check_consumed(job.run.path, saved[1], before, now)
+    if done < now.steps and bends(before, now, done) and not job.recipe.schedule.allow_bend:
+        found.add(UsageError(f"{job.run.path}: {_bent(job.run, before, now, done)}"))
+
+
+def check_consumed(path: Path, saved: CheckpointManifest, before: Course, now: Course) -> None:
+    """Check that a checkpoint has consumed what another course gives to its steps.
+
+    Args:
+        path: the run's folder, for errors.
+        saved: the checkpoint's manifest.
+        before: the course by which it was trained.
+        now: the course that is to go on.
+
+    Raises:
+        UsageError: a step had another batch, or segments of another length.
+    """
+    begins = [part[0] for course in (before, now) for part in course.parts()]
+    steps = sorted({step for step in begins if step < saved.step})
+    for step in steps:
+        for key, had, has in (
+            ("batch", before.samples(step), now.samples(step)),
+            ("length", before.length(step), now.length(step)),
+        ):
+            if had != has:
+                raise UsageError(
+                    f"{path}: step {step + 1:,} was trained with a {key} of {had}, and by this recipe it would have "
+                    f"had {has}; {saved.step:,} steps and {saved.tokens:,} tokens are done: change schedule.{key} for "
+                    "later tokens only, or start another run with -r"
+                )
+    passed = saved.guard.samples_passed if saved.guard else 0
+    if saved.samples - passed != now.samples_before(saved.step):
+        raise UsageError(
+            f"{path}: its {saved.step:,} steps have consumed {saved.samples:,} samples, and by this recipe it would "
+            f"have been {now.samples_before(saved.step):,}; resume with the batch of before, or start another run with "
+            "-r"
+        )
+
+
+def bends(before: Course, now: Course, done: int) -> bool:
+    """Whether steps done along one course would have had other learning rates, relative to the peak, by another."""
+    count = min(done, _COMPARED)
+    steps = {done * number // count for number in range(count)} | {done - 1}
+    return any(
+        not math.isclose(before.rate(step) / before.peak, now.rate(step) / now.peak, rel_tol=0, abs_tol=_SAME)
+        for step in steps
+        if step >= 0
+    )
+
+
+def _bent(run: RunFolder, before: Course, now: Course, done: int) -> str:
+    rates = f"step {done:,} had {before.rate(done - 1):.2e}, and would have had {now.rate(done - 1):.2e}"
+    remedy = "keep the settings of before, or add schedule.allow_bend=true, to follow the new curve from the next step"
+    earlier = ""
+    if before.kind is now.kind is Kind.WSD:
+        begun = before.steps - before.schedule.decay
+        stable = [path for path in list_checkpoints(run.checkpoints) if int(path.name.removeprefix("step_")) <= begun]
+        if stable:
+            earlier = f", or go on from before the decay with checkpoint.resume={stable[-1].name}"
+    return (
+        f"by {now.kind} over {now.steps:,} steps ({before.kind} over {before.steps:,} before), the steps that are done "
+        f"would have had other learning rates: {rates}; {remedy} on ({now.rate(done):.2e}){earlier}"
+    )
+
+
+def describe_curve(job: Job) -> Iterator[str]:
+    """Lines on what becomes of the learning rate where a run goes on with other settings."""
+    saved = goes_on_from(job.run, job.recipe)
+    if saved is None or saved[1].step >= job.recipe.course.steps:
+        return
+    before, now, done = course_of(saved), job.recipe.course, saved[1].step
+    old, new, bent = before.rate(done), now.rate(done), bends(before, now, done)
+    if abs(new - old) > _NOTABLE * max(old, new) and (bent or before.peak != now.peak):
+        yield (
+            f"warning: {job.run.path}: the learning rate changes at step {done + 1:,}, the next one: {old:.2e} by the "
+            f"settings so far, {new:.2e} now (the step before had {before.rate(max(done - 1, 0)):.2e})"
+        )
+    elif bent or before.steps != now.steps:
+        yield f"  {'learning rate of the next step':<32} {old:.2e} -> {new:.2e}"
+        if now.kind is Kind.WSD:
+            first, later = (course.steps - course.schedule.decay + 1 for course in (before, now))
+            yield f"  {'first step of the decay':<32} {first:,} -> {later:,}"
