@@ -116,9 +116,12 @@ def draw_validation(axes: Axes, history: History, x: Axis, measure: Measure, loo
 
 
 def draw_corpora(axes: Axes, history: History, x: Axis, measure: Measure) -> list[tuple[Any, str]]:
-    """Draw validation by corpus as thin lines; returns each with its name."""
+    """Draw validation by corpus, where there are several, as thin lines; returns each with its name."""
+    corpora = history.validation_of_corpora(measure)
+    if len(corpora) < 2:
+        return []
     found = []
-    for number, (name, (steps, values)) in enumerate(history.validation_of_corpora(measure).items()):
+    for number, (name, (steps, values)) in enumerate(corpora.items()):
         style = STYLES[1:][number % 3]
         colour = COLOURS[(number + 1) % len(COLOURS)]
         line = axes.plot(history.positions(steps, x), values, linewidth=0.8, marker=".", color=colour, linestyle=style)
@@ -143,8 +146,6 @@ def draw_marks(axes: Axes, history: History, x: Axis) -> list[tuple[Any, str]]:
 
 def draw_rates(axes: Axes, history: History, x: Axis) -> None:
     """Draw learning rate and gradient norm, with a scale for each."""
-    from matplotlib.ticker import LogFormatter
-
     at = history.x(x)
     rate = draw_line(axes, at, history.column("learning_rate"), color="tab:green", linewidth=1.2, label="learning rate")
     axes.set_ylabel("learning rate")
@@ -153,11 +154,18 @@ def draw_rates(axes: Axes, history: History, x: Axis) -> None:
     norm = history.column("grad_norm")
     line = draw_line(norms, at, norm, color="tab:gray", alpha=0.6, linewidth=0.7, label="gradient norm")
     if (norm[np.isfinite(norm)] > 0).any():
-        norms.set_yscale("log")
-        norms.yaxis.set_major_formatter(LogFormatter())  # 2, not 2 x 10^0
-        norms.yaxis.set_minor_formatter(LogFormatter())
+        make_logarithmic(norms)
     norms.set_ylabel("gradient norm")
     axes.legend(handles=[rate, line], loc="upper right")
+
+
+def make_logarithmic(axes: Axes) -> None:
+    """Give the vertical axis a logarithmic scale, with numbers such as 2 rather than 2 x 10^0."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
 
 
 def format_x(axes: Axes, x: Axis) -> None:

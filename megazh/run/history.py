@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from megazh.errors import DataError
-from megazh.run.metrics import read_metrics
+from megazh.progress import Progress
+from megazh.run.metrics import METRICS, read_metrics
 
 SKIP = "skip"
 """Name of the event of a step that changed no weight."""
@@ -112,6 +113,8 @@ class History:
         return sorted(marks, key=lambda mark: mark.step)
 
 
+_LONG = 20_000_000  # bytes, which take about a second
+
 _KEYS = {Measure.LOSS: "loss", Measure.BITS: "bits_per_byte"}
 
 
@@ -129,9 +132,11 @@ def read_history(folder: Path) -> History:
         "sample": history.samples,
         "event": history.events,
     }
-    for record in read_metrics(folder):
-        if (records := lists.get(record["kind"])) is not None:
-            records.append(record)
+    path = folder / METRICS
+    size = path.stat().st_size if path.is_file() else 0
+    with Progress(f"read {path}", size, quiet=size < _LONG) as progress:
+        for record in read_metrics(folder, progress.advance):
+            lists[record["kind"]].append(record)
     return history
 
 

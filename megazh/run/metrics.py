@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -199,12 +199,16 @@ class Metrics:
             self._board.scalar(tag, value, record.step)
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, on_bytes: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
     """Read the records of the run in `folder`, oldest first.
 
     A record holds the fields of `StepRecord`, `ValidationRecord`, `SampleRecord` or `EventRecord` and, under "kind",
     "step", "validation", "sample" or "event". An incomplete last line (a crash, or a run that is just writing it) is
     left out.
+
+    Args:
+        folder: the run folder.
+        on_bytes: called after each record with the size of its line.
 
     Raises:
         UsageError: the folder holds no metrics.jsonl.
@@ -213,7 +217,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the folder of a run that has taken a step")
-    return [record for _, record in read_records(path)]
+    records = []
+    for line, record in read_records(path):
+        records.append(record)
+        if on_bytes is not None:
+            on_bytes(len(line) + 1)
+    return records
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -20,6 +20,7 @@ from megazh.run.drawing import (
     drawing,
     encoded,
     format_x,
+    make_logarithmic,
 )
 from megazh.run.fonts import Fonts, fonts_for
 from megazh.run.history import Axis, History, Measure, drawable_history
@@ -144,14 +145,10 @@ def _draw_several(
 
 def _format(top: Any, bottom: Any, options: PlotOptions) -> None:
     """Scales, ranges and names of the axes; `bottom` is the lowest one."""
-    from matplotlib.ticker import LogFormatter
-
     if options.log_x:
         top.set_xscale("log", nonpositive="mask")
     if options.log_y:
-        top.set_yscale("log")
-        top.yaxis.set_major_formatter(LogFormatter())
-        top.yaxis.set_minor_formatter(LogFormatter())
+        make_logarithmic(top)
     if options.x_range:
         top.set_xlim(*options.x_range)
     if options.y_range:

@@ -85,7 +85,7 @@ def _progress(run: Watched, look: Look) -> Iterator[Line]:
     done, total = step["step"], max(1, step["steps"])
     share = min(1.0, done / total)
     figures = f" {share:.1%}  step {done:,.0f} of {total:,.0f}  {compact(step['tokens'])} tokens"
-    if done < total:
+    if done < total and run.running:
         figures += f"  ETA {left(step['eta_seconds'])}"
     size = max(5, min(40, look.width - width_of(figures)))
     full, rest = ("█", "░") if look.unicode else ("#", "-")

@@ -61,6 +61,11 @@ class Watched:
         """Lines of the metrics that are damaged."""
         return self._tail.unreadable
 
+    @property
+    def running(self) -> bool:
+        """Whether a process works at the run."""
+        return self._state is not None
+
     def update(self) -> bool:
         """Read what is new, or of very much a part; returns whether there is more.
 

@@ -16,6 +16,7 @@ from megazh.run.drawing import (
     drawing,
     encoded,
     format_x,
+    make_logarithmic,
 )
 from megazh.run.fonts import Fonts, fonts_for
 from megazh.run.history import Axis, History, Measure
@@ -90,7 +91,7 @@ def _lines(
         line = draw_line(axes, x, y, color=("tab:blue", "tab:orange")[number], linewidth=1.0)
         entries += [(line, word)] if word else []
     if log and positive:
-        axes.set_yscale("log")
+        make_logarithmic(axes)
     elif not log:
         axes.set_ylim(bottom=0)
     return entries

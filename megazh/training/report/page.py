@@ -135,8 +135,8 @@ def _curves(found: Gathered) -> Iterator[str]:
 
 
 def _corpora(found: Gathered) -> Iterator[Html]:
-    """The last validation of each corpus, where it is recorded."""
-    last = next((record for record in reversed(found.history.validations) if record["corpora"]), None)
+    """The last validation of each corpus, where there are several and it is recorded."""
+    last = next((record for record in reversed(found.history.validations) if len(record["corpora"] or ()) > 1), None)
     if last is None:
         return
     rows = [

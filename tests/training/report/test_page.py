@@ -51,7 +51,14 @@ def run(stories: Path, tmp_path: Path) -> RunFolder:
     write_metrics(run, 6)
     with Metrics(run.path, 6, quiet=False) as metrics:
         metrics.sample(6, "从前</td>", SCRIPT)
-        metrics.validation(6, 1536, 2.5, 2.0, 4, {"法<i>律": CorpusValidation.of(2.25, 1.75, 2)})
+        metrics.validation(
+            6,
+            1536,
+            2.5,
+            2.0,
+            4,
+            {"法<i>律": CorpusValidation.of(2.25, 1.75, 2), "诗": CorpusValidation.of(2.75, 2.25, 2)},
+        )
         metrics.event(6, "stop", "stopped by a <person>")
         metrics.event(4, "rollback", "back to step 4", from_step=6)
     return run
