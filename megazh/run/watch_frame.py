@@ -72,7 +72,7 @@ def frame(run: Watched, look: Look, now: float, keys: str = "") -> list[str]:
 def _title(run: Watched, look: Look, now: float) -> Line:
     standing = run.standing(now)
     colour = GREEN if standing.calm else RED if standing.ended else YELLOW
-    name = clip(run.folder.resolve().name, max(8, look.width // 2))
+    name = clip(one_line(run.folder.resolve().name), max(8, look.width // 2))
     return [Span(name, BOLD), Span("  "), Span(standing.text, colour)]
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megazh.files import holder
+from megazh.run.attempt import KILLED
 from megazh.run.folder import DESCRIPTION, RunFolder
-from megazh.run.lines import left
+from megazh.run.lines import left, one_line
 from megazh.run.metrics import METRICS
 from megazh.run.state import State, StateRecord, read_state
 from megazh.run.tail import Tail
@@ -123,11 +124,13 @@ class Watched:
         attempt, step = self._attempt, self.last_step
         if attempt.get("ended"):
             code = attempt.get("exit_code")
-            return Standing(f"ended: {attempt.get('reason')} (exit code {code})", ended=True, calm=code == 0)
+            return Standing(
+                f"ended: {one_line(str(attempt.get('reason')))} (exit code {code})", ended=True, calm=code == 0
+            )
         if step and step["step"] == step["steps"]:
             return Standing("complete", ended=True)
         if attempt or step:
-            return Standing("does not run; no end was recorded", ended=True, calm=False)
+            return Standing(KILLED, ended=True, calm=False)
         return Standing("waiting for the run to begin")
 
     def _running(self, record: StateRecord, now: float) -> Standing:

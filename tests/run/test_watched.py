@@ -43,14 +43,14 @@ def test_the_course_of_a_run(tmp_path: Path) -> None:
         with Metrics(tmp_path, 5, quiet=False):
             run.update()
             assert len(run.losses) == 5
-    assert state(run) == ("does not run; no end was recorded", True)
+    assert state(run) == ("no end was recorded: killed, or the machine failed", True)
 
 
 def test_how_a_run_has_ended(tmp_path: Path) -> None:
     run, attempt = Watched(tmp_path), {"started": "2026-11-28T09:11:48Z"}
     write_metrics(RunFolder(tmp_path), 6)
     assert state(run) == ("complete", True)
-    ended = {**attempt, "ended": "2026-11-28T09:12:48Z", "reason": "ctl stop", "exit_code": 10}
+    ended = {**attempt, "ended": "2026-11-28T09:12:48Z", "reason": "ctl\x1b stop", "exit_code": 10}
     (tmp_path / DESCRIPTION).write_text(json.dumps({"attempts": [ended]}))
     assert state(run) == ("ended: ctl stop (exit code 10)", True)
     (tmp_path / DESCRIPTION).write_text("{")

@@ -119,9 +119,10 @@ def attempts_parts(found: Gathered) -> Iterator[Html]:
 
 
 def ended(attempt: Attempt) -> str:
-    """How an attempt ended, where that is recorded."""
-    reason, when, code = (getattr(attempt, name, None) for name in ("reason", "ended", "exit_code"))
-    return "" if when is None else f"{reason} at {when}, exit code {code}"
+    """How an attempt ended; empty while it runs, and where a version did not record it."""
+    if attempt.ended is None:
+        return attempt.reason or ""
+    return f"{attempt.reason}, exit code {attempt.exit_code}, at {attempt.ended.replace('T', ' ')}"
 
 
 def recipe_parts(found: Gathered) -> Iterator[Html]:

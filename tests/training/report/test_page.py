@@ -100,6 +100,12 @@ def test_text_of_the_model_is_text(run: RunFolder) -> None:
     assert not [tag for tag, _ in page.elements if tag == "script"]
 
 
+def test_how_attempts_ended(run: RunFolder) -> None:
+    run.end(5, "rank 1 <died>")
+    page, _ = report(run)
+    assert [text for text in page.texts if text.startswith("rank 1 <died>, exit code 5, at 20")]
+
+
 def test_validation_by_corpus_is_drawn_and_listed(run: RunFolder) -> None:
     page, _ = report(run)
     at = page.texts.index("Validation by corpus")
