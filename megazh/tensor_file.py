@@ -7,7 +7,7 @@ endian), the header in JSON with dtype, shape and place of each tensor, and the 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -74,10 +74,13 @@ def file_bytes(tensors: Sequence[NamedTensor]) -> int:
     return len(header_of(tensors)) + sum(tensor.values.nbytes for tensor in tensors)
 
 
-def write_tensor_file(path: Path, tensors: Sequence[NamedTensor]) -> str:
+def write_tensor_file(
+    path: Path, tensors: Sequence[NamedTensor], on_bytes: Callable[[int], object] = lambda size: None
+) -> str:
     """Write a file, flushed to disk; returns its SHA-256 as hex.
 
-    Give tensors of wide dtypes first, so that each begins at a multiple of its width.
+    Give tensors of wide dtypes first, so that each begins at a multiple of its width. `on_bytes` is called with the
+    size of each block written.
 
     Raises:
         OSError: it cannot be written.
@@ -89,6 +92,7 @@ def write_tensor_file(path: Path, tensors: Sequence[NamedTensor]) -> str:
                 block = data[begin : begin + _BLOCK]
                 digest.update(block)
                 write_all(file, block)
+                on_bytes(len(block))
         os.fsync(file.fileno())
     return digest.hexdigest()
 

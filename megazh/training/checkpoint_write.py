@@ -68,8 +68,7 @@ class HostCopy:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             named = [each for _, each in pieces]
-            beat("saving")
-            digest = write_tensor_file(path, named)
+            digest = write_tensor_file(path, named, lambda size: beat("saving"))
             files.append(FileEntry(name=name, bytes=file_bytes(named), sha256=digest))
             tensors += [_entry(piece, each, name) for piece, each in pieces]
         for parent in {Path(name).parent for name in self._files}:

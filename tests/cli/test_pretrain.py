@@ -162,6 +162,19 @@ def test_the_exit_code_of_the_ranks_is_that_of_the_command(
     assert pretrain(capsys, "") == (code, "", "")
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGHUP, INTERRUPTED)]
+)
+def test_a_signal_before_the_ranks_start_is_an_interruption_with_its_own_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(starting, "start", lambda _: os.kill(os.getpid(), number))
+    found, _, error = pretrain(capsys, "")
+    assert (found, error) == (code, "interrupted; finished work is kept: run the same command again to continue\n")
+    assert signal.getsignal(number) is before
+
+
 def test_settings_reach_the_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

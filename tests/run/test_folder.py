@@ -157,6 +157,28 @@ def test_every_start_is_recorded(run: RunFolder, own_stories: Path) -> None:
     assert first.started <= second.started
 
 
+def test_each_attempt_ends_for_a_reason(run: RunFolder, stories: Path) -> None:
+    run.end(75, "the time limit is near (SIGUSR1)")
+    again(run, recipe_on(stories))
+    again(run, recipe_on(stories))
+    first, killed, running = run.info().attempts
+    assert (first.exit_code, first.reason) == (75, "the time limit is near (SIGUSR1)")
+    assert first.ended is not None
+    assert first.started <= first.ended
+    assert (killed.ended, killed.exit_code) == (None, None)
+    assert killed.reason == "no end was recorded: killed, or the machine failed"
+    assert (running.ended, running.reason, running.exit_code) == (None, None, None)
+    run.end(0, "done")
+    again(run, recipe_on(stories))
+    assert [attempt.reason for attempt in run.info().attempts[:3]] == [first.reason, killed.reason, "done"]
+
+
+def test_an_end_that_cannot_be_recorded_is_a_warning(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.path / DESCRIPTION).write_text("{")
+    run.end(0, "done")
+    assert capsys.readouterr().err.startswith("warning: the end of this attempt is not recorded: ")
+
+
 @pytest.mark.parametrize("change", [{"validation": {"fraction": 0.3}}, {"on_exhausted": "stop"}, None])
 def test_a_run_that_recorded_no_fingerprint_goes_on_with_a_note(
     run: RunFolder, own_stories: Path, change: dict[str, Any] | None

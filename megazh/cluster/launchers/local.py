@@ -164,6 +164,8 @@ class _Run:
         """Why the run was taken for one that hangs, if it was."""
         self.stuck: list[int] = []
         """Ranks that did not end in time."""
+        self.complete = True
+        """Whether all ranks that have ended have done so with 0."""
         self._ctrl_c = 0
         self._pulses = Pulses(len(logs))
         self._watch = Watch(self._pulses, hang_seconds)
@@ -242,6 +244,7 @@ class _Run:
         if event.code in _STOPPED:  # the ranks agree to stop where one of them got a signal, or at a deadline
             agreed = Reason(self._pulses.read()[event.rank].reason)
             self.reason = max(self.reason, agreed) or _reason_of(event.code)
+        self.complete = self.complete and event.code == 0
         well = event.code == 0 or event.code in _STOPPED
         if self.reason and self.failed is None and not self._killed:
             self._deadline = min(self._deadline or math.inf, time.monotonic() + _OTHERS_SECONDS)
@@ -323,7 +326,7 @@ def _report(run: _Run, labels: Sequence[str]) -> tuple[int, str]:
         code, line = WorkerError.exit_code, f"error: {run.hang}; {where}; all ranks were killed; {again}"
     elif run.failed is not None:
         code, line = _cause(run.failed, labels, run, again)
-    if run.reason and not run.hang and (run.failed is None or run.failed.code in _SIGNALLED):
+    if run.reason and not run.hang and not run.complete and (run.failed is None or run.failed.code in _SIGNALLED):
         code, reason, late = run.reason.exit_code, run.reason.text, ""
         if run.stuck:
             names = ", ".join(labels[rank] for rank in run.stuck)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from recipes import make_recipe
 from megazh.cluster.hostfile import Host
 from megazh.cluster.launchers import hosts
 from megazh.cluster.launchers.hosts import deepspeed_command
-from megazh.errors import DivergedError, UsageError, WorkerError
+from megazh.errors import INTERRUPTED, REQUEUE, DivergedError, UsageError, WorkerError
 from megazh.training.job import Devices, Request, make_job
 from megazh.training.recipe import Device
 
@@ -42,6 +43,23 @@ def test_a_failed_launcher_gives_an_exit_code_and_one_line(
     assert hosts.launch(job) == 0
     monkeypatch.setattr(hosts, "command", lambda job: [sys.executable, "-c", "raise SystemExit(6)"])
     assert hosts.launch(job) == DivergedError.exit_code, "no scheduler may take it for a failed machine"
+
+
+def test_reasons_of_the_ranks_and_of_signals_decide_the_exit_code(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = make_job(Request(), make_recipe(), tmp_path / "run", tmp_path, Devices(Device.CPU, 2, None))
+    for code in (REQUEUE, INTERRUPTED):
+        monkeypatch.setattr(
+            hosts, "command", lambda job, code=code: [sys.executable, "-c", f"raise SystemExit({code})"]
+        )
+        assert hosts.launch(job) == code
+    for number, code in ((signal.SIGUSR1, REQUEUE), (signal.SIGHUP, INTERRUPTED)):
+        script = f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(20)"
+        monkeypatch.setattr(hosts, "command", lambda job, script=script: [sys.executable, "-c", script])
+        capfd.readouterr()
+        assert hosts.launch(job) == code
+        assert f"({number.name}); run the same command again" in capfd.readouterr().err
 
 
 @pytest.mark.ranks

@@ -423,6 +423,35 @@ def test_a_hang_ends_the_run_with_stacks_and_names_the_rank(tmp_path: Path, why:
     assert json.loads((tmp_path / "end.json").read_text()) == [5, line]
 
 
+def test_what_nobody_expected_in_one_rank_ends_others_that_wait_for_it(tmp_path: Path) -> None:
+    script = """
+from pathlib import Path
+from megazh.training import worker
+if rank == 1:
+    def fail(run): raise ValueError('nobody expected this')
+    worker.run_recipe = fail
+    worker.leave(worker.work(Path('.')))
+import torch.distributed
+torch.distributed.init_process_group('gloo')
+torch.distributed.barrier()"""
+    finished = launch(tmp_path, script, 2)
+    assert finished.returncode == 1
+    assert finished.stderr == (
+        "error: rank 1 (stage 1) ended with exit code 1 (ValueError: nobody expected this); all ranks ended; its last "
+        f"output is in logs/rank_1.log; {AGAIN}\n"
+    )
+    assert "Traceback" in (tmp_path / "logs" / "rank_1.log").read_text()
+
+
+def test_a_run_that_is_complete_is_done_whatever_was_requested_last(tmp_path: Path) -> None:
+    """What depends on it, as a job of Slurm may, is to go on."""
+    with running(tmp_path, "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))") as started:
+        started.process.send_signal(signal.SIGUSR1)
+        finished = started.wait(10)
+    assert finished.returncode == 0
+    assert json.loads((tmp_path / "end.json").read_text()) == [0, "done"]
+
+
 def test_ranks_that_stop_by_themselves_are_waited_for(tmp_path: Path) -> None:
     """Slurm signals all processes, and a rank tells the others; the launcher may be the last to know."""
     script = """
