@@ -42,12 +42,12 @@ def agree_on_checkpoint(
     log: Callable[[str], None] = print,
     named: str | None = None,
     seconds: float = _SECONDS,
-    up_to: int | None = None,
+    only: int | None = None,
 ) -> Found | None:
     """The checkpoint that the run goes on from; None if there is none. All ranks call it.
 
-    It is the newest that is whole. Damaged ones are named; where all are damaged, that is an error, unless `up_to` is
-    given. Checkpoints of later steps than that of one that is named, or found below `up_to`, get another name.
+    It is the newest that is whole. Damaged ones are named; where all are damaged, that is an error, unless `only` is
+    given. Checkpoints of later steps than that of one that is named, or of `only`, get another name.
 
     Args:
         folder: the folder of the run's checkpoints.
@@ -56,7 +56,7 @@ def agree_on_checkpoint(
         named: a checkpoint to resume from in place of the newest, as the recipe names it. Once the run has saved
             later checkpoints since, they count: the same command may be repeated.
         seconds: how long a rank waits for files that rank 0 sees.
-        up_to: the latest step that counts; None: all count.
+        only: the step of the one that counts; None: all count.
 
     Raises:
         DataError: all checkpoints are damaged, the newest belongs to another run or to another version, or the one that
@@ -66,7 +66,7 @@ def agree_on_checkpoint(
     damaged: list[str] = []
     notes: list[str] = []
     while True:
-        mine = _choice(folder, run_id, named, damaged, notes, up_to) if dist.get_rank() == 0 else None
+        mine = _choice(folder, run_id, named, damaged, notes, only) if dist.get_rank() == 0 else None
         choice = of_rank_0(mine)
         for note in notes:
             log(note)
@@ -79,7 +79,7 @@ def agree_on_checkpoint(
         is_named = named is not None and named_checkpoint(folder, named).resolve() == path.resolve()
         fault = find_damage(path, manifest)
         if not fault:
-            if is_named or up_to is not None:
+            if is_named or only is not None:
                 _set_aside(folder, manifest.step, log)
             return path, manifest
         if is_named:
@@ -118,13 +118,13 @@ def _choice(
     named: str | None,
     damaged: Collection[str],
     notes: list[str],
-    up_to: int | None,
+    only: int | None,
 ) -> _Choice | MegazhError | None:
     """The checkpoint to resume from, or why none can be used; what is to be said of it is added to `notes`."""
     checkpoints = [
         path
         for path in list_checkpoints(folder)
-        if path.name not in damaged and (up_to is None or step_of(path) <= up_to)
+        if path.name not in damaged and (only is None or step_of(path) == only)
     ]
     passed: list[str] = []
     for path in reversed(checkpoints):
@@ -141,7 +141,7 @@ def _choice(
     if named is not None:
         path = named_checkpoint(folder, named)
         return _tried(lambda: _checked(folder, path, read_manifest(path), run_id))
-    if up_to is None and (passed or damaged):
+    if only is None and (passed or damaged):
         first = passed[0] if passed else f"{folder / next(iter(damaged))}: its content has changed since it was written"
         return DataError(f"{first}; no checkpoint is whole: remove them all to begin the run anew")
     return None

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 
 def roll_back(session: Session) -> bool:
-    """Go back to the newest checkpoint of an interval, as a resume from it would, and on with other data.
+    """Go back to the last checkpoint of an interval, as a resume from it would, and on with other data.
 
     The steps since then are undone, and no later step takes their samples. All ranks call it, after a step that spikes.
 
     Returns:
-        Whether there was such a checkpoint; without, nothing has changed.
+        Whether that checkpoint is there and whole; without, nothing has changed. One before it, which could be far
+        back, is not taken.
 
     Raises:
         DataError: the checkpoint cannot be read, or its numbers are not finite.
@@ -28,7 +29,7 @@ def roll_back(session: Session) -> bool:
     session.commands.settle()
     if guard.regular_step is None:
         return False
-    found = agree_on_checkpoint(session.folder.checkpoints, session.run_id, session.log, up_to=guard.regular_step)
+    found = agree_on_checkpoint(session.folder.checkpoints, session.run_id, session.log, only=guard.regular_step)
     if found is None:
         return False
     path, saved = found

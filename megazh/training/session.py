@@ -379,7 +379,7 @@ class Session(ABC):
         if guard.wants_rollback:
             if roll_back(self):
                 return True
-            instead = "there is no checkpoint of an interval to go back to, and "
+            instead = "the last checkpoint of an interval is not there to go back to, and "
         text = f"step {self.step}: {guard.reason}: {instead}the step changes no weight"
         self.metrics.event(self.step, "skip", text, skipped_so_far=guard.skipped, **guard.judged)
         return False

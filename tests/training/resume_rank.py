@@ -1,7 +1,7 @@
 """One rank of those that agree on a checkpoint; see `test_resume_choice.py`.
 
 `python resume_rank.py FOLDER CASE...`: rank N sees FOLDER/CASE/host_N/checkpoints, as a host of its own would. A file
-`named` in CASE holds the checkpoint that the recipe names, a file `up_to` the latest step that counts.
+`named` in CASE holds the checkpoint that the recipe names, a file `only` the step that counts.
 """
 
 import os
@@ -25,10 +25,10 @@ def agree(case: Path) -> dict[str, Any]:
         target = folder / "step_00000003"
         threading.Timer(1.0, lambda: os.rename(late, target)).start()
     named = (case / "named").read_text() if (case / "named").exists() else None
-    up_to = int((case / "up_to").read_text()) if (case / "up_to").exists() else None
+    only = int((case / "only").read_text()) if (case / "only").exists() else None
     lines: list[str] = []
     try:
-        found = agree_on_checkpoint(folder, "this-run", lines.append, named, seconds=2.5, up_to=up_to)
+        found = agree_on_checkpoint(folder, "this-run", lines.append, named, seconds=2.5, only=only)
         if found is None and (case / "initial").exists():
             found = agree_on_initial(Path((case / "initial").read_text()), seconds=2.5)
     except MegazhError as error:

@@ -170,7 +170,7 @@ def test_a_run_that_goes_back_is_the_same_killed_stopped_and_in_other_layouts(
     assert [record["step"] for record in steps_of(whole) if record["skipped"]] == [5]
     (skip,) = events(whole, "skip")
     assert skip["step"] == 5
-    assert "no checkpoint" in skip["text"]
+    assert "the last checkpoint of an interval is not there" in skip["text"]
     backs = events(whole, "rollback")
     assert [(event["step"], event["details"]["to"]) for event in backs] == [(8, 6), (10, 6)]
     manifest = last(whole)

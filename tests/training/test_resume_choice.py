@@ -131,18 +131,18 @@ def test_a_checkpoint_that_is_named(tmp_path: Path) -> None:
         pass
 
     cases = {"earlier": earlier, "gone on": gone_on, "damaged": damaged, "initial": nothing, "of another": nothing}
-    rollbacks = {"rollback": earlier, "rollback past damage": damaged, "rollback without": nothing}
-    for case, make in (cases | rollbacks).items():
+    rollbacks = {"rollback": 2, "rollback past damage": 1, "rollback far": 7}
+    for case, make in cases.items():
         both_hosts(tmp_path / case, make)
-        name, text = ("named", "step_00000001") if case in cases else ("up_to", "2" if case == "rollback" else "1")
-        (tmp_path / case / name).write_text(text)
+        (tmp_path / case / "named").write_text("step_00000001")
+    for case, step in rollbacks.items():
+        both_hosts(tmp_path / case, damaged if case == "rollback past damage" else earlier)
+        (tmp_path / case / "only").write_text(str(step))
     whole(tmp_path / "elsewhere", 7, run_id="that-run")
     (tmp_path / "initial" / "named").unlink()
     for case, name in (("initial", "initial"), ("of another", "named")):
         (tmp_path / case / name).write_text(str(tmp_path / "elsewhere" / "step_00000007"))
-    first, second = run_ranks(
-        Path(__file__).parent / "resume_rank.py", 2, list(cases | rollbacks), tmp_path, timeout=90
-    )
+    first, second = run_ranks(Path(__file__).parent / "resume_rank.py", 2, [*cases, *rollbacks], tmp_path, timeout=90)
     assert (first["earlier"]["step"], second["earlier"]["step"]) == (1, 1)
     names = [path.name for path in sorted((tmp_path / "earlier" / "host_0" / "checkpoints").iterdir())]
     assert names[0] == "step_00000001"
@@ -159,5 +159,5 @@ def test_a_checkpoint_that_is_named(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path / "rollback" / "host_0" / "checkpoints")] == [
         "step_00000001", "step_00000002"
     ]  # fmt: skip
-    for case in ("rollback past damage", "rollback without"):
+    for case in ("rollback past damage", "rollback far"):
         assert (first[case]["step"], second[case]["step"]) == (None, None), "no error: the caller has another way"
