@@ -70,10 +70,11 @@ def fonts_for(texts: Iterable[str]) -> Fonts:
     return Fonts(tuple(families), frozenset(needed))
 
 
-def _plainness(entry: FontEntry) -> tuple[bool, bool, int, str]:
-    """Order of the fonts of a maker: simplified Chinese first, upright and of normal weight."""
+def _plainness(entry: FontEntry) -> tuple[bool, bool, bool, int, str]:
+    """Order of the fonts of a maker: simplified Chinese, else the first face of a collection; of normal weight."""
     weight = entry.weight if isinstance(entry.weight, int) else 400
-    return "SC" not in entry.name and "CJK JP" not in entry.name, "Mono" in entry.name, abs(weight - 400), entry.name
+    name = entry.name
+    return "SC" not in name, "JP" not in name, "Mono" in name, abs(weight - 400), name
 
 
 def _installed() -> list[FontEntry]:
