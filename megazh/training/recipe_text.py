@@ -51,7 +51,7 @@ def _keys(section: BaseModel, dotted: str, settings: Settings, indent: int) -> I
         inner = nested_model(field.annotation)
         for name, below in inner.model_fields.items() if inner else ():
             yield from _comment(f"{key}.{name}: {_meaning(below)}", indent)
-        line = f"{lead}{key}: {_as_yaml(value)}"
+        line = f"{lead}{key}: {as_yaml(value)}"
         yield f"{line:<{_ORIGIN_COLUMN}}  # {settings.origin(f'{dotted}.{key}') or 'default'}"
 
 
@@ -82,11 +82,9 @@ def _comment(text: str, indent: int) -> list[str]:
     return textwrap.wrap(words, _WIDTH, initial_indent=lead, subsequent_indent=lead)
 
 
-def _as_yaml(value: Any) -> str:
-    """A value in YAML on one line."""
-    if isinstance(value, list):
-        value = [each.value if isinstance(each, StrEnum) else each for each in value]
-    elif isinstance(value, StrEnum):
+def as_yaml(value: Any) -> str:
+    """The value of a key in YAML, on one line."""
+    if isinstance(value, StrEnum):
         value = value.value
     if isinstance(value, list):
         value = [each.value if isinstance(each, StrEnum) else each for each in value]

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
 
 from megazh.model.counts import parameter_counts
 from megazh.run.attempt import Attempt
 from megazh.training.checkpoint_list import CheckpointManifest
+from megazh.training.recipe_text import as_yaml
 from megazh.training.report.gather import REQUIRED, Gathered, Setting, median, settings
 from megazh.training.report.html import Html, code, element, facts, folded, html, table
 from megazh.writing import size_text
@@ -133,7 +133,7 @@ def recipe_parts(found: Gathered) -> Iterator[Html]:
     sections = []
     for section, keys in settings(recipe).items():
         changed = [(code(each.key), _with_default(each)) for each in keys if each.changed]
-        default = [(code(each.key), code(_value(each.value))) for each in keys if not each.changed]
+        default = [(code(each.key), code(as_yaml(each.value))) for each in keys if not each.changed]
         parts = [table([], changed)] if changed else []
         parts += [folded(f"defaults ({len(default)})", table([], default))] if default else []
         sections.append(element("div", element("h3", section), *parts))
@@ -141,15 +141,7 @@ def recipe_parts(found: Gathered) -> Iterator[Html]:
 
 
 def _with_default(setting: Setting) -> Html:
-    value = element("b", code(_value(setting.value)))
+    value = element("b", code(as_yaml(setting.value)))
     if setting.default is REQUIRED:
         return value
-    return Html(f"{value} {element('small', f'default: {_value(setting.default)}')}")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
+    return Html(f"{value} {element('small', f'default: {as_yaml(setting.default)}')}")

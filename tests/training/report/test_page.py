@@ -123,6 +123,7 @@ def test_keys_that_differ_from_their_defaults_show_both(run: RunFolder) -> None:
     page, _ = report(run)
     at = page.texts.index("validation_samples")
     assert page.texts[at : at + 4] == ["validation_samples", "4", " ", "default: null"]
+    assert page.texts[page.texts.index("decayed") + 1] == "[embedding, head, matrix]"
 
 
 def test_a_run_without_metrics(run: RunFolder) -> None:
