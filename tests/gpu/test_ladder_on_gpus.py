@@ -278,3 +278,20 @@ def test_another_layout_goes_on(pretrain: Callable[..., Run]) -> None:
     one = pretrain("one", "dtype=fp32", after=replicas[0], step=2 * EVERY)
     assert_equal(one, reference, FP32)
     assert_equal(one, replicas, SAME_BITS, last=2 * EVERY)
+
+
+@two_gpus
+def test_a_batch_that_grows_and_segments_that_grow(pretrain: Callable[..., Run]) -> None:
+    """Steps of one micro-batch, then of two and three: recorded passes stay valid, with more of them in flight."""
+    course = [
+        "micro_batch_size=8",
+        "schedule.batch={0: 8, 3K: 16, 10K: 24}",
+        "schedule.length={0: 16, 6K: 64, 14K: 128}",
+    ]
+    one, staged = (pretrain(layout, "dtype=bf16", *course) for layout in ("one", "pp=2"))
+    assert_equal(staged, one, BF16)
+    unrecorded = pretrain("pp=2", "dtype=bf16", "cuda_graph=false", *course)
+    assert_equal(staged, unrecorded, SAME_BITS)
+    for step in (EVERY, 2 * EVERY):
+        resumed = pretrain("pp=2", "dtype=bf16", *course, after=staged[0], step=step)
+        assert_equal(resumed, staged, SAME_BITS)
