@@ -96,9 +96,8 @@ class Trainer(Session):
         module: DecoderPipeline = self.engine.module
         if module.is_first or module.is_last:
             workers, passed = self.recipe.data.workers, self.guard.samples_passed
-            self._feed = self._timed(
-                training_feed(self.mixture, self.layout, self._replica, self.step, workers, self.course, passed)
-            )
+            feed = training_feed(self.mixture, self.layout, self._replica, self.step, workers, self.course, passed)
+            self._feed = self._timed(self.watched(feed))
 
     def _timed(self, feed: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         while True:

@@ -355,7 +355,7 @@ class ControlConfig(Config):
 
 
 class LoggingConfig(Config):
-    """Trackers, and reference figures that logs and plans compare with."""
+    """Trackers, reference figures that logs and plans compare with, and what is logged besides."""
 
     trackers: Annotated[list[Annotated[TrackerName, choice(TrackerName)]], MAY_CHANGE] = Field(default_factory=list)
     """Services that show the run besides TensorBoard: wandb, swanlab, mlflow. Each needs the extra of its name."""
@@ -371,6 +371,9 @@ class LoggingConfig(Config):
     """Number of GPUs of reference_days; other numbers are not compared."""
     reference_tokens: Annotated[Amount | None, MAY_CHANGE] = None
     """Tokens of reference_days; the days of another length are in proportion."""
+    samples: Annotated[bool, MAY_CHANGE] = False
+    """Whether the number and a hash of each sample that is trained on are written to RUN/logs, some 40 bytes a sample:
+    an audit aid, see `megazh.training.sample_log`."""
 
 
 class Recipe(Config):
@@ -403,7 +406,7 @@ class Recipe(Config):
     control: ControlConfig = ControlConfig()
     """When an attempt stops by itself."""
     logging: LoggingConfig = LoggingConfig()
-    """Trackers, and reference figures that logs and plans compare with."""
+    """Trackers, reference figures that logs and plans compare with, and what is logged besides."""
     lora: LoraConfig = LoraConfig()
     """LoRA on the weights of checkpoint.initial_checkpoint; without this section, all weights are trained."""
 

@@ -9,6 +9,7 @@ import gc
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,7 @@ from megazh.training.commands import Commands
 from megazh.training.control import Control, Interrupted, Reason
 from megazh.training.describe import describe_devices
 from megazh.training.evaluate import SAMPLING
+from megazh.training.feed import MicroBatch
 from megazh.training.garbage import COLLECT_EVERY, collect_on_request_only
 from megazh.training.gpu_memory import limit_memory, peak_memory
 from megazh.training.guard import Guard, Verdict
@@ -48,6 +50,7 @@ from megazh.training.recipe import Device, Recipe, Resume, Spike, run_recipe
 from megazh.training.resume import Found, agree_on_checkpoint, agree_on_initial
 from megazh.training.retention import keep_rule, prune, validation_losses
 from megazh.training.rollback import roll_back
+from megazh.training.sample_log import SampleLog
 from megazh.training.saver import Saver, mark_complete
 from megazh.training.startup import Startup
 
@@ -150,6 +153,7 @@ class Session(ABC):
         self._save_is_due = bool(every and row) and self.step // every > (self.step - row) // every
         """Whether a checkpoint waits for a step that is not skipped."""
         self._has_stepped = False
+        self._samples = self._sample_log() if recipe.logging.samples else None
         self._pace = Pace(self.step, self.course)
         self._flops_per_token = recipe.flops_per_token.total
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -195,6 +199,15 @@ class Session(ABC):
         """Print a line once, on rank 0."""
         if dist.get_rank() == 0:
             print(line, flush=True)
+
+    def _sample_log(self) -> SampleLog:
+        rank = dist.get_rank()
+        stage = rank // self.layout.replicas
+        return SampleLog(self.folder.logs, rank, len(self.folder.info().attempts), stage)
+
+    def watched(self, feed: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """A feed whose micro-batches are noted where the recipe has `logging.samples`."""
+        return self._samples.watch(feed) if self._samples else feed
 
     def load(self) -> None:
         """Restore the state of the checkpoint found or, where the run begins, the weights that the recipe names.
@@ -279,6 +292,8 @@ class Session(ABC):
             ],
             self.device,
         )
+        if self._samples:
+            self._samples.note(self.step)
         self.saver.poll(saving > 0)
         self.commands.settle()
         agreed = Agreed(_noted(reason), Verdict(int(verdict)), commands > 0)

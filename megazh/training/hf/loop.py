@@ -70,7 +70,9 @@ class HfRun(Session, TrainerCallback):
             arguments = trainer_arguments(
                 run, recipe, layout, self.precision, self.steps - self.step, device.type == "cpu"
             )
-            self._trainer = HfTrainer(self._model, arguments, recipe, layout, self.mixture, self.step, self, self.rate)
+            self._trainer = HfTrainer(
+                self._model, arguments, recipe, layout, self.mixture, self.step, self, self.rate, self.watched
+            )
         self.startup.done("trainer")
 
     def _make_validator(self) -> HfValidator | None:

@@ -78,6 +78,7 @@ class HfTrainer(transformers.Trainer):
         first_step: optimizer steps done before.
         callback: gets the Trainer's events; its `on_log` is called after each step.
         rate: learning rate of each step, counted from 0.
+        watched: takes the micro-batches and yields them again; notes those that are taken.
     """
 
     optimizer: Any
@@ -93,8 +94,9 @@ class HfTrainer(transformers.Trainer):
         first_step: int,
         callback: TrainerCallback,
         rate: Callable[[int], float],
+        watched: Callable[[Iterator[MicroBatch]], Iterator[MicroBatch]],
     ) -> None:
-        self._rate = rate
+        self._rate, self._watched = rate, watched
         self._recipe, self._layout, self._mixture, self._first_step = recipe, layout, mixture, first_step
         self._course = recipe.course
         self.data_seconds = 0.0
@@ -153,8 +155,9 @@ class HfTrainer(transformers.Trainer):
         return found
 
     def _feed(self) -> Iterator[MicroBatch]:
-        workers = self._recipe.data.workers
-        return training_feed(self._mixture, self._layout, dist.get_rank(), self._first_step, workers, self._course)
+        layout, workers = self._layout, self._recipe.data.workers
+        feed = training_feed(self._mixture, layout, dist.get_rank(), self._first_step, workers, self._course)
+        return self._watched(feed)
 
     def _wait(self, seconds: float) -> None:
         self.data_seconds += seconds
