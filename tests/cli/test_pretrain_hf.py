@@ -1,5 +1,7 @@
 """`megazh pretrain -t hf` as a user sees it: a dry run, Ctrl-C and the same command again, output and exit codes."""
 
+import json
+import os
 import shlex
 import signal
 import sys
@@ -44,8 +46,11 @@ def test_a_dry_run_prints_what_would_run(
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    write_recipe(tmp_path / "mini.yaml")
-    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": None}
+    """A tracker follows it: it is sent each step once, and its process is gone with the run."""
+    write_recipe(tmp_path / "mini.yaml", trackers=["swanlab"])
+    calls = tmp_path / "calls.jsonl"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "run" / "trackers" / "fakes")])
+    env = {"PYTHONPATH": path, "FAKE_CALLS": str(calls), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": None}
     run = RunFolder(tmp_path / "runs" / "mini")
 
     def steps() -> int:
@@ -68,6 +73,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert f"resumed at step {newest[1].step} of {newest[1].step + 3}" in finished.stdout
     found = [record["step"] for record in read_metrics(run.path) if record["kind"] == "step"]
     assert found == list(range(1, newest[1].step + 4))
+    sent = [json.loads(line) for line in calls.read_text("utf-8").splitlines()]
+    assert [call["step"] for call in sent if "train/loss" in call] == found
+    assert {call["id"] for call in sent if call["call"] == "start"} == {run.info().run_id}
+    assert [call["call"] for call in sent].count("finish") == 2
     kinds = [record["kind"] for record in read_metrics(run.path)]
     assert (kinds.count("validation"), kinds.count("sample")) == (2, 1)
     assert stopped.stderr.startswith("stopping: "), "no warning of transformers, accelerate or DeepSpeed is printed"
