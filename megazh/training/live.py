@@ -7,6 +7,7 @@ from megazh.config import from_mapping, nested_model
 from megazh.errors import UsageError
 from megazh.run.changes import Change, newest, value_at, with_change
 from megazh.settings import Settings, override, resolve_key
+from megazh.training.course import Course
 from megazh.training.recipe import ALTERNATIVES, MAY_CHANGE, Recipe, keys
 
 LEARNING_RATE = "optimizer.learning_rate"
@@ -76,7 +77,7 @@ class LiveRecipe:
 
     def __init__(self, recipe: Recipe, changes: Iterable[Change]) -> None:
         self._newest, self.changes = recipe, list(changes)
-        self._by_peak: dict[float, Recipe] = {}
+        self._by_peak: dict[float, tuple[Recipe, Course]] = {}
 
     def change(self, changes: Iterable[Change]) -> None:
         """Replace the changes."""
@@ -85,9 +86,17 @@ class LiveRecipe:
 
     def at(self, step: int) -> Recipe:
         """The recipe of the optimizer step after `step` steps."""
+        return self._at(step)[0]
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the optimizer step after `step` steps."""
+        return self._at(step)[1].rate(step)
+
+    def _at(self, step: int) -> tuple[Recipe, Course]:
         peak = peak_at(self._newest, self.changes, step)
         if peak not in self._by_peak:
-            self._by_peak[peak] = recipe_at(self._newest, self.changes, step)
+            recipe = recipe_at(self._newest, self.changes, step)
+            self._by_peak[peak] = recipe, recipe.course
         return self._by_peak[peak]
 
 

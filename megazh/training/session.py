@@ -517,7 +517,7 @@ class Session(ABC):
 
     def rate(self, step: int) -> float:
         """The learning rate of the optimizer step after `step` steps."""
-        return self.live.at(step).course.rate(step)
+        return self.live.rate(step)
 
     def agreed_reason(self) -> Reason:
         """The weightiest reason to stop that any rank knows."""

@@ -89,8 +89,9 @@ class Status:
         yield f"{'run':<12}{self.run}"
         yield f"{'state':<12}{self.state}{since}"
         if not self.running and self.reason is not None:
-            code = "" if self.exit_code is None else f", exit code {self.exit_code}"
-            yield f"{'ended':<12}{self.ended or 'at an unknown time'}: {self.reason}{code}"
+            yield f"{'ended':<12}{self.ended}: {self.reason} (exit code {self.exit_code})"
+        elif self.state == "ended":
+            yield f"{'ended':<12}without saying why: killed, or its machine went down"
         age = f", {duration(now - self.recorded)} ago" if self.running and self.recorded is not None else ""
         yield f"{'step':<12}{self.step:,} of {self.steps:,}, {compact(self.tokens)} tokens{age}"
         if self.loss is not None:
@@ -127,7 +128,7 @@ def status(run: RunFolder) -> Status:
         state = record.state.value if record else State.STARTING.value
     else:
         state = "complete" if saved and saved.complete and saved.step >= recipe.course.steps else "ended"
-    attempt: Any = info.attempts[-1] if info.attempts else None
+    attempt = info.attempts[-1] if info.attempts else None
     return Status(
         run=str(run.path),
         state=state,
@@ -147,9 +148,9 @@ def status(run: RunFolder) -> Status:
         checkpoint=str(path) if path else None,
         checkpoint_step=saved.step if saved else None,
         started=attempt.started if attempt else None,
-        ended=getattr(attempt, "ended", None),
-        reason=getattr(attempt, "reason", None),
-        exit_code=getattr(attempt, "exit_code", None),
+        ended=attempt.ended if attempt else None,
+        reason=attempt.reason if attempt else None,
+        exit_code=attempt.exit_code if attempt else None,
         changes=newest_values(info.changes),
     )
 

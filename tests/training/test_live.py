@@ -7,7 +7,7 @@ from recipes import make_recipe
 
 from megazh.errors import UsageError
 from megazh.run.changes import Change
-from megazh.training.live import LIVE, changed, describe, recipe_at, with_changes
+from megazh.training.live import LIVE, LiveRecipe, changed, describe, recipe_at, with_changes
 from megazh.training.recipe import Recipe, keys
 
 RECIPE = make_recipe(learning_rate=1e-3, checkpoint_every=5)
@@ -34,6 +34,16 @@ def test_a_rate_holds_from_its_step_on_also_where_earlier_steps_are_taken_again(
     resumed_at_5 = recipe_at(applied(changes), changes, 5)
     changes = changed(resumed_at_5, changes, 6, ["learning_rate=2e-3"])
     assert rates(changes, 3, 5, 6, 7, 9) == [1e-3, 3e-4, 2e-3, 2e-3, 2e-3]
+
+
+def test_the_schedule_keeps_its_shape() -> None:
+    live = LiveRecipe(RECIPE, [])
+    before = [live.rate(step) for step in range(10)]
+    live.change(changed(RECIPE, [], 4, ["learning_rate=2e-3"]))
+    after = [live.rate(step) for step in range(10)]
+    assert after[:4] == before[:4]
+    assert after[4:] == pytest.approx([2 * rate for rate in before[4:]])
+    assert [live.at(step).optimizer.learning_rate for step in (3, 4)] == [1e-3, 2e-3]
 
 
 def test_a_rate_that_is_set_back_before_it_changed_stays() -> None:

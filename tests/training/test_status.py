@@ -65,6 +65,15 @@ def test_a_run_that_has_done_nothing(stories: Path, tmp_path: Path) -> None:
     assert (values["running"], values["loss"]) == (False, None)
 
 
+def test_the_end_of_a_run_has_its_reason(stories: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", write_recipe(tmp_path / "recipe.yaml", stories), step=2)
+    assert "ended       without saying why: killed, or its machine went down" in list(status(run).lines(0))
+    run.end(130, "stopped by 'megazh ctl'")
+    found = status(run)
+    assert (found.state, found.reason, found.exit_code) == ("ended", "stopped by 'megazh ctl'", 130)
+    assert f"ended       {found.ended}: stopped by 'megazh ctl' (exit code 130)" in list(found.lines(0))
+
+
 def test_lines_that_are_cut_off_or_foreign_are_passed_over(run: RunFolder) -> None:
     with open(run.path / "metrics.jsonl", "ab") as file:
         file.write(b'{"kind": "step", "step": "seven"}\n[]\n\xff\n' + b'{"kind": "sample", "text": "' + b"a" * 300_000)
