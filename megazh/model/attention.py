@@ -199,7 +199,7 @@ class Documents:
 
         Args:
             position_ids: (batch, seq) integers.
-            cu_seqlens: (batch, max_docs + 1) int32, boundaries of the segments of each row, padded with seq.
+            cu_seqlens: (batch, segments + 1) int32, boundaries of the segments of each row, padded with seq.
             dropout: dropout of the micro-batch; None outside of training. A fused backend has none.
             group: tokens per group of shifted sparse attention, for training only; the model has an even number of key
                 and value heads. None: full attention within documents.
@@ -223,7 +223,7 @@ def _bounds(cu_seqlens: torch.Tensor, seq_len: int, group: int | None) -> tuple[
     """For each token, the first that it may attend to and one past the last that may attend to it, by index in its row.
 
     Args:
-        cu_seqlens: (batch, max_docs + 1) int32, boundaries of the segments of each row, padded with `seq_len`.
+        cu_seqlens: (batch, segments + 1) int32, boundaries of the segments of each row, padded with `seq_len`.
         seq_len: tokens per row.
         group: tokens per group of shifted sparse attention; None: full attention.
 

@@ -102,7 +102,7 @@ class Decoder(nn.Module):
 
         Args:
             tokens, labels, position_ids: (batch, seq) integers.
-            cu_seqlens: (batch, max_docs + 1) int32, boundaries of the segments of each row, padded with seq.
+            cu_seqlens: (batch, segments + 1) int32, boundaries of the segments of each row, padded with seq.
             z_loss: see `summed_cross_entropy`.
             sample_numbers: see `attention`.
             noise: noise on the embedded tokens.

@@ -14,11 +14,11 @@ def encode_document_map(
 
     Args:
         position_ids: (batch, seq) int32.
-        cu_seqlens: (batch, max_docs + 1) int32, boundaries of the segments of each row, padded with seq.
+        cu_seqlens: (batch, segments + 1) int32, boundaries of the segments of each row, padded with seq.
         sample_numbers: (batch,) int64, number of each sample in the run, which its dropout depends on. Default: -1.
 
     Returns:
-        (batch, seq + max_docs + 3) int32; the last two columns are the bytes of the sample numbers.
+        (batch, seq + segments + 3) int32; the last two columns are the bytes of the sample numbers.
     """
     if sample_numbers is None:
         sample_numbers = torch.full((len(position_ids),), -1, device=position_ids.device)
@@ -29,11 +29,11 @@ def decode_document_map(document_map: torch.Tensor, seq_len: int) -> tuple[torch
     """Take position ids and document boundaries out of a document map.
 
     Args:
-        document_map: (batch, seq_len + max_docs + 3) int32.
+        document_map: (batch, seq_len + segments + 3) int32.
         seq_len: tokens per sample.
 
     Returns:
-        Position ids (batch, seq_len), a view, and document boundaries (batch, max_docs + 1), contiguous; both int32.
+        Position ids (batch, seq_len), a view, and document boundaries (batch, segments + 1), contiguous; both int32.
     """
     return document_map[:, :seq_len], document_map[:, seq_len:-2].contiguous()
 

@@ -19,7 +19,7 @@ class EmbeddingNoise:
         alpha: strength of the noise.
         seed: seed of the run.
         sample_numbers: (batch,) int64, number of each sample in the run.
-        cu_seqlens: (batch, max_docs + 1) int32, boundaries of the documents of each row, padded with seq.
+        cu_seqlens: (batch, segments + 1) int32, boundaries of the documents of each row, padded with seq.
 
     Raises:
         ValueError: a number is negative: the micro-batch is not made for training.
@@ -47,7 +47,7 @@ class EmbeddingNoise:
 
 
 def document_lengths(cu_seqlens: torch.Tensor, seq: int) -> torch.Tensor:
-    """(batch, seq) fp32, tokens of the document of each token, of boundaries (batch, max_docs + 1) padded with seq."""
+    """(batch, seq) fp32, tokens of the document of each token, of boundaries (batch, segments + 1) padded with seq."""
     bounds = cu_seqlens.contiguous()
     places = torch.arange(seq, device=bounds.device, dtype=bounds.dtype).expand(len(bounds), seq).contiguous()
     ends = torch.searchsorted(bounds, places, right=True)

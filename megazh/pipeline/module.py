@@ -136,7 +136,7 @@ class DecoderPipeline(PipelineModule):
 
         Args:
             inputs: (batch, seq) int32 token ids, or (batch, seq, hidden) from the stage before; and the document map,
-                (batch, seq + max_docs + 3) int32.
+                (batch, seq + segments + 3) int32.
 
         Returns:
             The pair for the next stage; from the last stage (batch, seq, hidden) normed states alone.

@@ -183,7 +183,7 @@ def serve(arguments: argparse.Namespace) -> None:
     folder.begin(recipe.to_yaml(), mixture)
     trainer = Trainer(folder, recipe, layout, device, Control())
     if stage > 0:
-        _tell_shapes(trainer.engine, recipe, mixture.shape.max_docs)
+        _tell_shapes(trainer.engine, recipe, mixture.shape.segments)
     with _Steps(path) as steps:
         trainer.metrics = steps
         for _ in range(STEPS):
@@ -212,12 +212,12 @@ def _check(records: list[StepRecord]) -> None:
             raise WorkerError(f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}")
 
 
-def _tell_shapes(engine: Any, recipe: Recipe, max_docs: int) -> None:
+def _tell_shapes(engine: Any, recipe: Recipe, segments: int) -> None:
     """Make the buffers for what the stage before sends; in a run, its first message tells the shapes."""
     rows, seq_len = recipe.batch.micro_batch_size, recipe.batch.seq_len
     dtype = next(engine.module.parameters()).dtype
     hidden = engine._allocate_or_extend_buffers(0, [rows, seq_len, recipe.model.hidden_size], dtype)
-    document_map = engine._allocate_or_extend_buffers(1, [rows, seq_len + max_docs + 3], torch.int32)
+    document_map = engine._allocate_or_extend_buffers(1, [rows, seq_len + segments + 3], torch.int32)
     engine.pipe_recv_buf = (hidden, document_map)
     engine._grad_layer_buf.clear()  # as the engine does
 

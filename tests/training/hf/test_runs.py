@@ -189,3 +189,17 @@ def test_a_checkpoint_is_a_folder_of_transformers(wholes: dict[str, Path], tmp_p
     assert foreign.model == run_recipe(run).model
     read = load_decoder(foreign, torch.device("cpu")).float()
     assert all(torch.equal(*pair) for pair in zip(own.parameters(), read.parameters(), strict=True))
+
+
+def test_cuts_and_shapes_of_the_rate_are_the_pipelines(forks: ForkedRuns, recipe: Path, tmp_path: Path) -> None:
+    settings = ["steps=6", "kind=wsd", "decay=3", "warmup=2", "schedule.length={0: 8, 1K: 48}", "label_at_cut=false"]
+    for ranks, engine in ((1, "ds_pp"), (2, "hf")):
+        forks.train(recipe, tmp_path / engine, (1, ranks), *settings, "validate_every=0", engine=engine)
+    found = [
+        [(each["loss"], each["learning_rate"]) for each in read_metrics(tmp_path / engine) if each["kind"] == "step"]
+        for engine in ("ds_pp", "hf")
+    ]
+    for (loss, rate), (other, its) in zip(*found, strict=True):
+        assert loss == pytest.approx(other, abs=1e-4)
+        assert rate == its
+    assert [rate for _, rate in found[1]] == pytest.approx([5e-3, 1e-2, 1e-2, 7e-3, 4e-3, 1e-3])
