@@ -31,10 +31,6 @@ class Kind(StrEnum):
     """The peak times the square root of warm-up / steps so far (arXiv 1706.03762), whatever the length of the run."""
 
 
-ENDLESS = (Kind.CONSTANT, Kind.INVERSE_SQRT)
-"""Kinds whose rates do not depend on the length of the run."""
-
-
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate of each step.
@@ -162,11 +158,6 @@ class Lengths:
     def at(self, tokens_before: int) -> int:
         """Tokens per segment of a step before which so many tokens were consumed."""
         return self._lengths[bisect_right(self.tokens, tokens_before) - 1]
-
-    @property
-    def shortest(self) -> int:
-        """The shortest length."""
-        return min(self._lengths)
 
 
 @dataclass(frozen=True)
