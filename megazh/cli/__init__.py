@@ -154,7 +154,7 @@ def _scheduled() -> Iterator[None]:
 
     before = {}
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
             before[number] = signal.signal(number, stop)
     try:
         yield

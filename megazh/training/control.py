@@ -64,6 +64,13 @@ SIGNALS = {
 """Signals that request a stop."""
 
 
+def is_ignored(number: signal.Signals) -> bool:
+    """Whether whoever has started this process wants a signal to be ignored: nohup for SIGHUP, and a script for SIGINT
+    of its jobs in the background. The signals of schedulers are heeded always: some containers start with all ignored.
+    """
+    return number in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(number) == signal.SIG_IGN
+
+
 class Interrupted(Exception):
     """A stop was requested; finished steps are saved."""
 
@@ -94,7 +101,7 @@ class Control:
             signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, name="signals", daemon=True).start()
         for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            if not is_ignored(number):
                 signal.signal(number, self._handle)
 
     @property

@@ -17,7 +17,7 @@ from megazh.cluster.launchers.local import free_port
 from megazh.cluster.launchers.rank_log import Output
 from megazh.console import CONSOLE_LOG, open_console
 from megazh.errors import INTERRUPTED, REQUEUE, DivergedError, SaveError, UsageError, WorkerError
-from megazh.training.control import SIGNALS, Reason
+from megazh.training.control import SIGNALS, Reason, is_ignored
 from megazh.training.job import Job
 
 _POLL_SECONDS = 0.1
@@ -55,11 +55,7 @@ def _run(command: list[str]) -> tuple[int, str]:
         reason = max(reason, SIGNALS[signal.Signals(number)])
         process.send_signal(signal.SIGINT)  # then wait: this process holds the lock of the run folder
 
-    before = {
-        each: signal.signal(each, forward)
-        for each in SIGNALS
-        if signal.getsignal(each) != signal.SIG_IGN  # nohup has it ignored
-    }
+    before = {each: signal.signal(each, forward) for each in SIGNALS if not is_ignored(each)}
     try:
         code = None
         while code is None:

@@ -25,7 +25,7 @@ from megazh.console import CONSOLE_LOG, LAST_WORDS, open_console
 from megazh.errors import INTERRUPTED, REQUEUE, WorkerError
 from megazh.progress import duration
 from megazh.run.pulse import PULSE, Pulses
-from megazh.training.control import SIGNALS, Reason
+from megazh.training.control import SIGNALS, Reason, is_ignored
 from megazh.training.job import Job
 from megazh.training.startup import start_times
 
@@ -37,13 +37,14 @@ _POLL_SECONDS = 0.1
 
 # Makes the kernel kill a rank when its launcher ends, however that happens. It is a program of its own between launcher
 # and rank, since nothing but exec is safe after a fork in a process with threads; the setting survives exec. A launcher
-# in the background of a script ignores SIGINT, and its ranks must not inherit that.
+# in the background of a script ignores SIGINT, and one in some containers all signals; its ranks must not inherit that.
 _BOOTSTRAP = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv[1]):
     os._exit(1)
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_DFL)
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
@@ -378,7 +379,7 @@ def _signals() -> Iterator[_Events]:
 
     before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
     for each in SIGNALS:
-        if signal.getsignal(each) != signal.SIG_IGN:  # nohup has it ignored
+        if not is_ignored(each):
             before[each] = signal.signal(each, handler)
     try:
         yield events

@@ -211,6 +211,18 @@ signal.signal({int(number)}, save)"""
     assert json.loads((tmp_path / "end.json").read_text())[0] == code
 
 
+def test_a_scheduler_is_heeded_where_signals_were_ignored_at_the_start(tmp_path: Path) -> None:
+    """As in some containers. A rank has them back before it runs any code of its own."""
+    words = shlex.join(command("while True: time.sleep(0.05)", 2))
+    script = f"trap '' USR1 TERM; exec {words}"
+    with start_command(["bash", "-c", script], cwd=tmp_path) as started:
+        wait_until(lambda: len(started.descendants()) == 3, 20, "both ranks")
+        time.sleep(0.5)
+        started.process.send_signal(signal.SIGUSR1)
+        finished = started.wait(10)
+    assert finished.returncode == 75, finished
+
+
 def test_a_person_outranks_the_scheduler(tmp_path: Path) -> None:
     """SIGUSR1 and then Ctrl-C, while the ranks save: no scheduler may start the run again."""
     with running(tmp_path, SAVES.replace("0.3", "1").replace("130", "75")) as started:
