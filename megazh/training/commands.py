@@ -59,6 +59,8 @@ class Commands:
         self._orders: deque[_Order] = deque()
         self._saves: list[tuple[str, int]] = []
         """Requests for checkpoints that are being written, with their steps."""
+        self._open: set[str] = set()
+        """Names of the requests that are accepted and have no last answer yet."""
         self._stop: str = ""
         """Name of the request to stop."""
         self._is_paused = False
@@ -127,7 +129,7 @@ class Commands:
             self._answer(self._stop, Outcome.DONE, f"stopped after step {session.step:,}{saved}")
         elif self._stop:
             self._answer(self._stop, Outcome.REFUSED, "the run has ended first")
-        for name in [*(name for name, _ in self._saves), *(order.name for order in self._orders)]:
+        for name in list(self._open):
             self._answer(name, Outcome.REFUSED, "the run has ended before that was done")
 
     # Rank 0 alone.
@@ -162,6 +164,10 @@ class Commands:
         self._orders.append(_Order(name, request))
 
     def _answer(self, name: str, outcome: Outcome, text: str, **details: str | int | float | None) -> None:
+        if outcome is Outcome.ACCEPTED:
+            self._open.add(name)
+        else:
+            self._open.discard(name)
         if self._inbox is not None:
             self._inbox.answer(name, Answer(outcome=outcome, text=text, step=self._session.step, details=details))
 

@@ -99,6 +99,15 @@ def test_a_stop_is_known_at_once_and_answered_at_the_end(rank: Rank) -> None:
     assert rank.answer("2") == ("done", "stopped after step 7; step 7 is saved")
 
 
+def test_a_command_that_a_stop_has_cut_off_is_answered(rank: Rank) -> None:
+    rank.send("1", command=Command.SAVE)
+    assert rank.commands._next() is not None, "it is being carried out"
+    rank.send("2", command=Command.STOP)
+    rank.commands.close(has_stopped=True)
+    assert rank.answer("1") == ("refused", "the run has ended before that was done")
+    assert rank.answer("2") == ("done", "stopped after step 7; nothing to save")
+
+
 def test_a_run_that_ends_before_it_stops_says_so(rank: Rank) -> None:
     rank.send("1", command=Command.STOP)
     rank.commands.close(has_stopped=False)
@@ -107,12 +116,15 @@ def test_a_run_that_ends_before_it_stops_says_so(rank: Rank) -> None:
 
 def test_a_save_is_answered_when_it_is_whole_or_has_failed(rank: Rank) -> None:
     saver, waiting = rank.session.saver, rank.commands._saves
+    for name in "123":
+        rank.send(name, command=Command.SAVE)
+        assert rank.commands._next() is not None
     waiting += [("1.json", 7), ("2.json", 8), ("3.json", 9)]
     saver.step, saver.saved_at, saver.failure = 9, 7, "runs/x: cannot be written"
     rank.commands.settle()
     assert rank.answer("1")[0] == "done"
     assert rank.answer("2") == ("refused", "runs/x: cannot be written")
-    assert not (rank.run.control / "answers" / "3.json").exists()
+    assert rank.answer("3")[0] == "accepted"
     rank.commands.close(has_stopped=False)
     assert rank.answer("3") == ("refused", "the run has ended before that was done")
 
