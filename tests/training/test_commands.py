@@ -229,7 +229,7 @@ class Controlled:
         # A number of micro-batches that is never reached: the exit code is the caller's to judge.
         self.ended.append(
             self.forks.train(
-                self.recipe, self.path, self.layout, *self.settings, engine=self.engine, kill_after=1 << 40, limit=90
+                self.recipe, self.path, self.layout, *self.settings, engine=self.engine, kill_after=1 << 40, limit=180
             )
         )
 
