@@ -4,7 +4,7 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from megazh.cluster.gpus import choose_devices, parse_gpu_list
 from megazh.cluster.hostfile import Host, is_this_machine, read_hostfile
 from megazh.cluster.launchers import hosts as on_hosts
 from megazh.cluster.launchers import local
-from megazh.errors import Collector, UsageError, WorkerError
+from megazh.errors import INTERRUPTED, REQUEUE, Collector, MegazhError, Stopped, UsageError, WorkerError
 from megazh.files import locked
 from megazh.pipeline.deepspeed_config import deepspeed_config
+from megazh.run.folder import RunFolder
 from megazh.run.plot import plot_losses
 from megazh.run.requests import Inbox
 from megazh.run.summary import describe_end
@@ -77,19 +78,35 @@ def start(request: Request) -> int:
                 case.settings.on_command_line,
             )
         )
-        if warning := Inbox.clear(job.run):
-            _note([warning])
-        for line in (*describe_job(job), *describe_data(job.recipe)):
-            print(line, flush=True)
-        code = launcher.launch(job)
+        with _recorded_end(job.run):
+            if warning := Inbox.clear(job.run):
+                _note([warning])
+            for line in (*describe_job(job), *describe_data(job.recipe)):
+                print(line, flush=True)
+            code = launcher.launch(job)
+            if code == 0 and not is_complete(job.run, job.recipe):
+                raise WorkerError(
+                    f"{job.run.path}: the ranks ended before the run was complete; run the same command again"
+                )
     if code:
         with contextlib.suppress(Exception):  # a plot, or its lack, changes no exit code
             plot_losses(job.run.path, job.run.plot)
-    if code == 0 and not is_complete(job.run, job.recipe):
-        raise WorkerError(f"{job.run.path}: the ranks ended before the run was complete; run the same command again")
     if code == 0:
         _describe_end(job, request)
     return code
+
+
+@contextlib.contextmanager
+def _recorded_end(run: RunFolder) -> Iterator[None]:
+    """Record the end of an attempt that fails, or is interrupted, outside of its ranks; launchers record other ends."""
+    try:
+        yield
+    except MegazhError as error:
+        run.end(error.exit_code, f"error: {error}")
+        raise
+    except KeyboardInterrupt as error:
+        run.end(REQUEUE if isinstance(error, Stopped) else INTERRUPTED, "interrupted before the ranks began")
+        raise
 
 
 def _note(lines: Sequence[str]) -> None:

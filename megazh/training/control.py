@@ -52,7 +52,7 @@ _TEXTS = {
     Reason.TERMINATED: "terminated (SIGTERM)",
     Reason.HANG_UP: "the terminal was closed (SIGHUP)",
     Reason.PERSON: "interrupted (Ctrl-C)",
-    Reason.COMMAND: "stopped by 'megazh ctl'",
+    Reason.COMMAND: "requested by 'megazh ctl'",
 }
 
 SIGNALS = {

@@ -1,6 +1,7 @@
 """From the command line to ranks: refusals before anything starts, defaults, and the ranks that are started."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from megazh.cluster.cuda import Torch
 from megazh.cluster.launchers import local
 from megazh.cluster.start import start
 from megazh.demo.stories import write_stories
-from megazh.errors import BusyError, MegazhError, SeveralErrors, UsageError
+from megazh.errors import BusyError, MegazhError, SeveralErrors, Stopped, UsageError
 from megazh.files import locked
 from megazh.index.prepare import prepare
 from megazh.run.folder import RunFolder
@@ -239,6 +240,31 @@ def test_a_run_goes_on_in_another_layout(launches: Launches, recipe: str) -> Non
             recipe=recipe, num_gpus=ranks, stages=stages, settings=["steps=12", "allow_bend=true", *settings]
         )
         assert start(request) == STOPPED
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "reason"),
+    [
+        (lambda: 0, 5, "error: .*: the ranks ended before the run was complete; run the same command again"),
+        (lambda: throw(UsageError("srun has started several")), 2, "error: srun has started several"),
+        (lambda: throw(KeyboardInterrupt()), 130, "interrupted before the ranks began"),
+        (lambda: throw(Stopped()), 75, "interrupted before the ranks began"),
+    ],
+)
+def test_an_attempt_whose_ranks_record_no_end_has_one(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, outcome: Callable[[], int], code: int, reason: str
+) -> None:
+    monkeypatch.setattr(local, "run_ranks", lambda *arguments: outcome())
+    with pytest.raises((MegazhError, KeyboardInterrupt)):
+        start(Request(recipe=recipe))
+    (attempt,) = RunFolder(Path("runs/mini")).info().attempts
+    assert attempt.exit_code == code
+    assert re.fullmatch(reason, attempt.reason or "")
+
+
+def throw(error: BaseException) -> int:
+    """Raise an error."""
+    raise error
 
 
 def test_attention_dropout_is_refused_on_gpus(launches: Launches, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
