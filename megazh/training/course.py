@@ -5,7 +5,7 @@ Steps are counted from 0 here; "before step n" is what the steps 0 to n - 1 cons
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -185,16 +185,21 @@ class Course:
         Raises:
             UsageError: warm-up or decay are neither shares nor steps nor tokens, or do not fit into the run.
         """
-        warmup = resolve("schedule.warmup", self.warmup, self.steps, self.batches)
+        warmup = resolve("schedule.warmup", self.warmup, self.steps, self.batches.steps_for)
         decay = 0
         if self.kind is Kind.WSD:
-            decay = resolve("schedule.decay", self.decay, self.steps, self.batches)
+            decay = resolve("schedule.decay", self.decay, self.steps, self._last_steps_for)
             if warmup + decay > self.steps:
                 raise UsageError(
                     f"schedule.warmup={self.warmup} and schedule.decay={self.decay}: {warmup:,} steps of warm-up and "
                     f"{decay:,} of decay are more than the run's {self.steps:,}; lower one of them, or train longer"
                 )
         return Schedule(self.kind, self.peak, self.steps, warmup, self.min_ratio, decay)
+
+    def _last_steps_for(self, tokens: int) -> int:
+        """The smallest number of steps at the end of the run that consume at least `tokens`."""
+        left = self.total_tokens - tokens
+        return self.steps - self.steps_within(left) if left >= 0 else self.batches.steps_for(tokens)
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step`. Raises as `schedule`."""
@@ -251,7 +256,7 @@ class Course:
         return self.samples(step), self.length(step)
 
 
-def resolve(key: str, span: float | str, steps: int, batches: Batches) -> int:
+def resolve(key: str, span: float | str, steps: int, steps_for: Callable[[int], int]) -> int:
     """The number of steps that a part of a run takes.
 
     Args:
@@ -259,13 +264,13 @@ def resolve(key: str, span: float | str, steps: int, batches: Batches) -> int:
         span: tokens as text with a unit, such as `2M`; a share of `steps` if below 1 (at least one step, unless it is
             0); else a whole number of steps.
         steps: length of the run in optimizer steps.
-        batches: samples per step.
+        steps_for: gives the number of steps that consume at least so many tokens, where that part of the run is.
 
     Raises:
         UsageError: `span` is none of these, or is longer than the run.
     """
     if isinstance(span, str):
-        found = batches.steps_for(parse_amount(span))
+        found = steps_for(parse_amount(span))
         shown, words = span, f" ({found:,} steps)"
     elif 0 <= span < 1:
         return max(1, round(steps * span)) if span else 0

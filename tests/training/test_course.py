@@ -155,11 +155,22 @@ def test_shapes_behind_the_warm_up() -> None:
 )
 def test_a_span_as_share_steps_or_tokens(span: float | str, expected: int) -> None:
     """Eight steps have 256 tokens, together 2048; later ones have 512."""
-    assert resolve("schedule.warmup", span, 600, Batches({0: 4, 2000: 8}, 64)) == expected
+    assert resolve("schedule.warmup", span, 600, Batches({0: 4, 2000: 8}, 64).steps_for) == expected
 
 
 def test_a_share_of_one_step_is_one_step() -> None:
-    assert resolve("schedule.warmup", 0.5, 1, Batches({0: 1}, 2)) == 1
+    assert resolve("schedule.warmup", 0.5, 1, Batches({0: 1}, 2).steps_for) == 1
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps"), [("0.25K", 1), ("0.3K", 2), ("0.5K", 2), ("0.6K", 3), ("0.768K", 4), ("1K", 6)]
+)
+def test_a_decay_in_tokens_is_counted_from_the_end(decay: str, steps: int) -> None:
+    """Four steps of 128 tokens, then two of 256."""
+    found = course(batch={0: 8, 512: 16}, steps=6, kind="wsd", decay=decay, warmup=0).schedule
+    assert found.decay == steps
+    with pytest.raises(UsageError, match=r"schedule\.decay=1025K: longer than the run of 6 steps"):
+        _ = course(batch={0: 8, 512: 16}, steps=6, kind="wsd", decay="1025K", warmup=0).schedule
 
 
 def test_a_warm_up_that_does_not_fit_is_refused_with_the_numbers() -> None:
