@@ -129,7 +129,7 @@ def _bent(run: RunFolder, before: Course, now: Course, done: int) -> str:
     remedy = "keep the settings of before, or add schedule.allow_bend=true, to follow the new curve from the next step"
     earlier = ""
     if before.kind is now.kind is Kind.WSD:
-        begun = before.steps - before.schedule.decay
+        begun = min(course.steps - course.schedule.decay for course in (before, now))
         stable = [path for path in list_checkpoints(run.checkpoints) if int(path.name.removeprefix("step_")) <= begun]
         if stable:
             earlier = f", or go on from before the decay with checkpoint.resume={stable[-1].name}"

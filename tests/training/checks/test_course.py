@@ -135,3 +135,14 @@ def test_the_rate_of_no_step_bends_before_the_first(tmp_path: Path, stories: Pat
     saved = case.run.checkpoints / "step_00000001"
     before = course_of((saved, read_manifest(saved)))
     assert not bends(before, case.recipe.course, 0)
+
+
+def test_a_shorter_wsd_names_a_checkpoint_before_its_own_decay(tmp_path: Path, stories: Path) -> None:
+    wsd = ["kind=wsd", "decay=10"]
+    case = resumed(tmp_path, stories, [*wsd, "steps=40"], [*wsd, "steps=30"], 20)
+    add_checkpoint(case.run, load_recipe(tmp_path / "begun.yaml"), 24)
+    (line,) = outcome(tmp_path, stories, [], [*wsd, "steps=30"], 24)
+    assert line.endswith("checkpoint.resume=step_00000020")
+    assert outcome(tmp_path, stories, [], [*wsd, "steps=30", "checkpoint.resume=step_00000020"], 24)[-1] == (
+        f"  {'first step of the decay':<32} 31 -> 21"
+    )
