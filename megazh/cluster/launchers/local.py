@@ -16,13 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
+from megazh.cluster.launchers.ending import SIGNALLED, STOPPED, Ending, Exit, reason_of, report
 from megazh.cluster.launchers.environment import environment_of_ranks, refuse_copies
 from megazh.cluster.launchers.hang import Watch, explain
 from megazh.cluster.launchers.rank_log import Output, RankLog
 from megazh.console import CONSOLE_LOG, LAST_WORDS, open_console
-from megazh.errors import INTERRUPTED, REQUEUE, WorkerError
 from megazh.progress import duration
 from megazh.run.pulse import PULSE, Pulses
 from megazh.training.control import SIGNALS, Reason, is_ignored
@@ -47,10 +46,6 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, signal.SIG_DFL)
 os.execv(sys.argv[2], sys.argv[2:])
 """
-
-_SIGNALLED = tuple(-number for number in SIGNALS)  # exit codes of a process that a signal ended before it could save
-_STOPPED = (INTERRUPTED, REQUEUE)  # exit codes of a rank that was requested to stop, and has saved
-_HINTS: dict[int, str] = {signal.SIGKILL: " (out of memory?)", signal.SIGBUS: " (is /dev/shm full?)"}
 
 
 def launch(job: Job) -> int:
@@ -122,9 +117,9 @@ def run_ranks(
                 logs = [RankLog(log_folder / f"rank_{rank}.log") for rank in range(ranks)]
                 run = _Run(list(arguments), environment, logs, labels, hang_seconds)
                 run.watch(events)
-            if run.failed is None or run.reason or attempt + 1 == _ATTEMPTS or not run.port_was_taken():
+            if run.ending.failed is None or run.ending.reason or attempt + 1 == _ATTEMPTS or not run.port_was_taken():
                 break
-        code, reason = _report(run, labels)
+        code, reason = report(run.ending, run.logs, labels, _SAVE_SECONDS)
         at_end(code, reason)
         return code
 
@@ -135,13 +130,7 @@ def free_port() -> int:
         return port
 
 
-class _Exit(NamedTuple):
-    rank: int
-    code: int
-    """Exit code; the negative number of a signal where one ended the rank."""
-
-
-_Events = queue.SimpleQueue[_Exit | signal.Signals]
+_Events = queue.SimpleQueue[Exit | signal.Signals]
 
 
 class _Run:
@@ -158,15 +147,7 @@ class _Run:
         self._arguments, self._environment = arguments, environment
         self.logs, self._labels = logs, labels
         self._output = Output("stdout")  # of rank 0
-        self.failed: _Exit | None = None
-        self.reason = Reason.NONE
-        """Why the run is to stop, if it is."""
-        self.hang = ""
-        """Why the run was taken for one that hangs, if it was."""
-        self.stuck: list[int] = []
-        """Ranks that did not end in time."""
-        self.complete = True
-        """Whether all ranks that have ended have done so with 0."""
+        self.ending = Ending()
         self._ctrl_c = 0
         self._pulses = Pulses(len(logs))
         self._watch = Watch(self._pulses, hang_seconds)
@@ -184,16 +165,16 @@ class _Run:
                 self._show()
                 with contextlib.suppress(queue.Empty):
                     event = events.get(timeout=_POLL_SECONDS)
-                    if isinstance(event, _Exit):
+                    if isinstance(event, Exit):
                         self._ended(event)
                     else:
                         self._request(event)
-                if not self._killed and self.failed is None and self._watch.hangs():
+                if not self._killed and self.ending.failed is None and self._watch.hangs():
                     self._give_up()
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     if self._killed:
                         break
-                    self.stuck = sorted(self._alive)
+                    self.ending.stuck = sorted(self._alive)
                     self._kill()
         finally:
             self._kill()
@@ -232,44 +213,46 @@ class _Run:
         # One thread per rank instead of a polling loop, so that the first death is known.
         threading.Thread(target=_await, args=(rank, process, events), daemon=True).start()
 
-    def _ended(self, event: _Exit) -> None:
+    def _ended(self, event: Exit) -> None:
         del self._alive[event.rank]
         log = self.logs[event.rank]
         with contextlib.suppress(BlockingIOError):
             log.reported = os.read(self._last_words[event.rank], 1 << 16).decode(errors="replace")
         if event.code < 0:  # else it has written the end itself
             log.note(f"rank {event.rank}: ended by signal {-event.code}{' of its launcher' if self._killed else ''}")
-        if self.reason and event.code == 1 and log.ends_with_interrupt():
+        if self.ending.reason and event.code == 1 and log.ends_with_interrupt():
             # The signal came while Python itself was starting, which then ends with 1 instead of by the signal.
-            event = _Exit(event.rank, -signal.SIGINT)
-        if event.code in _STOPPED:  # the ranks agree to stop where one of them got a signal, or at a deadline
+            event = Exit(event.rank, -signal.SIGINT)
+        if event.code in STOPPED:  # the ranks agree to stop where one of them got a signal, or at a deadline
             agreed = Reason(self._pulses.read()[event.rank].reason)
-            self.reason = max(self.reason, agreed) or _reason_of(event.code)
-        self.complete = self.complete and event.code == 0
-        well = event.code == 0 or event.code in _STOPPED
-        if self.reason and self.failed is None and not self._killed:
+            self.ending.reason = max(self.ending.reason, agreed) or reason_of(event.code)
+        self.ending.complete = self.ending.complete and event.code == 0
+        well = event.code == 0 or event.code in STOPPED
+        if self.ending.reason and self.ending.failed is None and not self._killed:
             self._deadline = min(self._deadline or math.inf, time.monotonic() + _OTHERS_SECONDS)
-        if not well and not self._killed and self.failed is None:
-            self.failed = event
+        if not well and not self._killed and self.ending.failed is None:
+            self.ending.failed = event
             self._show()
             self.logs[0].hide()
             self._kill()
 
     def _request(self, number: signal.Signals) -> None:
-        reason, first = SIGNALS[number], not self.reason
+        reason, first = SIGNALS[number], not self.ending.reason
         self._ctrl_c += number == signal.SIGINT
-        if self.failed is not None:
-            if self.failed.code in _SIGNALLED:
-                self.reason = max(self.reason, reason)  # Slurm signals all processes, and the ranks were quicker
+        if self.ending.failed is not None:
+            if self.ending.failed.code in SIGNALLED:
+                self.ending.reason = max(
+                    self.ending.reason, reason
+                )  # Slurm signals all processes, and the ranks were quicker
             if self._ctrl_c > 1 or not first:
                 self._kill()
             return
         if self._ctrl_c > 1:
             self._kill()
             return
-        if reason <= self.reason:
+        if reason <= self.ending.reason:
             return
-        self.reason = reason
+        self.ending.reason = reason
         self._signal(number)
         if first:
             self._wait(_SAVE_SECONDS)
@@ -281,7 +264,7 @@ class _Run:
         self._show()
         self.logs[0].hide()  # the stacks are for the log
         processes = {rank: process.pid for rank, process in self._alive.items() if process.returncode is None}
-        self.hang = f"no rank has got on for {duration(self._watch.idle)} " + (
+        self.ending.hang = f"no rank has got on for {duration(self._watch.idle)} " + (
             explain(processes, self.logs, self._pulses, self._labels) if processes else "(all have ended)"
         )
         self._kill()
@@ -310,54 +293,7 @@ def _await(rank: int, process: subprocess.Popen[bytes], events: _Events) -> None
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    events.put(_Exit(rank, process.wait()))
-
-
-def _reason_of(code: int) -> Reason:
-    """The reason of a rank that has ended with a code of `_STOPPED`, and has not said which one it is."""
-    return Reason.PERSON if code == INTERRUPTED else Reason.TERMINATED
-
-
-def _report(run: _Run, labels: Sequence[str]) -> tuple[int, str]:
-    """Print one line on why the ranks failed or were stopped, if they were; returns the exit code and the reason."""
-    again = "run the same command again to resume from the last checkpoint"
-    code, line, reason = 0, "", "done"
-    if run.hang:
-        where = f"the stacks of all ranks are in {run.logs[0].path.parent}/rank_*.log"
-        code, line = WorkerError.exit_code, f"error: {run.hang}; {where}; all ranks were killed; {again}"
-    elif run.failed is not None:
-        code, line = _cause(run.failed, labels, run, again)
-    if run.reason and not run.hang and not run.complete and (run.failed is None or run.failed.code in _SIGNALLED):
-        code, reason, late = run.reason.exit_code, run.reason.text, ""
-        if run.stuck:
-            names = ", ".join(labels[rank] for rank in run.stuck)
-            late = f"; {names} did not end within {_SAVE_SECONDS:.0f} s, and all ranks were killed"
-        line = f"{_stopped(run.reason)}{late}; {again}"
-        reason += late
-    elif line:
-        reason = line
-    if line:
-        print(line, file=sys.stderr, flush=True)
-    return code, reason
-
-
-def _stopped(reason: Reason) -> str:
-    return "interrupted" if reason is Reason.PERSON else f"stopped: {reason.text}"
-
-
-def _cause(failed: _Exit, labels: Sequence[str], run: _Run, again: str) -> tuple[int, str]:
-    """The exit code and the message for a rank that failed."""
-    label, log = labels[failed.rank], run.logs[failed.rank]
-    where = f"all ranks ended; its last output is in {log.path}"
-    if failed.code < 0:
-        hint = _HINTS.get(-failed.code, "")
-        what = f"{label} was killed by signal {-failed.code}{hint}"
-        return WorkerError.exit_code, f"error: {what}; {where}; {again}"
-    if 1 < failed.code < INTERRUPTED and (own := log.own_error()):
-        return failed.code, own
-    words = f" ({log.last_words()})" if log.last_words() else ""
-    code = failed.code if failed.code in (1, INTERRUPTED) else WorkerError.exit_code
-    return code, f"error: {label} ended with exit code {failed.code}{words}; {where}; {again}"
+    events.put(Exit(rank, process.wait()))
 
 
 @contextlib.contextmanager
