@@ -1,6 +1,8 @@
 """A run in MLflow (mlflow.org/docs)."""
 
 import os
+import posixpath
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +17,8 @@ _RUN_ID = "megazh.run_id"
 _PARAMETERS, _LONGEST, _POINTS = 100, 500, 1000
 """Parameters in one call, characters of a value, and points in one call that every server takes."""
 
+_ODD, _LONGEST_NAME = re.compile(r"[^\w\-. :/]|\.\."), 200
+
 
 class MlflowRun:
     """See `Tracker`."""
@@ -22,6 +26,7 @@ class MlflowRun:
     def start(self, run: TrackedRun) -> str:
         """Open the run at MLFLOW_TRACKING_URI, else in `mlflow.db` in its folder."""
         self._points: list[Metric] = []
+        self._names: dict[str, str] = {}
         place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.folder.resolve()}/mlflow.db"
         self._client = MlflowClient(tracking_uri=place)
         project = os.environ.get("MLFLOW_EXPERIMENT_NAME", run.project)
@@ -45,7 +50,7 @@ class MlflowRun:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Add a point to each curve."""
         now = time.time_ns() // 1_000_000
-        self._points += [Metric(name, value, now, step) for name, value in values.items()]
+        self._points += [Metric(self._name_of(curve), value, now, step) for curve, value in values.items()]
 
     def text(self, step: int, name: str, text: str) -> None:
         """Set a tag: the latest text of a name, with its step. MLflow has no texts over steps."""
@@ -60,6 +65,15 @@ class MlflowRun:
     def finish(self) -> None:
         """Mark the run as finished."""
         self._client.set_terminated(self._id)
+
+    def _name_of(self, curve: str) -> str:
+        """The name of a curve: MLflow refuses some characters, and whatever is no plain path. None is given twice."""
+        if curve not in self._names:
+            name = posixpath.normpath(_ODD.sub("_", curve))[:_LONGEST_NAME]
+            while name in self._names.values():
+                name += "_"
+            self._names[curve] = name
+        return self._names[curve]
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

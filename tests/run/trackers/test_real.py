@@ -44,6 +44,36 @@ def test_a_resumed_run_is_taken(name: TrackerName, tmp_path: Path, capsys: pytes
     assert out.count(f"{name:<12}{shown}") == 2
 
 
+def test_mlflow_takes_corpora_of_any_name() -> None:
+    skip_without(TrackerName.MLFLOW)
+    from mlflow.utils.validation import _validate_metric_name
+
+    from megazh.run.trackers.mlflow_run import MlflowRun
+
+    tracker = MlflowRun()
+    tracker._names = {}
+    odd = [
+        "wiki(zh)",
+        "wiki[zh]",
+        "a..b",
+        "../up",
+        "x%y#z",
+        "a//b",
+        "a/b",
+        "名，字",
+        "n" * 300,
+        "n" * 301,
+        "tail/",
+        "\\",
+        ".",
+    ]
+    names = [tracker._name_of(f"validation/{name}/loss") for name in odd]
+    assert len(set(names)) == len(odd)
+    for name in names:
+        _validate_metric_name(name)
+    assert tracker._name_of("validation/wiki[zh]/loss") == names[1] == "validation/wiki_zh_/loss_"
+
+
 def test_mlflow_holds_each_step_once(tmp_path: Path) -> None:
     skip_without(TrackerName.MLFLOW)
     from mlflow import MlflowClient
@@ -56,5 +86,6 @@ def test_mlflow_holds_each_step_once(tmp_path: Path) -> None:
     assert [(point.step, point.value) for point in history] == [(step, record(step).loss) for step in range(1, 14)]
     corpus = client.get_metric_history(run.info.run_id, "validation/维基/perplexity")
     assert [point.step for point in corpus] == [4, 8, 12]
+    assert "validation/C__/loss" in run.data.metrics
     assert run.data.params["batch.seq_len"] == "64"
     assert run.data.tags["event/resume"] == "step 6: begun at 6"

@@ -18,7 +18,7 @@ from megazh.run.trackers import start
 from megazh.run.trackers.tracker import TrackedRun, TrackerName, is_installed
 
 FAKES = Path(__file__).parent / "fakes"
-CORPORA = {"维基": CorpusValidation.of(2.0, 1.0, 3), "b": CorpusValidation.of(4.0, 1.5, 1)}
+CORPORA = {"维基": CorpusValidation.of(2.0, 1.0, 3), "C++": CorpusValidation.of(4.0, 1.5, 1)}
 
 
 @pytest.fixture(autouse=True)
