@@ -105,8 +105,9 @@ class Soak:
 
     @property
     def over(self) -> bool:
-        """Whether the time for faults is over."""
-        return time.monotonic() - self.begun > 60 * self.options.minutes
+        """Whether the time for faults is over, or there were as many as are wanted."""
+        enough = self.options.most is not None and len(self.report.struck) >= self.options.most
+        return enough or time.monotonic() - self.begun > 60 * self.options.minutes
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True)
@@ -240,6 +241,7 @@ class Soak:
             if attempt.wait(0) is not None:
                 return struck
             self.report.struck.append(struck)
+            self.report.log(self.folder, struck)
             kind, after = None, records.last - records.begun_at + self.choose.randint(1, 2 * CHECKPOINT_EVERY)
         return None
 
@@ -326,8 +328,8 @@ class Soak:
 
     def _text(self, number: int, records: Follower) -> str:
         spent = time.monotonic() - self.begun
-        left = max(0.0, 60 * self.options.minutes - spent)
-        what = f"{duration(left)} left" if left else "no more faults, the run goes to its end"
+        left = 60 * self.options.minutes - spent
+        what = f"{duration(left)} left" if not self.over else "no more faults, the run goes to its end"
         faults = f"{len(self.report.struck)} faults, {len(self.report.failures)} failures"
         return f"{duration(spent)}: {faults}, run {number} at step {records.last:,} of {self.steps:,}; {what}"
 
@@ -371,6 +373,7 @@ def with_disk_of_its_own() -> None:
 if __name__ == "__main__":
     parser = standalone("hurt a run again and again, and prove that nothing was lost", EXAMPLES)
     parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="time in which faults come (10)")
+    parser.add_argument("--most", type=count, metavar="N", help="end after N faults, if that is sooner")
     parser.add_argument("--every", type=float, default=60.0, metavar="SECONDS", help="time between faults (60)")
     parser.add_argument("--faults", type=lambda text: text.split(","), metavar="A,B", help="only these (all)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of faults, places and moments (1)")

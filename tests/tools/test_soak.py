@@ -1,16 +1,19 @@
-"""The soak: its comparer finds what was tampered with."""
+"""The soak: its comparer finds what was tampered with, and a short soak of real runs passes."""
 
 import dataclasses
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_command
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
-from soak_compare import Recorded, Take, bits_until, first_difference, retaken_difference  # noqa: E402
+from soak_compare import Recorded, Take, bits_until, first_difference, recorded, retaken_difference  # noqa: E402
 
 WHOLE = Recorded(
     losses=[(1, 5.0), (2, 4.5), (3, 4.25)],
@@ -68,3 +71,30 @@ def test_a_step_that_is_taken_again_by_the_same_layout_has_the_same_bits() -> No
     assert retaken_difference([first, Take("2 x 1", 10, dict.fromkeys(range(11, 30), 0.5)), wrong]) is None
     assert bits_until([first, again]) is None
     assert bits_until([first, other, again]) == 20
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_through_faults_is_the_run_that_nobody_interrupted(tmp_path: Path) -> None:
+    folder, kinds = tmp_path / "soak", ["kill_rank", "sigterm", "flip", "terminal", "clock", "layout"]
+    options = ["--faults", ",".join(kinds), "--most", "6", "--every", "0", "--steps", "120", "--seed", "3", "--keep"]
+    done = run_command([sys.executable, TOOLS / "soak.py", *options, "--folder", folder], timeout=380)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert done.stdout.rstrip().endswith("\nPASS")
+    faults = [json.loads(line) for line in (folder / "faults.jsonl").read_text().splitlines()]
+    assert len(faults) == 6
+    assert {fault["kind"] for fault in faults} <= set(kinds)
+    table = (folder / "report.md").read_text()
+    assert table == done.stdout
+    counts = [int(count) for count in re.findall(r"^\| \w+ \| (\d+) \|", table, re.MULTILINE)]
+    assert sum(counts) == len(faults)
+    # The same runs, of which one record is tampered with.
+    path = folder / "run-1"
+    alone, home, found = (recorded(each) for each in (folder / "alone", folder / "home", path))
+    assert first_difference(alone, home, found, 0) is None
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    at = next(number for number, line in enumerate(lines) if json.loads(line).get("step") == 7)
+    metrics.write_text("".join([*lines[: at + 1], *lines[at:]]))
+    assert "step 7" in str(first_difference(alone, home, recorded(path), 0))
