@@ -159,8 +159,9 @@ class Inbox:
         """Answer the request of this name. A disk that takes nothing loses the answer, and does no harm to the run."""
         with contextlib.suppress(OSError):
             write_private(self._answers / name, answer)
+            now = (self._answers / name).stat().st_mtime  # by the clock of the disk, which may be another one
             for old in os.scandir(self._answers):
-                if old.stat(follow_symlinks=False).st_mtime < time.time() - _KEPT_SECONDS:
+                if old.stat(follow_symlinks=False).st_mtime < now - _KEPT_SECONDS:
                     os.unlink(old.path)
 
 

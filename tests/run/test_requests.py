@@ -196,6 +196,15 @@ def test_old_answers_are_removed(run: RunFolder) -> None:
     assert [answer.text for answer in answers(run)] == ["new"]
 
 
+def test_an_answer_stays_where_the_clock_is_a_day_ahead_of_the_disk(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = time.time() + 86400
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    Inbox(run).answer(NAME, Answer(outcome=Outcome.DONE, text="new"))
+    assert [answer.text for answer in answers(run)] == ["new"]
+
+
 def test_a_folder_that_others_can_write_takes_no_commands(run: RunFolder) -> None:
     run.control.chmod(0o770)
     with pytest.raises(UsageError, match=r"control: is no folder that belongs to this user alone; remove it"):
