@@ -267,7 +267,7 @@ class Soak:
         fault, attempt, records = FAULTS[kind], ground.attempt, ground.records
         now = time.monotonic()
         struck = Struck(kind, number, now - self.begun, records.last if begun else None, str(ground.layout))
-        struck.began = now
+        struck.began = self.struck = now
         struck.detail = fault.strike(ground)
         deadline, first = now + fault.seconds, records.last
         while attempt.wait(0.1) is None:
@@ -282,7 +282,6 @@ class Soak:
         records.look()
         if begun:
             struck.step = records.last
-        self.struck = time.monotonic()
         for text in ground.faults:
             self.report.fail(f"{struck.text()}: {text}")
         ground.faults.clear()
