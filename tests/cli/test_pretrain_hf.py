@@ -73,10 +73,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert f"resumed at step {newest[1].step} of {newest[1].step + 3}" in finished.stdout
     found = [record["step"] for record in read_metrics(run.path) if record["kind"] == "step"]
     assert found == list(range(1, newest[1].step + 4))
+    wait_until(lambda: calls.read_text("utf-8").count('"finish"') == 2, 60, "the end of the tracker")
     sent = [json.loads(line) for line in calls.read_text("utf-8").splitlines()]
     assert [call["step"] for call in sent if "train/loss" in call] == found
     assert {call["id"] for call in sent if call["call"] == "start"} == {run.info().run_id}
-    assert [call["call"] for call in sent].count("finish") == 2
     kinds = [record["kind"] for record in read_metrics(run.path)]
     assert (kinds.count("validation"), kinds.count("sample")) == (2, 1)
     assert stopped.stderr.startswith("stopping: "), "no warning of transformers, accelerate or DeepSpeed is printed"
