@@ -280,18 +280,25 @@ def test_another_layout_goes_on(pretrain: Callable[..., Run]) -> None:
     assert_equal(one, replicas, SAME_BITS, last=2 * EVERY)
 
 
+GROWING = [
+    "dtype=bf16",
+    "micro_batch_size=8",
+    "schedule.batch={0: 8, 3K: 16, 10K: 24}",
+    "schedule.length={0: 16, 6K: 64, 14K: 128}",
+]
+"""Steps of one micro-batch, then of two and three, in segments that grow."""
+
+
+@real_gpu
+def test_recorded_passes_are_eager_ones_while_the_batch_grows(pretrain: Callable[..., Run]) -> None:
+    assert_equal(pretrain("one", *GROWING), pretrain("one", *GROWING, "cuda_graph=false"), SAME_BITS)
+
+
 @two_gpus
-def test_a_batch_that_grows_and_segments_that_grow(pretrain: Callable[..., Run]) -> None:
-    """Steps of one micro-batch, then of two and three: recorded passes stay valid, with more of them in flight."""
-    course = [
-        "micro_batch_size=8",
-        "schedule.batch={0: 8, 3K: 16, 10K: 24}",
-        "schedule.length={0: 16, 6K: 64, 14K: 128}",
-    ]
-    one, staged = (pretrain(layout, "dtype=bf16", *course) for layout in ("one", "pp=2"))
-    assert_equal(staged, one, BF16)
-    unrecorded = pretrain("pp=2", "dtype=bf16", "cuda_graph=false", *course)
-    assert_equal(staged, unrecorded, SAME_BITS)
+def test_a_batch_that_grows_in_two_stages(pretrain: Callable[..., Run]) -> None:
+    """Recorded passes stay valid with more micro-batches in flight."""
+    staged = pretrain("pp=2", *GROWING)
+    assert_equal(staged, pretrain("one", *GROWING), BF16)
+    assert_equal(staged, pretrain("pp=2", *GROWING, "cuda_graph=false"), SAME_BITS)
     for step in (EVERY, 2 * EVERY):
-        resumed = pretrain("pp=2", "dtype=bf16", *course, after=staged[0], step=step)
-        assert_equal(resumed, staged, SAME_BITS)
+        assert_equal(pretrain("pp=2", *GROWING, after=staged[0], step=step), staged, SAME_BITS)
