@@ -10,6 +10,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -349,6 +350,7 @@ def main(options: argparse.Namespace) -> None:
     if unknown := [kind for kind in options.faults or [] if kind not in FAULTS]:
         raise UsageError(f"--faults {unknown[0]}: no such kind; there are {', '.join(FAULTS)}")
     soak = Soak(options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what it has started, and writes the report
     try:
         passed = soak.play()
     finally:

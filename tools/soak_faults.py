@@ -114,7 +114,7 @@ class Fault:
 
 
 def _kill_rank(ground: Ground) -> str:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (ranks := ground.attempt.ranks()) and time.monotonic() < deadline and ground.attempt.wait(0.1) is None:
         pass
     if not ranks:
