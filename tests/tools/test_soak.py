@@ -14,6 +14,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 from soak_compare import Recorded, Take, bits_until, first_difference, recorded, retaken_difference  # noqa: E402
+from soak_report import Report, Struck  # noqa: E402
 
 WHOLE = Recorded(
     losses=[(1, 5.0), (2, 4.5), (3, 4.25)],
@@ -71,6 +72,23 @@ def test_a_step_that_is_taken_again_by_the_same_layout_has_the_same_bits() -> No
     assert retaken_difference([first, Take("2 x 1", 10, dict.fromkeys(range(11, 30), 0.5)), wrong]) is None
     assert bits_until([first, again]) is None
     assert bits_until([first, other, again]) == 20
+
+
+def test_the_report_is_a_table_and_fails_with_the_first_difference() -> None:
+    report = Report(seed=4, minutes=1.0)
+    for at, (lost, code) in enumerate([(0, 5), (7, 5), (3, -9)]):
+        struck = Struck("kill_rank", 1, float(at), 10 if at else None, "1 x 1", code=code, lost=lost, seconds=8.0)
+        report.struck.append(struck)
+    report.steps = 100
+    assert report.text().endswith("\nFAIL: no run has ended")
+    report.rounds.append((1, 4, 50))
+    lines = report.text().splitlines()
+    assert "| kill_rank | 3 | -9, 5 | 0 | 0 / 3 / 7 | 8 / 8 / 8 |" in lines
+    assert any("1 of them while a run was starting; 100 steps taken, 10 of them lost" in line for line in lines)
+    assert lines[-1] == "PASS"
+    report.fail("run 1: step 7 is not recorded")
+    report.fail("another")
+    assert report.text().endswith("* another\n\nFAIL: run 1: step 7 is not recorded")
 
 
 @pytest.mark.ranks
