@@ -113,7 +113,7 @@ class Session(ABC):
             recipe: the recipe.
             layout: the arrangement of the ranks.
             device: this rank's device.
-            stop: the request to stop, if one comes.
+            control: requests to stop, if any come.
             startup: the clock of this start.
 
         Raises:
@@ -616,7 +616,7 @@ def train_as(engine: type[Session], path: Path, device: torch.device, control: C
         engine: the engine's class.
         path: the run folder; its config.yaml holds the recipe with the layout.
         device: this rank's device.
-        stop: the request to stop, if one comes.
+        control: requests to stop, if any come.
         startup: the clock of this start.
 
     Raises:
