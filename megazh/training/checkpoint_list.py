@@ -1,6 +1,7 @@
 """The checkpoints of a run and their manifests; without torch, so that listing them is quick."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -19,6 +20,8 @@ from megazh.index.metadata import TemplateInfo
 from megazh.training.guard_state import GuardState
 
 MANIFEST = "manifest.json"
+DIGEST = "sha256"
+"""Key of a manifest with the SHA-256 of its other values; missing in manifests of versions that wrote none."""
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 """Folders inside a checkpoint: a file for each layer, and a file for each rank. With `-t hf`, weights are in a file
 `model.safetensors` beside them."""
@@ -156,6 +159,10 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     path = checkpoint / MANIFEST
     try:
         values = json.loads(path.read_bytes())
+        if isinstance(values, dict):
+            digest = values.pop(DIGEST, None)
+            if digest not in (None, _digest(values)):
+                raise ValueError("it is not as it was written")
         _check_format(checkpoint, values)
         manifest = from_mapping(values, CheckpointManifest, str(path))
         for fault in _faults(manifest):
@@ -169,6 +176,16 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
             found = "missing" if size is None else f"{size} bytes instead of {entry.bytes}"
             raise DataError(f"{path}: {found}; {remedy}")
     return manifest
+
+
+def manifest_text(manifest: CheckpointManifest) -> str:
+    """The text of `manifest.json`: the manifest, and the hash by which a damaged one is known."""
+    values = manifest.model_dump(mode="json")
+    return json.dumps({**values, DIGEST: _digest(values)}) + "\n"
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _check_format(checkpoint: Path, values: Any) -> None:

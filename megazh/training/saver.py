@@ -20,7 +20,13 @@ import torch.distributed as dist
 from megazh import __version__
 from megazh.errors import SaveError, WriteError
 from megazh.files import fsync_directory, write_atomic
-from megazh.training.checkpoint_list import MANIFEST, CheckpointManifest, checkpoint_path, read_manifest
+from megazh.training.checkpoint_list import (
+    MANIFEST,
+    CheckpointManifest,
+    checkpoint_path,
+    manifest_text,
+    read_manifest,
+)
 from megazh.training.checkpoint_write import HostCopy, Written, merged
 from megazh.training.collect import gather, of_rank_0
 from megazh.writing import check_room, free_bytes, write_error, writing
@@ -263,7 +269,7 @@ class Saver:
 
 def write_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:
     """Write the manifest into the folder of a checkpoint. Raises WriteError."""
-    write_atomic(checkpoint / MANIFEST, (manifest.model_dump_json() + "\n").encode())
+    write_atomic(checkpoint / MANIFEST, manifest_text(manifest).encode())
 
 
 def mark_complete(checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ from pieces import in_layout, whole_state, write_checkpoint
 
 from megazh.errors import DataError
 from megazh.training.checkpoint_list import (
+    DIGEST,
     MANIFEST,
     OldFormatError,
     list_checkpoints,
@@ -71,6 +72,7 @@ def test_the_manifest_names_every_file_and_tensor(checkpoint: Path) -> None:
 def test_a_manifest_that_contradicts_itself_is_refused(checkpoint: Path, edit: Edit, problem: str) -> None:
     path = checkpoint / MANIFEST
     values = json.loads(path.read_text())
+    del values[DIGEST]
     edit(values)
     path.write_text(json.dumps(values))
     with pytest.raises(DataError) as refusal:
@@ -85,6 +87,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(checkpoint: Path, edit: E
 def test_pieces_that_do_not_meet(checkpoint: Path, shift: int, problem: str) -> None:
     path = checkpoint / MANIFEST
     values = json.loads(path.read_text())
+    del values[DIGEST]
     entry = next(each for each in values["tensors"] if each["kind"] == "absmax" and len(each["pieces"]) == 2)
     entry["pieces"][1]["begin"] += shift
     path.write_text(json.dumps(values))
@@ -143,3 +146,13 @@ def test_what_was_cut_short_is_no_checkpoint_and_is_removed(tmp_path: Path) -> N
     remove_unfinished(tmp_path / "nowhere")
     remove_checkpoint(tmp_path / "step_00000002")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step_3"]
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_is_found(checkpoint: Path) -> None:
+    path = checkpoint / MANIFEST
+    whole = path.read_bytes()
+    assert read_manifest(checkpoint).step
+    for at in range(0, len(whole) - 1, 41):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(DataError, match="missing or damaged"):
+            read_manifest(checkpoint)
