@@ -1,5 +1,6 @@
 """Which checkpoints of a run are kept: the newest, every so many steps for good, and the best by validation loss."""
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -64,14 +65,13 @@ def keep_rule(recipe: Recipe) -> KeepRule:
 def validation_losses(run: Path) -> dict[int, float]:
     """Validation loss by step from a run's metrics; lines that cannot be read are passed over."""
     found: dict[int, float] = {}
-    try:
-        with open(run / METRICS, "rb") as file:
-            for line in file:
-                if b'"validation"' in line:
+    with contextlib.suppress(OSError), open(run / METRICS, "rb") as file:
+        for line in file:
+            if b'"validation"' in line:  # other lines, of which there are many, are not parsed
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     record = json.loads(line)
-                    found[record["step"]] = float(record["loss"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # without a file, or up to a line that is being written
+                    if record["kind"] == "validation":
+                        found[record["step"]] = float(record["loss"])
     return found
 
 

@@ -82,6 +82,7 @@ def test_losses_come_from_the_metrics(tmp_path: Path) -> None:
     assert validation_losses(tmp_path) == {}
     (tmp_path / "metrics.jsonl").write_text(
         '{"kind": "step", "step": 1, "loss": 4.0}\n{"kind": "validation", "step": 1, "loss": 3.5}\n'
+        '{"kind": "sample", "step": 2, "prompt": "validation", "text": ""}\n["validation"]\n\0\0"validation"\n'
         '{"kind": "validation", "step": 2, "loss": 3.0}\n{"kind": "validation", "st'
     )
     assert validation_losses(tmp_path) == {1: 3.5, 2: 3.0}
