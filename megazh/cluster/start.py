@@ -88,7 +88,7 @@ def start(request: Request) -> int:
                 raise WorkerError(
                     f"{job.run.path}: the ranks ended before the run was complete; run the same command again"
                 )
-    if code:
+    if code not in (0, REQUEUE):  # a scheduler may kill within seconds, and then the code would be lost
         with contextlib.suppress(Exception):  # a plot, or its lack, changes no exit code
             plot_losses(job.run.path, job.run.plot)
     if code == 0:

@@ -20,7 +20,7 @@ from megazh.cluster.cuda import Torch
 from megazh.cluster.launchers import local
 from megazh.cluster.start import start
 from megazh.demo.stories import write_stories
-from megazh.errors import BusyError, MegazhError, SeveralErrors, Stopped, UsageError
+from megazh.errors import INTERRUPTED, REQUEUE, BusyError, MegazhError, SeveralErrors, Stopped, UsageError
 from megazh.files import locked
 from megazh.index.prepare import prepare
 from megazh.run.folder import RunFolder
@@ -420,6 +420,18 @@ def test_other_text_of_the_same_name_is_refused(launches: Launches, recipe: str,
     assert line.endswith("choose another run name (-r), or give the same again")
     assert start(Request(recipe=recipe, inputs=[str(second)], run=Path("runs/again"))) == STOPPED
     assert run_recipe(RunFolder(Path("runs/again"))).data.manifest == "data_index/again/mixture.yaml"
+
+
+@pytest.mark.parametrize(("code", "is_drawn"), [(REQUEUE, False), (INTERRUPTED, True)])
+def test_a_scheduler_does_not_wait_for_a_plot(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, code: int, is_drawn: bool
+) -> None:
+    """It kills within seconds, and the exit code would be lost."""
+    drawn: list[Path] = []
+    monkeypatch.setattr(local, "run_ranks", lambda *arguments: code)
+    monkeypatch.setattr("megazh.cluster.start.plot_losses", lambda folder, output: drawn.append(output))
+    assert start(Request(recipe=recipe)) == code
+    assert bool(drawn) == is_drawn
 
 
 def test_a_complete_run_says_so_and_other_text_is_still_refused(
