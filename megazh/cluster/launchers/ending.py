@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megazh.cluster.launchers.rank_log import RankLog
-from megazh.errors import INTERRUPTED, REQUEUE, WorkerError
+from megazh.errors import INTERRUPTED, REQUEUE, MegazhError, WorkerError
 from megazh.training.control import SIGNALS, Reason
 
 SIGNALLED = tuple(-number for number in SIGNALS)
@@ -42,6 +42,8 @@ class Ending:
     """Ranks that did not end in time."""
     complete: bool = True
     """Whether all ranks that have ended have done so with 0."""
+    left: bool = False
+    """Whether a rank has ended with a code of `STOPPED`."""
 
 
 def reason_of(code: int) -> Reason:
@@ -80,10 +82,16 @@ def report(ending: Ending, logs: Sequence[RankLog], labels: Sequence[str], save_
 
 
 def _was_stopped(ending: Ending) -> bool:
-    """Whether the ranks ended as requested; a run that was complete nevertheless is done."""
+    """Whether the ranks ended as requested; a run that was complete nevertheless is done.
+
+    A rank that a signal ends before the first step leaves the others in the middle of a collective, which then fails in
+    ways that no code of megazh's errors stands for.
+    """
     if not ending.reason or ending.hang or (ending.complete and not ending.stuck):
         return False
-    return ending.failed is None or ending.failed.code in SIGNALLED
+    if ending.failed is None or ending.failed.code in SIGNALLED:
+        return True
+    return ending.left and (ending.failed.code < 0 or ending.failed.code == MegazhError.exit_code)
 
 
 def _cause(failed: Exit, label: str, log: RankLog) -> tuple[int, str]:

@@ -226,6 +226,7 @@ class _Run:
         if event.code in STOPPED:  # the ranks agree to stop where one of them got a signal, or at a deadline
             agreed = Reason(self._pulses.read()[event.rank].reason)
             self.ending.reason = max(self.ending.reason, agreed) or reason_of(event.code)
+            self.ending.left = True
         self.ending.complete = self.ending.complete and event.code == 0
         well = event.code == 0 or event.code in STOPPED
         if self.ending.reason and self.ending.failed is None and not self._killed:

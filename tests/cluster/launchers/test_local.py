@@ -476,6 +476,28 @@ sys.exit(130)"""
     assert (tmp_path / "saved_1").exists()
 
 
+@pytest.mark.parametrize(
+    ("failure", "code", "line"),
+    [
+        ("raise RuntimeError('Connection closed by peer')", 75, f"stopped: terminated (SIGTERM); {AGAIN}"),
+        ("os.kill(os.getpid(), signal.SIGABRT)", 75, f"stopped: terminated (SIGTERM); {AGAIN}"),
+        ("print('error: a damaged index', file=sys.stderr); sys.exit(3)", 3, "error: a damaged index"),
+    ],
+)
+def test_a_rank_that_fails_since_another_was_stopped_is_no_failure(
+    tmp_path: Path, failure: str, code: int, line: str
+) -> None:
+    """A signal before the first step ends one rank; another has agreed with it just before, and is in a collective."""
+    script = f"""
+if rank == 1:
+    time.sleep(0.5)
+    {failure}
+sys.exit(75)"""
+    finished = launch(tmp_path, script, 2)
+    assert (finished.returncode, finished.stderr) == (code, f"{line}\n")
+    assert json.loads((tmp_path / "end.json").read_text())[0] == code
+
+
 def test_a_reason_reaches_the_user_when_the_disk_of_the_log_is_full(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank_1.log").symlink_to("/dev/full")
