@@ -264,7 +264,8 @@ def resolve(key: str, span: float | str, steps: int, steps_for: Callable[[int], 
         span: tokens as text with a unit, such as `2M`; a share of `steps` if below 1 (at least one step, unless it is
             0); else a whole number of steps.
         steps: length of the run in optimizer steps.
-        steps_for: gives the number of steps that consume at least so many tokens, where that part of the run is.
+        steps_for: gives the number of steps that consume at least so many tokens: of the first steps for the warm-up,
+            of the last steps for the decay.
 
     Raises:
         UsageError: `span` is none of these, or is longer than the run.

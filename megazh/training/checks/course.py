@@ -23,7 +23,7 @@ from megazh.training.recipe import Recipe, Resume
 _NOTABLE = 0.01
 """Relative difference of two learning rates that is worth a line."""
 _SAME = 1e-6
-"""Difference of two learning rates, relative to the peak, that no curve makes."""
+"""Largest difference of two learning rates, relative to the peak, that is taken for rounding."""
 _COMPARED = 1000
 """Largest number of steps whose learning rates are compared."""
 
