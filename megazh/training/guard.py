@@ -9,7 +9,7 @@ deviations (of the population) of the same steps:
 W is `guard.window` and k `guard.deviations`. Steps that were skipped are not part of the window, and as long as fewer
 than W steps are known nothing is a spike. FLOOR keeps rounding from being a spike where losses are all equal. The
 window is emptied where batch size or segment length change, since losses jump there. It is kept where a person changes
-the learning rate: what follows from that is what the guard is for.
+the learning rate: if losses jump then, the rate is too high, and the guard shall act.
 
 All ranks see the same numbers, and so decide the same. What the guard remembers is in each checkpoint (`GuardState`):
 a resumed run decides as the uninterrupted one.
@@ -69,7 +69,7 @@ class Guard:
         self._not_finite_in_row = state.not_finite_in_row
         self._spikes = list(state.spikes)
         self.rollbacks, self._undone, self.samples_passed = state.rollbacks, state.undone, state.samples_passed
-        self.regular_step = state.regular_step
+        self.regular_step, self._returns = state.regular_step, state.returns
 
     def begin_step(self, *batch: int) -> None:
         """Name what a step's loss depends on (samples per step, tokens per segment); a change empties the window."""
@@ -134,10 +134,15 @@ class Guard:
         """Whether the last step was a spike, and the run is to go back to a checkpoint."""
         return self.verdict is Verdict.SPIKE and self._config.spike is Spike.ROLLBACK
 
+    def note_regular_save(self, step: int) -> None:
+        """Name the step of a checkpoint that is saved at an interval: rollbacks go there from now on."""
+        self.regular_step, self._returns = step, 0
+
     def roll_back(self, saved: GuardState, steps: int, samples: int) -> None:
         """Become the guard of the checkpoint that the run has gone back to, but keep count of spikes and rollbacks.
 
-        A run that is resumed from the same checkpoint takes the same steps again and comes to the same state.
+        The checkpoint is to keep the new state from then on; see `rollback`. A run that is killed before takes the same
+        steps again, and comes to the same state.
 
         Args:
             saved: what the guard remembered in the checkpoint.
@@ -145,7 +150,9 @@ class Guard:
             samples: samples of those steps.
         """
         spikes, rollbacks, undone, passed = self._spikes, self.rollbacks, self._undone, self.samples_passed
+        returns = self._returns
         self._restore(saved)
+        self._returns = returns + 1
         self._spikes, self.rollbacks, self._undone = spikes, rollbacks + 1, undone + steps
         self.samples_passed = passed + samples
 
@@ -159,14 +166,24 @@ class Guard:
         config, row = self._config, self.skipped_in_row
         if self._not_finite_in_row >= SKIPPED_LIMIT:
             return f"the last {self._not_finite_in_row} steps were skipped, since {self.reason}"
-        if self.verdict is Verdict.SPIKE and len(self._spikes) >= config.limit:
-            return (
-                f"{self.reason}: spike {len(self._spikes)} within {config.limit_steps:,} steps; set "
-                f"guard.deviations={config.deviations:g} or guard.limit={config.limit} higher, or guard.spike=ignore"
-            )
+        if self.verdict is Verdict.SPIKE:
+            if len(self._spikes) >= config.limit:
+                return f"{self.reason}: spike {len(self._spikes)} within {config.limit_steps:,} steps; {self._remedy}"
+            if self.wants_rollback and self._returns + 1 >= config.limit:
+                return (
+                    f"{self.reason}: spike {self._returns + 1} after the checkpoint of step {self.regular_step:,}, and "
+                    f"none was saved at an interval since; {self._remedy}"
+                )
         if step >= steps and row and (2 * row > steps or self.skipped >= steps):
             return f"{self.skipped} of {steps} steps were skipped, the last since {self.reason}"
         return ""
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            f"set guard.deviations={self._config.deviations:g} or guard.limit={self._config.limit} higher, or "
+            "guard.spike=ignore"
+        )
 
     @property
     def doubtful(self) -> bool:
@@ -188,6 +205,7 @@ class Guard:
             undone=self._undone,
             samples_passed=self.samples_passed,
             regular_step=self.regular_step,
+            returns=self._returns,
         )
 
 

@@ -35,3 +35,5 @@ class GuardState(Config):
     """Samples of those steps: the run goes on with the data that comes after them."""
     regular_step: Whole | None = None
     """Step of the newest checkpoint that was saved at an interval, to which a rollback goes; None before the first."""
+    returns: Whole = 0
+    """Rollbacks to that checkpoint."""

@@ -321,7 +321,8 @@ class GuardConfig(Config):
     deviations: Annotated[Positive, MAY_CHANGE] = 6.0
     """Standard deviations above the mean from which a step is a spike."""
     limit: Annotated[Count, MAY_CHANGE] = 10
-    """Number of spikes within `limit_steps` steps that ends the run with exit code 6."""
+    """Number of spikes within `limit_steps` steps that ends the run with exit code 6; with `rollback`, also that of
+    spikes in a row that lead back to the same checkpoint, however many steps lie between them."""
     limit_steps: Annotated[Count, MAY_CHANGE] = 1000
     """Steps within which `limit` counts."""
 

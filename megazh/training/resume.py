@@ -22,6 +22,7 @@ from megazh.training.checkpoint_list import (
     list_checkpoints,
     named_checkpoint,
     read_manifest,
+    remove_checkpoint,
     step_of,
 )
 from megazh.training.checkpoint_read import find_damage
@@ -47,7 +48,8 @@ def agree_on_checkpoint(
     """The checkpoint that the run goes on from; None if there is none. All ranks call it.
 
     It is the newest that is whole. Damaged ones are named; where all are damaged, that is an error, unless `only` is
-    given. Checkpoints of later steps than that of one that is named, or of `only`, get another name.
+    given. Checkpoints of later steps than that of one that is named get another name; those of later steps than `only`
+    are removed.
 
     Args:
         folder: the folder of the run's checkpoints.
@@ -79,8 +81,10 @@ def agree_on_checkpoint(
         is_named = named is not None and named_checkpoint(folder, named).resolve() == path.resolve()
         fault = find_damage(path, manifest)
         if not fault:
-            if is_named or only is not None:
+            if is_named:
                 _set_aside(folder, manifest.step, log)
+            elif only is not None:
+                _remove_later(folder, manifest.step, log)
             return path, manifest
         if is_named:
             raise DataError(f"{fault}; name another checkpoint with checkpoint.resume")
@@ -164,6 +168,15 @@ def _set_aside(folder: Path, step: int, log: Callable[[str], None]) -> None:
                 aside = later.with_name(f"{later.name}.left_{time.strftime('%Y%m%d_%H%M%S')}")
                 later.rename(aside)
                 log(f"{later.name} is of a later step than the one that the run goes on from: now {aside.name}")
+
+
+def _remove_later(folder: Path, step: int, log: Callable[[str], None]) -> None:
+    """Remove the checkpoints of later steps, which a run undoes that goes back by itself."""
+    if dist.get_rank() == 0:
+        for later in list_checkpoints(folder):
+            if step_of(later) > step:
+                remove_checkpoint(later)
+                log(f"{later.name} is removed: the run goes back to step {step}")
 
 
 def _tried(action: Callable[[], Any]) -> Any:

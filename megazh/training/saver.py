@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -278,9 +278,18 @@ def mark_complete(checkpoint: Path) -> None:
     Raises:
         WriteError: the manifest cannot be written.
     """
+    amend_manifest(checkpoint, {"complete": True})
+
+
+def amend_manifest(checkpoint: Path, values: Mapping[str, Any]) -> None:
+    """Replace some values in the manifest of a finished checkpoint. All ranks call it.
+
+    Raises:
+        WriteError: the manifest cannot be written.
+    """
     message = ""
     if dist.get_rank() == 0:
-        manifest = read_manifest(checkpoint).model_copy(update={"complete": True})
+        manifest = read_manifest(checkpoint).model_copy(update=dict(values))
         try:
             with writing(checkpoint / MANIFEST, kept=KEPT):
                 write_manifest(checkpoint, manifest)

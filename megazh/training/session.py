@@ -422,7 +422,7 @@ class Session(ABC):
 
     @property
     def _save_is_regular(self) -> bool:
-        """Whether a checkpoint of this moment is that of an interval."""
+        """Whether a checkpoint of this moment is due by `checkpoint_every`, not only asked for by a stop or person."""
         return self._save_is_due and not self.guard.skipped_in_row
 
     @property
@@ -571,7 +571,7 @@ class Session(ABC):
         if wrong := find_not_finite(self.state, self.device):
             raise self.diverged(f"{wrong} is not finite")
         if self._save_is_regular:
-            self.guard.regular_step = self.step
+            self.guard.note_regular_save(self.step)
             self._save_is_due = False
         recipe = self.recipe
         manifest = CheckpointManifest(

@@ -187,7 +187,7 @@ def test_the_largest_verdict_of_all_ranks_counts() -> None:
 def test_a_rollback_keeps_its_counts_and_comes_to_the_same_state_after_a_crash() -> None:
     config = CONFIG.model_copy(update={"spike": Spike.ROLLBACK})
     guard = full(config)
-    guard.regular_step = 8
+    guard.note_regular_save(8)
     saved = guard.state
 
     def to_the_spike(guard: Guard) -> Guard:
@@ -200,11 +200,42 @@ def test_a_rollback_keeps_its_counts_and_comes_to_the_same_state_after_a_crash()
     assert to_the_spike(Guard(config, saved)).state == state
     assert (state.losses, state.skipped, state.skipped_in_row) == (LOSSES, 0, 0)
     assert (state.rollbacks, state.undone, state.samples_passed, state.spikes) == (1, 3, 24, [11])
+    assert Guard(config, state).state == state, "the checkpoint keeps it then"
     assert not guard.wants_rollback
     to_the_spike(guard)  # again from the same checkpoint
     assert (guard.rollbacks, guard.samples_passed, guard.state.spikes) == (2, 48, [11, 14])
     feed(guard, [(50.0, 50.0)], 9)
     assert "spike 3 within 20 steps" in guard.fault(9, 100)
+
+
+def test_rollbacks_to_one_checkpoint_end_however_far_apart() -> None:
+    """Each spike comes more than `limit_steps` after the one before."""
+    config = CONFIG.model_copy(update={"spike": Spike.ROLLBACK})
+    guard = full(config)
+    spike, far = [(2.0, 1.0), (50.0, 50.0)], 8 + 10 * config.limit_steps
+
+    def back(guard: Guard, saved: GuardState) -> Guard:
+        feed(guard, spike, far)
+        assert guard.wants_rollback
+        assert guard.fault(far + 1, 10_000) == ""
+        guard.roll_back(saved, far - 8, 8)
+        return Guard(config, guard.state)  # as a resume from there
+
+    guard.note_regular_save(8)
+    saved = guard.state
+    guard = back(back(guard, saved), saved)
+    feed(guard, spike, far)
+    fault = guard.fault(far + 1, 10_000)
+    assert fault.startswith("loss 50 and gradient norm 50 exceed the means of the last 8 steps by ")
+    assert fault.endswith(
+        ": spike 3 after the checkpoint of step 8, and none was saved at an interval since; set guard.deviations=3 or "
+        "guard.limit=3 higher, or guard.spike=ignore"
+    )
+    guard = Guard(config, saved)
+    for _ in range(5):  # no end where each rollback is followed by a checkpoint
+        guard = back(guard, saved)
+        guard.note_regular_save(9)
+        saved = guard.state
 
 
 def test_a_rollback_needs_checkpoints() -> None:

@@ -156,8 +156,9 @@ def test_a_checkpoint_that_is_named(tmp_path: Path) -> None:
     assert "belongs to another run" in first["of another"]["error"]
     assert first["of another"]["error"] == second["of another"]["error"]
     assert (first["rollback"]["step"], second["rollback"]["step"]) == (2, 2)
-    assert [path.name for path in list_checkpoints(tmp_path / "rollback" / "host_0" / "checkpoints")] == [
+    assert sorted(path.name for path in (tmp_path / "rollback" / "host_0" / "checkpoints").iterdir()) == [
         "step_00000001", "step_00000002"
     ]  # fmt: skip
+    assert len(first["rollback"]["lines"]) == 1
     for case in ("rollback past damage", "rollback far"):
         assert (first[case]["step"], second[case]["step"]) == (None, None), "no error: the caller has another way"
