@@ -27,7 +27,8 @@ from megazh.training.checkpoint_list import checkpoint_path
 from megazh.training.collect import largest, of_rank_0
 from megazh.training.control import Reason
 from megazh.training.evaluate import SAMPLING
-from megazh.training.live import LEARNING_RATE, changed
+from megazh.training.live import LEARNING_RATE, changed, with_changes
+from megazh.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from megazh.training.session import Session
@@ -211,7 +212,28 @@ class Commands:
         session = self._session
         if not request.settings:
             raise UsageError("set: expected key=value")
-        return changed(session.recipe, session.live.changes, session.step, request.settings)
+        changes = changed(session.recipe, session.live.changes, session.step, request.settings)
+        self._check_samples(with_changes(session.recipe, changes))
+        return changes
+
+    def _check_samples(self, recipe: Recipe) -> None:
+        """Check that the run's samples would work, where they change. Raises UsageError."""
+        before, after, context = self._session.recipe.evaluation, recipe.evaluation, recipe.batch.seq_len
+        if (before.sample_prompts, before.sample_tokens) == (after.sample_prompts, after.sample_tokens):
+            return
+        prompting = self._session.prompting
+        for prompt in after.sample_prompts:
+            if not prompting.tokenizer.encode(prompt):  # which a start refuses, also where a template adds tokens
+                raise UsageError(
+                    f"sample_prompts: {prompt!r} has no token to continue from; give at least one character"
+                )
+        for prompt in after.sample_prompts:
+            length = len(prompting.ids(prompt))
+            if length + after.sample_tokens > context:
+                raise UsageError(
+                    f"sample_prompts: {prompt!r} has {length:,} tokens, and with sample_tokens={after.sample_tokens} "
+                    f"that is more than the {context:,} that the model is trained on: set less"
+                )
 
     def _sample_tokens(self, request: Request) -> int:
         """Number of tokens to sample, as many as the context holds behind the text."""
@@ -220,6 +242,8 @@ class Commands:
         recipe = self._session.recipe
         length, context = len(self._session.prompting.ids(request.text)), recipe.batch.seq_len
         wanted = request.tokens or 1
+        if not length:
+            raise UsageError(f"sample: {request.text!r} has no token to continue from; give at least one character")
         if length + wanted > context:
             more = f" and -n {request.tokens}" if request.tokens else ""
             raise UsageError(
@@ -289,7 +313,7 @@ class Commands:
             options = SamplingOptions(request.temperature, SAMPLING.top_k, SAMPLING.top_p)
         try:
             text = session.sample_once(request.text, request.tokens, request.seed, options)
-        except DataError as error:
+        except (DataError, UsageError) as error:
             self._answer(order.name, Outcome.REFUSED, str(error))
             return
         self._answer(order.name, Outcome.DONE, text, prompt=request.text)

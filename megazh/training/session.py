@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from megazh.errors import DataError, DivergedError
+from megazh.errors import DataError, DivergedError, UsageError
 from megazh.model.sampling import SamplingOptions
 from megazh.run.changes import Change
 from megazh.run.folder import RunFolder
@@ -183,7 +183,7 @@ class Session(ABC):
     @abstractmethod
     def generate(self, prompt: str, tokens: int, seed: int, options: SamplingOptions) -> str | None:
         """Continue a prompt by up to `tokens` tokens; None where it was stopped. Raises DataError: logits are not
-        finite."""
+        finite, UsageError: the prompt has no token."""
 
     def complete_folder(self, folder: Path) -> None:  # noqa: B027 (most engines add nothing)
         """Add files to the folder of a checkpoint, before it gets its name; called in a thread of rank 0."""
@@ -483,7 +483,7 @@ class Session(ABC):
             seed = hash_seed(self.recipe.schedule.seed, self.step, number)
             try:
                 self.sample_once(prompt, evaluation.sample_tokens, seed)
-            except DataError as error:  # logits that are not finite; the run has what it needs, and may recover
+            except (DataError, UsageError) as error:  # the run needs no sample, and logits may become finite again
                 self.log(f"no sample after step {self.step}: {error}")
                 self.metrics.sample(self.step, prompt, "")
             self.evaluated.add(sample_of(prompt))
@@ -493,14 +493,15 @@ class Session(ABC):
 
         Raises:
             DataError: the logits are not finite.
+            UsageError: the prompt has no token.
             Interrupted: a rank was requested to stop; the current step is saved.
         """
         text: str | None = ""
-        failure: DataError | None = None
+        failure: DataError | UsageError | None = None
         with self.commands.during(State.SAMPLING):
             try:
                 text = self.generate(prompt, tokens, seed, options)
-            except DataError as error:
+            except (DataError, UsageError) as error:
                 failure = error
         # Replicas draw for themselves, so a rank may know of the request that others have not seen yet.
         if self.stop_is_agreed() or text is None:

@@ -24,7 +24,7 @@ from processes import wait_until
 from recipes import make_recipe
 
 from megazh.cli import main
-from megazh.errors import INTERRUPTED, WriteError
+from megazh.errors import INTERRUPTED, UsageError, WriteError
 from megazh.files import holder
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import read_metrics
@@ -47,6 +47,11 @@ class Requests:
         self.reason = reason
 
 
+def letters(text: str) -> list[int]:
+    """Ids of a tokenizer that drops blanks."""
+    return [ord(each) for each in text if not each.isspace()]
+
+
 class Rank:
     """A rank 0 that takes no steps: a session as far as commands know it."""
 
@@ -64,6 +69,7 @@ class Rank:
             control=Requests(),
             saver=SimpleNamespace(step=None, saved_at=None, failure=""),
             validation_samples=0,
+            prompting=SimpleNamespace(ids=letters, tokenizer=SimpleNamespace(encode=letters)),
         )
         self.commands = commands.Commands(self.session)
 
@@ -137,6 +143,17 @@ def test_a_save_is_answered_when_it_is_whole_or_has_failed(rank: Rank) -> None:
         ({"command": Command.VALIDATE}, "the run has no validation data"),
         ({"command": Command.RESUME}, "the run is not paused"),
         ({"command": Command.SAMPLE}, "sample: the text is empty"),
+        ({"command": Command.SAMPLE, "text": " "}, "sample: ' ' has no token to continue from; give at least one"),
+        ({"command": Command.SET, "settings": ['sample_prompts=["从前", ""]']}, "sample_prompts: '' has no token to"),
+        ({"command": Command.SET, "settings": ['sample_prompts=[" "]']}, "sample_prompts: ' ' has no token to"),
+        (
+            {"command": Command.SET, "settings": ["sample_tokens=1000000000"]},
+            "with sample_tokens=1000000000 that is more",
+        ),
+        (
+            {"command": Command.SET, "settings": [f'sample_prompts=["{"从" * 15}"]', "sample_tokens=2"]},
+            "has 15 tokens, and",
+        ),
     ],
 )
 def test_a_command_that_cannot_work_is_refused(rank: Rank, request_: dict[str, Any], reason: str) -> None:
@@ -144,6 +161,24 @@ def test_a_command_that_cannot_work_is_refused(rank: Rank, request_: dict[str, A
     assert rank.commands._next() is None
     outcome, text = rank.answer("1")
     assert (outcome, reason in text) == ("refused", True), text
+
+
+def test_samples_that_work_are_set(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "set_changes", mock.Mock())
+    rank.send("1", command=Command.SET, settings=['sample_prompts=["从前"]', "sample_tokens=14"])
+    order = rank.commands._next()
+    assert order is not None
+    assert [each.value for each in order.changes] == [["从前"], 14]
+
+
+def test_a_sample_that_fails_ends_no_run(rank: Rank) -> None:
+    rank.send("1", command=Command.SAMPLE, text="从前")
+    order = rank.commands._next()
+    assert order is not None
+    rank.session.metrics = mock.Mock()
+    rank.session.sample_once = mock.Mock(side_effect=UsageError("the prompt has no token"))
+    rank.commands._carry_out(order)
+    assert rank.answer("1") == ("refused", "the prompt has no token")
 
 
 def test_a_change_that_cannot_be_recorded_is_not_made(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
