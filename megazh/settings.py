@@ -37,6 +37,13 @@ class Settings:
             value = value[part]
         return self.origins.get(key)
 
+    def value(self, key: str) -> Any:
+        """The value of a dotted key that was written, see `origin`."""
+        value: Any = self.values
+        for part in key.split("."):
+            value = value[part]
+        return value
+
     @property
     def on_command_line(self) -> set[str]:
         """Dotted keys whose values are the command line's."""

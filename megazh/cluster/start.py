@@ -26,6 +26,7 @@ from megazh.training.checks.resume import check_resume, is_complete, saved_data,
 from megazh.training.describe import describe_job
 from megazh.training.hf.deepspeed import zero_config
 from megazh.training.job import Case, Devices, Job, Request, Task
+from megazh.training.live import given_on_command_line
 from megazh.training.preflight import CHECKS_OF, DATA, WITHOUT_DEVICES, preflight, requested_case, warnings_of
 from megazh.training.recipe import Device
 from megazh.training.stages import work_of
@@ -75,7 +76,7 @@ def start(request: Request) -> int:
                 saved_data(job.run),
                 job.recipe.data.allow_change,
                 job.engine,
-                case.settings.on_command_line,
+                given_on_command_line(case.settings),
             )
         )
         with _recorded_end(job.run):

@@ -8,12 +8,14 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field
 
 from megazh import __version__
 from megazh.config import Config
+from megazh.run.changes import Value
 
 _LIBRARIES = ("torch", "deepspeed", "numpy", "triton", "transformers", "accelerate")
 _GIT_SECONDS = 10.0
@@ -36,6 +38,8 @@ class Attempt(Config):
     """Whether files of that commit had been changed; None where `commit` is."""
     versions: dict[str, str]
     """Versions of Python, megazh and the libraries; `cuda` is that of the CUDA libraries that torch was built with."""
+    given: dict[str, Value] = Field(default_factory=dict)
+    """Settings of the command line that `megazh ctl` could change, too: value by dotted key."""
     devices: list[str] = Field(default_factory=list)
     """Devices of the ranks by host, such as `node1: 6 x NVIDIA GeForce RTX 3090`; empty until the ranks have joined."""
     ended: str | None = None
@@ -54,8 +58,8 @@ KILLED = "no end was recorded: killed, or the machine failed"
 """Reason of an attempt that the next one finds without an end."""
 
 
-def this_attempt() -> Attempt:
-    """Describe the attempt that this process is about to make."""
+def this_attempt(given: Mapping[str, Value]) -> Attempt:
+    """Describe the attempt that this process is about to make; for `given`, see `Attempt`."""
     commit, changed = _commit(Path(__file__).resolve().parents[2])
     return Attempt(
         started=_now(),
@@ -69,6 +73,7 @@ def this_attempt() -> Attempt:
             "megazh": __version__,
             **{name: version for name in _LIBRARIES if (version := _version(name))},
         },
+        given=dict(given),
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +18,7 @@ from megazh.files import check_sha256, write_atomic
 from megazh.index.fingerprint import describe_differences, differences, renamed_corpora
 from megazh.index.metadata import TokenizerInfo
 from megazh.run.attempt import KILLED, Attempt, this_attempt
-from megazh.run.changes import Change, without
+from megazh.run.changes import Change, Value, without
 from megazh.run.redraw import PLOT
 from megazh.tokenizer import Tokenizer, load_tokenizer
 from megazh.tokenizer.tokenizer import rank_kind
@@ -115,7 +115,7 @@ class RunFolder:
         saved: Mapping[str, str] | None = None,
         allow_change: bool = False,
         engine: str = "ds_pp",
-        given: Collection[str] = (),
+        given: Mapping[str, Value] | None = None,
     ) -> list[str]:
         """Record an attempt and what the run is made of; for a resume, check first that the data is still the same.
 
@@ -125,7 +125,7 @@ class RunFolder:
             saved: see `check_data`.
             allow_change: see `check_data`.
             engine: the engine, as `megazh pretrain -t` names it.
-            given: keys of the recipe that the command line gives: what was changed of them before is forgotten.
+            given: settings of the command line, see `given_anew`: what was changed of those keys before is forgotten.
 
         Returns:
             Lines to print; see `check_data`.
@@ -134,18 +134,18 @@ class RunFolder:
             UsageError: the run was started with other data.
             WriteError: the folder cannot be written; of a new run, nothing is left in it.
         """
-        info = run_info(mixture).model_copy(update={"engine": engine})
+        info, given = run_info(mixture).model_copy(update={"engine": engine}), given or {}
         if self.exists:
             notes, before = self.check_data(mixture, saved, allow_change), self.info()
-            attempts, run_id = [*_settled(before.attempts), this_attempt()], before.run_id or _new_id()
-            changes = without(before.changes, given)
+            attempts, run_id = [*_settled(before.attempts), this_attempt(given)], before.run_id or _new_id()
+            changes = without(before.changes, self.given_anew(given))
             self._describe(info.model_copy(update={"attempts": attempts, "run_id": run_id, "changes": changes}))
             self.record(config)
             return notes
         tokenizer = Path(f"{mixture.corpora[0].prefix}{info.tokenizer.file}").read_bytes()
         try:
             write_atomic(self._tokenizer_path(info.tokenizer), tokenizer)
-            self._describe(info.model_copy(update={"attempts": [this_attempt()], "run_id": _new_id()}))
+            self._describe(info.model_copy(update={"attempts": [this_attempt(given)], "run_id": _new_id()}))
             self.record(config)  # last: config.yaml marks the run as started
         except WriteError:
             for path in (self._tokenizer_path(info.tokenizer), self.path / DESCRIPTION):
@@ -167,6 +167,17 @@ class RunFolder:
     def changes(self) -> list[Change]:
         """Settings that were changed while the run ran, oldest first; none before the run has begun."""
         return self.info().changes if (self.path / DESCRIPTION).exists() else []
+
+    def given_anew(self, given: Mapping[str, Value]) -> set[str]:
+        """The keys of settings of the command line that win over changes: those that the command line of the last start
+        did not give with the same value. A command that a scheduler repeats so takes back nothing.
+
+        Args:
+            given: value by dotted key.
+        """
+        attempts = self.info().attempts if (self.path / DESCRIPTION).exists() else []
+        last = attempts[-1].given if attempts else {}
+        return {key for key, value in given.items() if key not in last or last[key] != value}
 
     def set_changes(self, changes: list[Change]) -> None:
         """Record the settings that were changed while the run ran, all of them. Raises WriteError."""

@@ -1,11 +1,11 @@
 """Settings that can be changed while a run runs: which ones, and the recipe that follows from them at each step."""
 
 import datetime
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from megazh.config import from_mapping, nested_model
 from megazh.errors import UsageError
-from megazh.run.changes import Change, newest, value_at, with_change
+from megazh.run.changes import Change, Value, newest, value_at, with_change
 from megazh.settings import Settings, override, resolve_key
 from megazh.training.course import Course
 from megazh.training.recipe import ALTERNATIVES, MAY_CHANGE, Recipe, keys
@@ -101,7 +101,12 @@ class LiveRecipe:
 
 
 def with_changes(recipe: Recipe, changes: Iterable[Change], given: Collection[str] = ()) -> Recipe:
-    """A recipe with what was set while the run ran, but for the keys that are `given` on the command line.
+    """A recipe with what was set while the run ran, but for some keys.
+
+    Args:
+        recipe: the recipe.
+        changes: what was set.
+        given: keys that keep the recipe's values, since the command line gives them anew.
 
     Raises:
         UsageError: a value does not fit the recipe.
@@ -110,24 +115,32 @@ def with_changes(recipe: Recipe, changes: Iterable[Change], given: Collection[st
     return recipe.replaced(values)
 
 
-def describe(changes: Sequence[Change], given: Collection[str], done: int) -> Iterator[str]:
+def given_on_command_line(settings: Settings) -> dict[str, Value]:
+    """The settings of the command line that can be changed while the run runs: value by dotted key."""
+    return {key: settings.value(key) for key in LIVE if key in settings.on_command_line}
+
+
+def describe(changes: Sequence[Change], given: Mapping[str, Value], anew: Collection[str], done: int) -> Iterator[str]:
     """Lines for a start: which settings go on as they were set while the run ran.
 
     Args:
         changes: the changes of the run.
-        given: keys that the command line gives, which win.
+        given: settings of the command line, see `given_on_command_line`.
+        anew: the keys of those that win, see `RunFolder.given_anew`.
         done: optimizer steps of the checkpoint that the run goes on from.
     """
     last = {each.key: each for each in changes}
     for key, each in last.items():
-        if key in given:
+        if key in anew:
             yield f"{key} is the command line's, no longer {each.value} as 'megazh ctl' set it after step {each.step:,}"
             continue
         later = key == LEARNING_RATE and each.step > done
         when = f"from step {each.step + 1:,} on, and {each.before} before" if later else f"since step {each.step + 1:,}"
-        yield (
-            f"{key} is {each.value}, as 'megazh ctl' set it, {when}; give {key.rpartition('.')[2]}=VALUE for another"
-        )
+        name = key.rpartition(".")[2]
+        remedy = f"give {name}=VALUE for another"
+        if key in given:
+            remedy = f"the command's {name}={given[key]} is the last start's, and older; give another"
+        yield f"{key} is {each.value}, as 'megazh ctl' set it, {when}; {remedy}"
 
 
 def _check_live(key: str) -> None:

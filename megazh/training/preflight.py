@@ -17,7 +17,7 @@ from megazh.training.checkpoint_list import newest_good
 from megazh.training.checks import conversations, data, exported, fit, hf, initial, place, resume, trackers
 from megazh.training.checks.course import with_first_warmup
 from megazh.training.job import Case, Devices, Job, Request, Task
-from megazh.training.live import with_changes
+from megazh.training.live import given_on_command_line, with_changes
 from megazh.training.recipe import Device, Recipe, read_recipe, run_recipe
 from megazh.training.recipe_files import recipe_path
 
@@ -77,7 +77,8 @@ def requested_case(request: Request) -> Case:
     found = Collector()
     with found.collecting():
         recipe, settings = read_recipe(recipe_path(name), request.settings)
-        recipe = with_changes(_from_checkpoint(recipe, run), run.changes(), settings.on_command_line)
+        anew = run.given_anew(given_on_command_line(settings))
+        recipe = with_changes(_from_checkpoint(recipe, run), run.changes(), anew)
         recipe = with_first_warmup(recipe, run)
     if found.errors:  # what can be checked without a recipe
         for check in (lambda: place.check_run_folder(run, request), lambda: place.check_inputs(request)):

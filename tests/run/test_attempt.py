@@ -33,11 +33,11 @@ def test_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert attempt._commit(tmp_path) == (None, None)
-    assert attempt.this_attempt().versions["megazh"]
+    assert attempt.this_attempt({}).versions["megazh"]
 
 
 def test_words_that_are_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.orig_argv", ["megazh", "\udcd6\udcd0", "中"])
-    found = attempt.this_attempt()
+    found = attempt.this_attempt({})
     assert "中" in found.command
     assert "\\udcd6" in found.model_dump_json()

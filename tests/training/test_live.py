@@ -102,13 +102,13 @@ def test_the_command_line_wins() -> None:
 
 def test_a_start_says_what_goes_on_as_it_was_set() -> None:
     changes = changed(RECIPE, [], 1_200, ["learning_rate=3e-4", "checkpoint_every=2"])
-    later, now = describe(changes, (), 1_000)
+    later, now = describe(changes, {}, (), 1_000)
     assert later == (
         "optimizer.learning_rate is 0.0003, as 'megazh ctl' set it, from step 1,201 on, and 0.001 before; give "
         "learning_rate=VALUE for another"
     )
     assert now.startswith("checkpoint.checkpoint_every is 2, as 'megazh ctl' set it, since step 1,201; give")
-    (given, _) = describe(changes, {"optimizer.learning_rate"}, 1_000)
+    (given, _) = describe(changes, {"optimizer.learning_rate": 1e-3}, {"optimizer.learning_rate"}, 1_000)
     assert given == (
         "optimizer.learning_rate is the command line's, no longer 0.0003 as 'megazh ctl' set it after step 1,200"
     )

@@ -12,7 +12,7 @@ from megazh.errors import SeveralErrors, UsageError
 from megazh.run.folder import RunFolder
 from megazh.training.checks.resume import check_resume, same_run
 from megazh.training.job import Devices, Job, Request, make_job
-from megazh.training.live import changed
+from megazh.training.live import changed, given_on_command_line
 from megazh.training.preflight import requested_case
 from megazh.training.recipe import Device, Recipe, load_recipe, run_recipe
 
@@ -128,7 +128,8 @@ def test_what_was_set_while_the_run_ran_goes_on_unless_the_command_line_gives_it
     def start(*settings: str) -> tuple[float, int, list[str]]:
         case = requested_case(replace(request, settings=list(settings)))
         lines = [line for line in same_run(case) if "optimizer.learning_rate is " in line]
-        case.run.begin(case.recipe.to_yaml(), case.recipe.open_mixture(), given=case.settings.on_command_line)
+        given = given_on_command_line(case.settings)
+        case.run.begin(case.recipe.to_yaml(), case.recipe.open_mixture(), given=given)
         recipe = run_recipe(run)
         assert recipe.optimizer == case.recipe.optimizer
         return recipe.optimizer.learning_rate, recipe.checkpoint.keep_last, lines
@@ -141,3 +142,27 @@ def test_what_was_set_while_the_run_ran_goes_on_unless_the_command_line_gives_it
     assert "is the command line's, no longer 0.0003" in line
     rate, keep, lines = start()
     assert (rate, keep, lines) == (1e-2, 9, []), "the recipe's again"
+
+
+def test_a_repeated_command_takes_back_nothing_that_was_set_while_the_run_ran(tmp_path: Path, stories: Path) -> None:
+    """As a scheduler repeats it: only a value that the last command did not have wins."""
+    path = write_recipe(tmp_path / "recipe.yaml", stories)
+    run = make_run(tmp_path / "run", path, step=3)
+    request = Request(recipe=str(path), run=run.path, device="cpu")
+
+    def start(*settings: str) -> tuple[float, list[str]]:
+        case = requested_case(replace(request, settings=list(settings)))
+        lines = [line for line in same_run(case) if "optimizer.learning_rate is " in line]
+        given = given_on_command_line(case.settings)
+        case.run.begin(case.recipe.to_yaml(), case.recipe.open_mixture(), given=given)
+        return run_recipe(run).optimizer.learning_rate, lines
+
+    assert start("learning_rate=1e-3") == (1e-3, [])
+    run.set_changes(changed(run_recipe(run), [], 4, ["learning_rate=3e-4"]))
+    for _ in range(2):
+        rate, (line,) = start("optimizer.learning_rate=0.001")
+        assert rate == 3e-4
+        assert line.endswith("; the command's learning_rate=0.001 is the last start's, and older; give another")
+    rate, (line,) = start("learning_rate=2e-3")
+    assert (rate, "is the command line's" in line) == (2e-3, True)
+    assert start("learning_rate=1e-3") == (1e-3, [])

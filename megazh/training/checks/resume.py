@@ -20,6 +20,7 @@ from megazh.training.checkpoint_list import (
 from megazh.training.checks.course import check_course, describe_curve
 from megazh.training.job import Case, Job, with_dtypes
 from megazh.training.live import describe as describe_set
+from megazh.training.live import given_on_command_line
 from megazh.training.recipe import Recipe, Resume, differing_keys, run_recipe
 
 
@@ -28,7 +29,8 @@ def same_run(case: Case) -> Iterator[str]:
     job = case.job
     check_resume(job)
     yield from describe_changes(job)
-    yield from describe_set(job.run.changes(), case.settings.on_command_line, steps_done(job.run) or 0)
+    given = given_on_command_line(case.settings)
+    yield from describe_set(job.run.changes(), given, job.run.given_anew(given), steps_done(job.run) or 0)
 
 
 def check_resume(job: Job) -> None:
