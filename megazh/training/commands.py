@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from megazh.errors import DataError, MegazhError, UsageError
+from megazh.errors import INTERRUPTED, DataError, MegazhError, UsageError
 from megazh.model.sampling import SamplingOptions
 from megazh.run.changes import Change
+from megazh.run.lines import one_line
 from megazh.run.pulse import beat
 from megazh.run.requests import Answer, Command, Inbox, Outcome, Request
 from megazh.run.state import State, StateFile
@@ -45,7 +46,7 @@ class _Order:
     """Name of its file."""
     request: Request
     changes: tuple[Change, ...] = ()
-    """Of `set`: all changes of the run from now on."""
+    """All changes of the run, once a `set` is carried out; empty for other commands."""
 
 
 class Commands:
@@ -68,6 +69,8 @@ class Commands:
         self._states = StateFile(session.folder, quiet=dist.get_rank() != 0)
         self._inbox: Inbox | None = None
         self._ended = threading.Event()
+        self._lock = threading.Lock()
+        """Held while a request is received, and at the end: what has a last answer gets no other."""
         if dist.get_rank() == 0:
             with contextlib.suppress(UsageError):  # which the command that started the ranks has warned of
                 self._inbox = Inbox(session.folder)
@@ -114,24 +117,26 @@ class Commands:
             elif step != saver.step:
                 self._answer(name, Outcome.REFUSED, saver.failure or f"step {step:,} was not saved")
 
-    def close(self, has_stopped: bool) -> None:
+    def close(self, stopped: Reason) -> None:
         """Answer everything that is not answered yet, and listen no longer.
 
         Args:
-            has_stopped: whether the run ends since it was requested to stop, and is saved.
+            stopped: why the run ends, where that is a request to stop that all ranks agree on, and the run is saved.
         """
-        if self._ended.is_set():
-            return
-        self._ended.set()
-        self.settle()
-        session = self._session
-        if self._stop and has_stopped:
-            saved = f"; step {session.saver.saved_at:,} is saved" if session.saver.saved_at else "; nothing to save"
-            self._answer(self._stop, Outcome.DONE, f"stopped after step {session.step:,}{saved}")
-        elif self._stop:
-            self._answer(self._stop, Outcome.REFUSED, "the run has ended first")
-        for name in list(self._open):
-            self._answer(name, Outcome.REFUSED, "the run has ended before that was done")
+        with self._lock:
+            if self._ended.is_set():
+                return
+            self._ended.set()
+            self.settle()
+            session = self._session
+            if self._stop and stopped is Reason.COMMAND:
+                saved = f"; step {session.saver.saved_at:,} is saved" if session.saver.saved_at else "; nothing to save"
+                self._answer(self._stop, Outcome.DONE, f"stopped after step {session.step:,}{saved}")
+            elif self._stop:
+                why = f": {stopped.text}" if stopped else ""
+                self._answer(self._stop, Outcome.REFUSED, f"the run has ended first{why}")
+            for name in list(self._open):
+                self._answer(name, Outcome.REFUSED, "the run has ended before that was done")
 
     # Rank 0 alone.
 
@@ -139,26 +144,35 @@ class Commands:
         """Take requests until the run ends; in a thread."""
         while not self._ended.wait(_LOOK_SECONDS):
             for name, request in inbox.take():
-                self._receive(name, request)
+                with self._lock:
+                    self._receive(name, request)
 
     def _receive(self, name: str, request: Request) -> None:
         control = self._session.control
+        if self._ended.is_set():
+            self._answer(name, Outcome.REFUSED, "the run has ended")
+            return
         if request.command is Command.STOP:
-            if control.reason:
+            if control.reason.exit_code == INTERRUPTED:
                 self._answer(name, Outcome.REFUSED, "the run is stopping already")
                 return
-            self._stop = name
             self._answer(name, Outcome.ACCEPTED, "accepted: the run saves and ends after this step")
-            control.request(Reason.COMMAND)
+            self._stop = name
+            control.request(
+                Reason.COMMAND
+            )  # outranks a scheduler's stop that is under way: nobody starts the run again
             return
         if control.reason:
             self._answer(name, Outcome.REFUSED, "the run is stopping")
             return
         if request.command is Command.SET:
             try:
-                self._changed(request)
-            except UsageError as error:  # now, not after a long step
+                self._changed(request)  # now, not after a long step
+            except MegazhError as error:
                 self._answer(name, Outcome.REFUSED, str(error))
+                return
+            except Exception as error:  # a bug; the thread goes on, and so does the run
+                self._answer(name, Outcome.REFUSED, one_line(f"failed: {type(error).__name__}: {error}"))
                 return
         when = "" if self._is_paused else ": it is carried out when this step ends"
         self._answer(name, Outcome.ACCEPTED, f"accepted{when}")

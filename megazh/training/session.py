@@ -338,7 +338,7 @@ class Session(ABC):
         if not went_back:
             self._save_if_due(bool(agreed.reason))
         if agreed.reason:
-            raise self._stopped(agreed.reason)
+            raise self._stopped(self.agreed_reason())  # a person may have stopped the run while it was saved
         self.check_data_left()
         if not went_back:
             self.evaluate()
@@ -531,15 +531,20 @@ class Session(ABC):
     def interrupt(self) -> NoReturn:
         """Save the current step, unless that was done or it is the first, and end."""
         self.commands.state(State.STOPPING)
-        reason = self.agreed_reason()
+        self.agreed_reason()  # which the launcher learns, in case that it has to end ranks that save for too long
         self._save_now()
-        raise self._stopped(reason)
+        raise self._stopped(self.agreed_reason())
 
     def _save_now(self) -> None:
         """Save the current step, unless that was done or it is the first."""
-        self.saver.wait()
+        self._wait_for_save()
         if self.step and not self.saved_or_saving:
             self.save()
+
+    def _wait_for_save(self) -> None:
+        """Wait for the save under way, and answer who has asked for it before another one begins."""
+        self.saver.wait()
+        self.commands.settle()
 
     def _stopped(self, reason: Reason) -> Interrupted:
         """Record a stop; returns what ends the run."""
@@ -568,7 +573,7 @@ class Session(ABC):
             WriteError: it cannot be written; only with `wait`.
             SaveError: the third save in a row has failed.
         """
-        self.saver.wait()
+        self._wait_for_save()
         if wrong := find_not_finite(self.state, self.device):
             raise self.diverged(f"{wrong} is not finite")
         if self._save_is_regular:
@@ -632,11 +637,11 @@ def train_as(engine: type[Session], path: Path, device: torch.device, control: C
         run.add_devices(devices, {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {})
     try:
         session.run()
-    except Interrupted:
-        session.commands.close(has_stopped=True)
+    except Interrupted as error:
+        session.commands.close(error.reason)
         raise
     finally:
-        session.commands.close(has_stopped=False)
+        session.commands.close(Reason.NONE)
 
 
 def _noted(number: float) -> Reason:

@@ -32,6 +32,7 @@ from megazh.run.requests import Answer, Command, Inbox, Request, read_private
 from megazh.training import commands
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
 from megazh.training.control import Reason
+from megazh.training.session import Session
 
 STEPS = 100_000
 LAYOUT = (2, 1)
@@ -99,8 +100,8 @@ def test_a_stop_is_known_at_once_and_answered_at_the_end(rank: Rank) -> None:
     assert rank.answer("3") == ("refused", "the run is stopping already")
     assert rank.answer("4") == ("refused", "the run is stopping")
     rank.session.saver.saved_at = 7
-    rank.commands.close(has_stopped=True)
-    rank.commands.close(has_stopped=False)
+    rank.commands.close(Reason.COMMAND)
+    rank.commands.close(Reason.NONE)
     assert rank.answer("1") == ("refused", "the run has ended before that was done")
     assert rank.answer("2") == ("done", "stopped after step 7; step 7 is saved")
 
@@ -109,15 +110,46 @@ def test_a_command_that_a_stop_has_cut_off_is_answered(rank: Rank) -> None:
     rank.send("1", command=Command.SAVE)
     assert rank.commands._next() is not None, "it is being carried out"
     rank.send("2", command=Command.STOP)
-    rank.commands.close(has_stopped=True)
+    rank.commands.close(Reason.COMMAND)
     assert rank.answer("1") == ("refused", "the run has ended before that was done")
     assert rank.answer("2") == ("done", "stopped after step 7; nothing to save")
 
 
 def test_a_run_that_ends_before_it_stops_says_so(rank: Rank) -> None:
     rank.send("1", command=Command.STOP)
-    rank.commands.close(has_stopped=False)
+    rank.commands.close(Reason.NONE)
     assert rank.answer("1") == ("refused", "the run has ended first")
+
+
+def test_a_person_stops_a_run_that_a_scheduler_is_stopping(rank: Rank) -> None:
+    rank.session.control.reason = Reason.TERMINATED
+    rank.send("1", command=Command.STOP)
+    assert rank.answer("1")[0] == "accepted"
+    assert rank.session.control.reason is Reason.COMMAND
+    rank.commands.close(Reason.COMMAND)
+    assert rank.answer("1")[0] == "done"
+
+
+def test_a_stop_that_comes_too_late_for_the_exit_code_is_no_stop(rank: Rank) -> None:
+    """The ranks have agreed on the scheduler's, which starts the run again."""
+    rank.session.control.reason = Reason.TERMINATED
+    rank.send("1", command=Command.STOP)
+    rank.commands.close(Reason.TERMINATED)
+    assert rank.answer("1") == ("refused", "the run has ended first: terminated (SIGTERM)")
+    rank.send("2", command=Command.STOP)
+    assert rank.answer("2") == ("refused", "the run has ended")
+
+
+def test_a_stop_after_ctrl_c_changes_nothing(rank: Rank) -> None:
+    rank.session.control.reason = Reason.PERSON
+    rank.send("1", command=Command.STOP)
+    assert rank.answer("1") == ("refused", "the run is stopping already")
+
+
+def test_a_bug_in_a_check_does_not_end_the_thread(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "changed", mock.Mock(side_effect=ZeroDivisionError("of\nnothing")))
+    rank.send("1", command=Command.SET, settings=["learning_rate=1"])
+    assert rank.answer("1") == ("refused", "failed: ZeroDivisionError: of nothing")
 
 
 def test_a_save_is_answered_when_it_is_whole_or_has_failed(rank: Rank) -> None:
@@ -131,8 +163,23 @@ def test_a_save_is_answered_when_it_is_whole_or_has_failed(rank: Rank) -> None:
     assert rank.answer("1")[0] == "done"
     assert rank.answer("2") == ("refused", "runs/x: cannot be written")
     assert rank.answer("3")[0] == "accepted"
-    rank.commands.close(has_stopped=False)
+    rank.commands.close(Reason.NONE)
     assert rank.answer("3") == ("refused", "the run has ended before that was done")
+
+
+def test_a_save_that_another_one_waits_for_is_answered_before_that_begins(rank: Rank) -> None:
+    """Step 7 is being saved when the run is stopped at step 8."""
+    session, saver = rank.session, rank.session.saver
+    rank.send("1", command=Command.SAVE)
+    assert rank.commands._next() is not None
+    rank.commands._saves.append(("1.json", 7))
+    saver.step, session.step, session.saved_or_saving, session.commands = 7, 8, False, rank.commands
+    saver.wait = lambda: vars(saver).update(step=None, saved_at=7)
+    session.save = lambda: vars(saver).update(saved_at=8)
+    session._wait_for_save = lambda: Session._wait_for_save(session)
+    Session._save_now(session)
+    rank.commands.close(Reason.COMMAND)
+    assert rank.answer("1")[1].startswith("step 7 is saved: ")
 
 
 @pytest.mark.parametrize(
