@@ -18,7 +18,7 @@ STACKS = signal.SIGUSR2
 """The signal on which a rank writes the stacks of its threads to its log."""
 
 _LEAST_START_SECONDS = 3600.0  # compiling, timing and reading in one rank, while another waits
-_MARGIN_SECONDS = 60.0  # the launcher is first, since it names the rank
+_MARGIN_SECONDS = 60.0  # collectives fail so much later than the launcher ends a hang: its message names the rank
 _NEVER = datetime.timedelta(days=30)
 _LOOK_SECONDS = 1.0
 

@@ -347,8 +347,8 @@ class ControlConfig(Config):
     """When an attempt stops by itself."""
 
     max_hours: Annotated[Positive | None, MAY_CHANGE] = None
-    """Hours from the start of an attempt after which it saves and ends with exit code 75, to be started again.
-    Default: no limit."""
+    """Hours from the start of an attempt after which it saves and ends with exit code 75, to be started again; with 2
+    if they were over before its first step. Default: no limit."""
     hang_minutes: Annotated[NotNegative, MAY_CHANGE] = 30.0
     """Minutes without a sign of progress (a micro-batch, a step, a piece of a validation, a sampled token, a file of a
     checkpoint) after which a run is taken for one that hangs: its stacks are logged, and it ends with exit code 5;

@@ -435,6 +435,7 @@ class Session(ABC):
 
         Raises:
             Interrupted: a rank was requested to stop.
+            UsageError: the deadline is over before the first step.
         """
         limit_collectives(start_limit(self.recipe.control.hang_minutes * 60))
         reason = self.agreed_reason()
@@ -546,16 +547,24 @@ class Session(ABC):
         self.saver.wait()
         self.commands.settle()
 
-    def _stopped(self, reason: Reason) -> Interrupted:
-        """Record a stop; returns what ends the run."""
+    def _stopped(self, reason: Reason) -> Interrupted | UsageError:
+        """Record a stop; returns what ends the run: an error, where no attempt would ever get to a step."""
+        ends: Interrupted | UsageError = Interrupted(reason)
+        code = reason.exit_code
+        if reason is Reason.DEADLINE and not self._has_stepped and not self.last:
+            ends = UsageError(
+                f"max_hours={self.recipe.control.max_hours:g}: this attempt was at its deadline before its first step, "
+                "and so would be the next one; set a larger max_hours"
+            )
+            code = ends.exit_code
         self.metrics.event(
             self.step,
             "stop",
             f"stopped at step {self.step} of {self.steps}: {reason.text}",
             reason=reason.name.lower(),
-            exit_code=reason.exit_code,
+            exit_code=code,
         )
-        return Interrupted(reason)
+        return ends
 
     @property
     def saved_or_saving(self) -> bool:

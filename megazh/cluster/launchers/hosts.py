@@ -21,9 +21,9 @@ from megazh.training.control import SIGNALS, Reason, is_ignored
 from megazh.training.job import Job
 
 _POLL_SECONDS = 0.1
-_OF_RANKS = (DivergedError.exit_code, SaveError.exit_code, REQUEUE, INTERRUPTED)
-"""Exit codes that DeepSpeed's launcher has from the ranks, which have printed why: the same again would not help, or
-they have stopped by themselves."""
+_OF_RANKS = (UsageError.exit_code, DivergedError.exit_code, SaveError.exit_code, REQUEUE, INTERRUPTED)
+"""Exit codes of ranks, which DeepSpeed's launcher returns and this one passes on. The ranks have printed the reason:
+the same command would fail again, or they have saved and stopped."""
 
 
 def launch(job: Job) -> int:

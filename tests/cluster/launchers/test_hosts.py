@@ -49,7 +49,7 @@ def test_reasons_of_the_ranks_and_of_signals_decide_the_exit_code(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     job = make_job(Request(), make_recipe(), tmp_path / "run", tmp_path, Devices(Device.CPU, 2, None))
-    for code in (REQUEUE, INTERRUPTED):
+    for code in (UsageError.exit_code, REQUEUE, INTERRUPTED):
         monkeypatch.setattr(
             hosts, "command", lambda job, code=code: [sys.executable, "-c", f"raise SystemExit({code})"]
         )
