@@ -2,7 +2,7 @@
 
 It reads `metrics.jsonl` from its begin, and goes on until its standard input ends, which is when the run has closed it
 or has died. What was sent is kept in `trackers/NAME.json`, written before it is sent: no step is sent twice, whatever
-ends either process, and what one attempt could not send, the next one does.
+ends either process, and what one process could not send, the next one does, except for the record at which it failed.
 """
 
 import contextlib
@@ -27,9 +27,10 @@ _PIECE = 1 << 20
 
 
 class Sent:
-    """What a tracker was sent of a run: by kind, the step of the last record and the number of records of that step.
+    """What a tracker was sent of a run: for each kind of record, its last step and how many records of that step.
 
-    Events keep their places when steps are taken anew: of them, it is their number alone.
+    Events are counted over the whole file, as if all were of step 0: unlike other records, they are not removed when
+    the run goes back to an earlier step.
     """
 
     def __init__(self, path: Path, run_id: str) -> None:
@@ -62,7 +63,7 @@ class Sent:
             raise
 
     def read_again(self) -> None:
-        """The file is read from its begin again: a run that goes back to an earlier step replaces it."""
+        """Note that the file is read from its begin again: a run that goes back to an earlier step replaces it."""
         self._read.clear()
 
     def _save(self, sent: dict[str, list[int]]) -> None:
@@ -131,7 +132,7 @@ def _main() -> None:
             tracker.finish()
     except BaseException as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        tell(f"warning: {name}: {reason[:300]}; it gets no more of this attempt, the next one sends the rest")
+        tell(f"warning: {name}: {reason[:300]}; the rest is sent later")
         raise  # the traceback goes to the log
 
 

@@ -1,5 +1,6 @@
 """Trackers of a run, with stand-ins for their packages: what they are sent, over resumes, kills and faults."""
 
+import itertools
 import json
 import os
 import signal
@@ -117,14 +118,63 @@ def test_a_fault_is_a_line_and_the_next_attempt_sends_the_rest(
     out = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("step") for line in out) == 3
     assert [line for line in out if line.startswith("warning")] == [
-        f"warning: wandb: ConnectionError: no route to host ({fault[6:]}); it gets no more of this attempt, the next "
-        "one sends the rest"
+        f"warning: wandb: ConnectionError: no route to host ({fault[6:]}); the rest is sent later"
     ]
     assert "Traceback" in (tmp_path / "run" / "trackers" / "wandb.log").read_text()
     monkeypatch.delenv("FAKE_FAULT")
     train(tmp_path, "wandb", 3, 6)
     found = [each["step"] for each in made(calls, "scalars") if "train/loss" in each]
     assert found == [2, 3, 4, 5, 6] if fault == "raise scalars" else [1, 2, 3, 4, 5, 6], "none is sent twice"
+
+
+@pytest.mark.parametrize("wait", [0.0, 3600.0])
+def test_a_service_that_was_down_is_sent_the_rest_by_the_same_attempt(
+    wait: float, tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the run goes on or, where the wait is not over, at its end."""
+    for name in ("_FIRST_WAIT_SECONDS", "_LONGEST_WAIT_SECONDS"):
+        monkeypatch.setattr(start, name, wait)
+    monkeypatch.setenv("FAKE_FAULT", "raise start")
+    lines: list[str] = []
+    monkeypatch.setattr("megazh.run.metrics._print", lines.append)
+    run = TrackedRun("20261128-ab", "demo", "china", {}, tmp_path / "run" / "trackers")
+    with Metrics(tmp_path / "run", 0, quiet=False) as metrics:
+
+        def takes_a_step_until(found: bool) -> bool:
+            metrics.step(record(1 + sum(line.startswith("step") for line in lines)))
+            return found
+
+        metrics.track([TrackerName.WANDB], run)
+        failed = "warning: wandb: ConnectionError: no route to host (start); the rest is sent later"
+        wait_until(lambda: takes_a_step_until(lines.count(failed) == (1 if wait else 2)), 30, "failures")
+        monkeypatch.delenv("FAKE_FAULT")
+        if wait:
+            wait_until(lambda: takes_a_step_until(not metrics._trackers._running), 30, "the end of its process")
+        else:
+            wait_until(lambda: takes_a_step_until(bool(made(calls, "start"))), 30, "a start")
+        assert len(made(calls, "start")) == (0 if wait else 1)
+    steps = [line for line in lines if line.startswith("step")]
+    assert [each["step"] for each in made(calls, "scalars")] == list(range(1, 1 + len(steps)))
+
+
+def test_each_wait_is_twice_as_long_up_to_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, starts = [1e6], []
+    monkeypatch.setattr(start.time, "monotonic", lambda: now[0])
+
+    def fail(name: TrackerName, metrics: Path, run: TrackedRun) -> None:
+        starts.append(now[0] - 1e6)
+        raise OSError("no memory")
+
+    monkeypatch.setattr(start, "_start", fail)
+    run = TrackedRun("20261128-ab", "demo", "china", {}, tmp_path)
+    trackers = start.Trackers([TrackerName.WANDB], tmp_path / "metrics.jsonl", run, print)
+    for _ in range(4 * 60 * 60):
+        now[0] += 1.0
+        trackers.poll()
+    minutes = [(after - before) / 60 for before, after in itertools.pairwise(starts)]
+    assert minutes == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
 @pytest.mark.parametrize("fault", ["hang start", "hang scalars", "hang finish"])
@@ -147,7 +197,7 @@ def test_a_package_that_is_missing_or_broken_ends_no_run(
     (tmp_path / "broken" / "wandb.py").write_text("raise ImportError('its protobuf is too old')")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "broken"), os.environ["PYTHONPATH"]]))
     train(tmp_path, "wandb", 0, 3)
-    assert "warning: wandb: ImportError: its protobuf is too old; it gets no more" in capsys.readouterr().out
+    assert "warning: wandb: ImportError: its protobuf is too old; the rest is sent later" in capsys.readouterr().out
 
 
 def test_a_place_that_cannot_be_written_is_a_warning(
@@ -158,7 +208,7 @@ def test_a_place_that_cannot_be_written_is_a_warning(
     (tmp_path / "run" / "trackers").touch()
     train(tmp_path, "wandb", 0, 3)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("wandb gets nothing of this attempt; the next one sends it")
+    assert line.endswith("wandb is sent the records later")
 
 
 @pytest.fixture
