@@ -1,6 +1,7 @@
 """What ranks write: copied to the terminal while they run, searched for the reason when one has died."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import re
@@ -10,8 +11,13 @@ from pathlib import Path
 from megazh.console import MARK, mark
 from megazh.run.pulse import memory_file
 
+_PIECE_BYTES = 1 << 20
 _TAIL_BYTES = 1 << 16
 _LONGEST_MESSAGE = 300
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # FALLOC_FL_*, see fallocate(2)
+_fallocate = ctypes.CDLL(None).fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
 # torch.distributed puts the rank in front of a traceback.
 _RANK = r"^(?:\[rank\d+\]: ?)?"
@@ -23,8 +29,8 @@ _EXCEPTION = re.compile(_RANK + r"((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Excep
 class Output:
     """A file in memory that a process writes its output to, and that `show` copies to stdout or stderr.
 
-    Neither a full disk nor a terminal that makes its writers wait can reach the process. The lines stay in memory: some
-    megabytes in the longest runs.
+    Neither a full disk nor a terminal that makes its writers wait can reach the process. The memory of lines that were
+    copied is freed, a MiB at a time.
     """
 
     def __init__(self, stream: str) -> None:
@@ -33,18 +39,26 @@ class Output:
         self.descriptor = memory_file("megazh output")
         flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags | os.O_APPEND)
-        self._shown = 0
+        self._shown = self._freed = 0
 
     def show(self, all_of_it: bool = False) -> None:
         """Copy what is new: whole lines, or all of it."""
-        while data := os.pread(self.descriptor, 1 << 20, self._shown):
-            end = len(data) if all_of_it or len(data) == 1 << 20 else data.rfind(b"\n") + 1
+        while data := os.pread(self.descriptor, _PIECE_BYTES, self._shown):
+            end = len(data) if all_of_it or len(data) == _PIECE_BYTES else data.rfind(b"\n") + 1
             if not end:
                 return
             self._shown += end
             stream = getattr(sys, self._stream)
             stream.write(data[:end].decode(errors="replace"))
             stream.flush()
+            self._free()
+
+    def _free(self) -> None:
+        """Free the memory of what was shown; the process goes on writing behind it."""
+        size = (self._shown - self._freed) // _PIECE_BYTES * _PIECE_BYTES
+        # Where a kernel or a file cannot do it, the lines stay.
+        if size and not _fallocate(self.descriptor, _KEEP_SIZE | _PUNCH_HOLE, self._freed, size):
+            self._freed += size
 
     def close(self) -> None:
         """Copy the rest, and free the memory."""

@@ -1,10 +1,11 @@
 """The log of a rank: the lines that are copied to the terminal, and the reason of a failure that is found in it."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from megazh.cluster.launchers.rank_log import RankLog
+from megazh.cluster.launchers.rank_log import Output, RankLog
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 1, in <module>\n'
 
@@ -72,6 +73,17 @@ def test_only_the_end_of_a_long_log_is_searched(path: Path) -> None:
     append(path, "error: long ago\n" + "step\n" * 20_000 + "error: now\n")
     assert log.own_error() == "error: now"
     assert len(log.tail()) < 20_000
+
+
+def test_output_that_was_shown_takes_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    output, lines = Output("stdout"), [f"step {step:9}\n" for step in range(700_000)]
+    for at in range(0, len(lines), 70_000):
+        os.write(output.descriptor, "".join(lines[at : at + 70_000]).encode())
+        output.show()
+        assert os.fstat(output.descriptor).st_blocks * 512 < 3 << 20, "a piece, and what the last one has left"
+    assert os.fstat(output.descriptor).st_size > 9 << 20
+    output.close()
+    assert capsys.readouterr().out == "".join(lines)
 
 
 def test_without_a_file_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
