@@ -404,6 +404,7 @@ class Session(ABC):
         self.step, self.saver.saved_at = step, step
         self.recipe = self.live.at(step)
         self._save_is_due = False
+        self.evaluated = of_rank_0(self.metrics.evaluated_at(step))
         self._pace = Pace(step, self.course)
         self.restart_feed()
 

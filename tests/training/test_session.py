@@ -1,12 +1,19 @@
-"""What both engines do around a step: how a stop ends the run."""
+"""What both engines do around a step: how a stop ends the run, and what it knows after a rollback."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch.distributed as dist
+from made_runs import write_metrics
 from recipes import make_recipe
 
 from megazh.errors import UsageError
+from megazh.run.folder import RunFolder
+from megazh.run.metrics import VALIDATION, Metrics
 from megazh.training.control import Interrupted, Reason
 from megazh.training.session import Session
 
@@ -39,3 +46,30 @@ def test_other_stops_are_none(reason: Reason, session: dict[str, bool], expected
     ends, code = stopped(reason, **session)
     assert isinstance(ends, Interrupted)
     assert (ends.reason, code) == (reason, expected)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_was_evaluated_at_a_step_is_not_evaluated_again_after_a_rollback_to_it(tmp_path: Path) -> None:
+    """Neither by itself nor by `megazh ctl validate`."""
+    write_metrics(RunFolder(tmp_path), steps=3)
+    with Metrics(tmp_path, 3, quiet=False) as metrics:
+        metrics.go_back(3)
+        session: Any = SimpleNamespace(
+            metrics=metrics,
+            saver=SimpleNamespace(),
+            course=make_recipe().course,
+            live=Mock(),
+            restart_feed=Mock(),
+            evaluated=set(),
+        )
+        Session.go_back(session, 3)
+    assert VALIDATION in session.evaluated
+    assert session.step == session.saver.saved_at == 3
