@@ -27,14 +27,15 @@ from megazh.run.folder import RunFolder
 from megazh.writing import writing
 
 _NAME = re.compile(r"\d{19}-[0-9a-f]{32}\.json")
-_LARGEST = 1 << 16
-"""Bytes of the largest file that is read."""
+_LARGEST_ANSWER = 1 << 24
+"""Bytes of the largest answer that is read: it may hold a sample as long as the context."""
+_LARGEST = 1 << 18
+"""Bytes of the largest file of any other kind that is read, such as a request."""
 _MOST = 64
 """Files that are taken at a time."""
 _KEPT_SECONDS = 3600.0
 """Age at which an answer that nobody has fetched is removed."""
 _POLL_SECONDS = 0.05
-_LONGEST_TEXT = 1 << 14
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 
@@ -63,8 +64,8 @@ class Request(Config):
 
     format_version: Literal[1] = 1
     command: Annotated[Command, choice(Command)]
-    text: Annotated[str, Field(max_length=_LONGEST_TEXT)] | None = None
-    """Text to continue, of `sample`."""
+    text: str | None = None
+    """Text that `sample` continues or answers."""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Largest number of tokens to sample. Default: the recipe's, or fewer where the context holds no more."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -72,7 +73,7 @@ class Request(Config):
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     """Seed of `sample`."""
     settings: Annotated[list[str], Field(max_length=_MOST)] = Field(default_factory=list)
-    """`key=value` settings, of `set`."""
+    """`key=value` settings that `set` changes."""
 
 
 class Outcome(StrEnum):
@@ -90,7 +91,7 @@ class Answer(Config):
     format_version: Literal[1] = 1
     outcome: Annotated[Outcome, choice(Outcome)]
     text: str
-    """One line for the person who asked; of `sample` the sampled text."""
+    """One line for the person who asked, or the text that `sample` has sampled."""
     step: int | None = None
     """Optimizer steps done."""
     details: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
@@ -112,7 +113,7 @@ class Inbox:
         self._requests, self._answers = _folders(run)
         self._passed: set[str] = set()
         """Names of what cannot be removed, such as a folder."""
-        _check_private(run.control)
+        check_private(run.control)
 
     @staticmethod
     def clear(run: RunFolder) -> str:
@@ -126,7 +127,7 @@ class Inbox:
             with writing(run.control):
                 for folder in (run.control, *_folders(run)):
                     folder.mkdir(mode=0o700)
-            _check_private(run.control)
+            check_private(run.control)
         except (WriteError, UsageError) as error:
             return f"warning: {error}; until then the run takes no commands ('megazh ctl')"
         return ""
@@ -180,18 +181,20 @@ def ask(
         seconds: how long to wait for a first answer. The last one takes as long as the run needs, a step at least.
 
     Raises:
-        UsageError: the run does not run, or has refused the request; one line says why.
+        UsageError: the run does not run, or has refused the request, which may be too large; one line says why.
         BusyError: no answer came in time; the request is withdrawn.
         WorkerError: the run has ended without an answer or cannot write one, or the request cannot be written.
         DataError: the answer is none.
     """
+    if (size := len(_encoded(request))) > _LARGEST:
+        raise UsageError(f"{run.path}: the request has {size:,} bytes, and a run reads up to {_LARGEST:,}: shorten it")
     if holder(run.lock) is None:
         raise UsageError(f"{run.path}: is not running: start it first ('megazh ctl {run.path} status' shows its end)")
     requests, answers = _folders(run)
     name = f"{time.time_ns():019d}-{uuid.uuid4().hex}.json"
     deadline = time.monotonic() + seconds
     try:
-        _check_private(run.control)
+        check_private(run.control)
         write_private(requests / name, request)
     except WriteError as error:
         raise WriteError(f"{error} (only the user who started the run can control it)") from None
@@ -199,7 +202,7 @@ def ask(
     try:
         while True:
             running = holder(run.lock) is not None  # before the look at the answer: a run answers, then it ends
-            answer = read_private(answers / name, Answer) if (answers / name).exists() else None
+            answer = read_private(answers / name, Answer, _LARGEST_ANSWER) if (answers / name).exists() else None
             if answer is not None and answer.outcome is Outcome.ACCEPTED and not was_accepted:
                 was_accepted = True
                 accepted(answer)
@@ -228,15 +231,19 @@ def ask(
     return answer
 
 
-def read_private(path: Path, model: type[ConfigType]) -> ConfigType:
-    """Read a small JSON file of RUN/control. Raises DataError where it is another user's, a link, or has other keys."""
+def read_private(path: Path, model: type[ConfigType], largest: int = _LARGEST) -> ConfigType:
+    """Read a JSON file of RUN/control, of up to `largest` bytes.
+
+    Raises:
+        DataError: it is another user's, a link, larger, or has other keys.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_size > _LARGEST:
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_size > largest:
                 raise ValueError("no small file of this user")
-            values: Any = json.loads(file.read(_LARGEST))
+            values: Any = json.loads(file.read(largest))
         if not isinstance(values, dict):
             raise ValueError("no object")
         return from_mapping(values, model, path.name)
@@ -246,14 +253,14 @@ def read_private(path: Path, model: type[ConfigType]) -> ConfigType:
 
 def write_private(path: Path, value: Config) -> None:
     """Write a JSON file of RUN/control. Raises WriteError."""
-    write_atomic(path, value.model_dump_json().encode() + b"\n", durable=False, mode=0o600)
+    write_atomic(path, _encoded(value), durable=False, mode=0o600)
 
 
-def _folders(run: RunFolder) -> tuple[Path, Path]:
-    return run.control / "requests", run.control / "answers"
+def _encoded(value: Config) -> bytes:
+    return value.model_dump_json().encode() + b"\n"
 
 
-def _check_private(folder: Path) -> None:
+def check_private(folder: Path) -> None:
     """Refuse a folder for requests that others could write to. Raises UsageError."""
     try:
         found = os.lstat(folder)
@@ -262,6 +269,10 @@ def _check_private(folder: Path) -> None:
         raise UsageError(f"{folder}: {reason}; start it again, as the user who controls it") from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise UsageError(f"{folder}: is no folder that belongs to this user alone; remove it, and start the run again")
+
+
+def _folders(run: RunFolder) -> tuple[Path, Path]:
+    return run.control / "requests", run.control / "answers"
 
 
 def _withdrawn(path: Path) -> bool:

@@ -7,9 +7,9 @@ from enum import StrEnum
 from typing import Annotated, Literal
 
 from megazh.config import Config, choice
-from megazh.errors import DataError
+from megazh.errors import DataError, UsageError
 from megazh.run.folder import RunFolder
-from megazh.run.requests import read_private, write_private
+from megazh.run.requests import check_private, read_private, write_private
 
 STATE = "state.json"
 
@@ -22,7 +22,7 @@ class State(StrEnum):
     VALIDATING = "validating"
     SAMPLING = "sampling"
     SAVING = "saving"
-    """It waits for a checkpoint; others are written while it trains."""
+    """It waits until a checkpoint is written. Most checkpoints are written while it trains."""
     PAUSED = "paused"
     STOPPING = "stopping"
     """It saves and ends."""
@@ -38,10 +38,10 @@ class StateRecord(Config):
 
 
 class StateFile:
-    """Writes the file. A disk that takes nothing leaves the state as it was, and does no harm to the run.
+    """Writes the file. A disk that takes nothing, or a folder `control` that is not private, leaves it as it was.
 
     Args:
-        run: the run; its folder `control` is there.
+        run: the run.
         quiet: write nothing (every rank but one).
     """
 
@@ -54,8 +54,9 @@ class StateFile:
         if state is self._state:
             return
         self._state = state
-        if not self._quiet and self._path.parent.is_dir():
-            with contextlib.suppress(OSError):
+        if not self._quiet:
+            with contextlib.suppress(OSError, UsageError):  # such as a folder that others could write to, or a link
+                check_private(self._path.parent)
                 write_private(self._path, StateRecord(state=state, since=round(time.time(), 3)))
 
     @contextlib.contextmanager

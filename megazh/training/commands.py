@@ -330,7 +330,7 @@ class Commands:
         except (DataError, UsageError) as error:
             self._answer(order.name, Outcome.REFUSED, str(error))
             return
-        self._answer(order.name, Outcome.DONE, text, prompt=request.text)
+        self._answer(order.name, Outcome.DONE, text)
 
     def _pause(self, order: _Order) -> None:
         session = self._session

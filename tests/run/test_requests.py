@@ -78,6 +78,21 @@ def test_a_request_is_accepted_and_then_answered(run: RunFolder) -> None:
     assert not any((run.control / "answers").iterdir())
 
 
+def test_a_long_text_and_its_longer_sample_arrive(run: RunFolder) -> None:
+    text, sampled = "𠀀" * 16_384, "字" * 200_000
+    with Serving(run, Answer(outcome=Outcome.DONE, text=sampled)) as serving:
+        assert ask(run, Request(command=Command.SAMPLE, text=text), seconds=10).text == sampled
+    assert serving.taken[0].text == text
+
+
+def test_a_request_that_no_run_would_read_is_not_sent(run: RunFolder) -> None:
+    request = Request(command=Command.SAMPLE, text="𠀀" * 70_000)
+    with pytest.raises(
+        UsageError, match=r"run: the request has 280,\d+ bytes, and a run reads up to 262,144: shorten it"
+    ):
+        ask(run, request, seconds=10)
+
+
 def test_a_refusal_is_an_error_with_its_reason(run: RunFolder) -> None:
     with (
         Serving(run, Answer(outcome=Outcome.REFUSED, text="the run is paused already")),
@@ -143,8 +158,7 @@ def test_a_run_that_ends_meanwhile_is_named(tmp_path: Path) -> None:
         ('{"command": "sample", "tokens": "4"}', "tokens"),
         ('{"command": "sample", "tokens": 0}', "tokens"),
         ('{"command": "sample", "temperature": NaN}', "temperature"),
-        (json.dumps({"command": "sample", "text": "字" * 20_000}, ensure_ascii=False), "text"),
-        (b'{"command": "save"}' + b" " * (1 << 16), "no small file"),
+        (b'{"command": "save"}' + b" " * (1 << 18), "no small file"),
         (b"\xff\xfe", "cannot be read"),
     ],
 )

@@ -56,6 +56,18 @@ def test_only_one_rank_writes_the_state_and_only_beside_requests(run: RunFolder)
     assert read_state(run) is None
 
 
+def test_no_state_is_written_where_a_run_takes_no_commands(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    run.control.symlink_to(tmp_path / "elsewhere")
+    StateFile(run, quiet=False).set(State.TRAINING)
+    run.control.unlink()
+    run.control.mkdir()
+    run.control.chmod(0o777)
+    StateFile(run, quiet=False).set(State.TRAINING)
+    assert not any((tmp_path / "elsewhere").iterdir())
+    assert not any(run.control.iterdir())
+
+
 def test_a_run_that_has_done_nothing(stories: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", write_recipe(tmp_path / "recipe.yaml", stories), step=0)
     found = status(run)
