@@ -242,9 +242,11 @@ def test_a_link_in_place_of_the_folder_takes_no_commands(run: RunFolder, tmp_pat
 
 def test_a_damaged_answer_is_named(run: RunFolder) -> None:
     def answer() -> None:
-        wait_until(lambda: any((run.control / "requests").iterdir()), 10, "a request")
-        (path,) = (run.control / "requests").iterdir()
-        (run.control / "answers" / path.name).write_text("{}")
+        requests = run.control / "requests"
+        wait_until(lambda: any(requests.glob("[0-9]*.json")), 10, "a request")
+        (path,) = requests.glob("[0-9]*.json")
+        (run.control / "damaged").write_text("{}")
+        (run.control / "damaged").rename(run.control / "answers" / path.name)
 
     thread = threading.Thread(target=answer)
     thread.start()
