@@ -53,6 +53,23 @@ class _Parser(argparse.ArgumentParser):
 
     words: tuple[str, ...] = ()
     """The command line, or the part of it that is wrong."""
+    innermost: "_Parser"
+    """The parser of the command, or of the command below it, that parsed last."""
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """Parse, as argparse does, and note which parser it was."""
+        _Parser.innermost = self
+        return super().parse_known_args(*arguments, **options)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            import difflib
+
+            if near := difflib.get_close_matches(str(value), map(str, action.choices or ()), n=1):
+                error.message += f"; did you mean {near[0]!r}?"
+            raise
 
     def _parse_optional(self, arg_string: str) -> Any:
         # The names of options are ASCII; None stands for text.
@@ -100,7 +117,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         options.settings, rest = rest, []
     if rest:
         _Parser.words = tuple(rest)
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _Parser.innermost.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
 
 

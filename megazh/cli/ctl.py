@@ -1,14 +1,18 @@
 """`megazh ctl`: look at a running run, and control it, from another terminal."""
 
 import argparse
+import contextlib
+import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megazh.cli.ctl_watch import add_watch
-from megazh.cli.options import Subparsers, add_command, count
-from megazh.errors import UsageError
+from megazh.cli.options import Subparsers, add_command, count, run_folder
+from megazh.errors import MegazhError, UsageError
+from megazh.program import runnable
 
 if TYPE_CHECKING:
     from megazh.run.requests import Answer, Request
@@ -72,27 +76,41 @@ def _add(below: Subparsers, name: str, what: str) -> argparse.ArgumentParser:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from megazh.run.folder import RunFolder
-    from megazh.training.status import status
+    with _failure_as_json(options):
+        from megazh.run.folder import RunFolder
+        from megazh.training.status import status
 
-    found = status(RunFolder(options.run))
-    for line in [found.to_json()] if options.json else found.lines(time.time()):
-        print(line)
+        found = status(RunFolder(run_folder(options.run)))
+        for line in [found.to_json()] if options.json else found.lines(time.time()):
+            print(line)
 
 
 def _ask(options: argparse.Namespace) -> None:
     from megazh.run.folder import RunFolder
     from megazh.run.requests import ask
 
-    run = RunFolder(options.run)
-    if not run.exists:
-        raise UsageError(f"{run.path}: not the folder of a run: {run.config.name} is missing")
-
     def accepted(answer: "Answer") -> None:
         print(answer.text, file=sys.stderr, flush=True)
 
-    answer = ask(run, _request(options), accepted, options.wait)
-    print(answer.to_json() if options.json else answer.text)
+    with _failure_as_json(options):
+        run = RunFolder(run_folder(options.run))
+        if not run.exists:
+            raise UsageError(f"{run.path}: not the folder of a run: {run.config.name} is missing")
+        answer = ask(run, _request(options), accepted, options.wait)
+        print(answer.to_json() if options.json else answer.text)
+
+
+@contextlib.contextmanager
+def _failure_as_json(options: argparse.Namespace) -> Iterator[None]:
+    """With `--json`, an error of the block is an object on stdout as well; it goes on to be a line on stderr."""
+    try:
+        yield
+    except MegazhError as error:
+        if options.json:
+            outcome = "refused" if isinstance(error, UsageError) else "failed"
+            values = {"outcome": outcome, "text": runnable(str(error)), "exit_code": error.exit_code}
+            print(json.dumps(values, ensure_ascii=False))
+        raise
 
 
 def _request(options: argparse.Namespace) -> "Request":
@@ -108,5 +126,8 @@ def _request(options: argparse.Namespace) -> "Request":
             "seed": options.seed,
         }  # fmt: skip
     if options.command == "set":
+        for each in options.assignments:
+            if not each.partition("=")[1]:
+                raise UsageError(f"set {each}: no value: expected KEY=VALUE, such as learning_rate=3e-4")
         values["settings"] = options.assignments
     return from_mapping(values, Request, f"ctl {options.command}")

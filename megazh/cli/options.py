@@ -28,10 +28,20 @@ def add_command(below: Subparsers, name: str, what: str, examples: str) -> argpa
 
 def count(text: str) -> int:
     """Parse a whole number of at least 1."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
     return number
+
+
+def run_folder(path: Path) -> Path:
+    """The folder of a run as the user gave it. Raises UsageError where it is a file, such as its config.yaml."""
+    if path.is_file():
+        raise UsageError(f"{path}: a file, not the folder of a run; give the folder: {path.parent}")
+    return path
 
 
 def amount(text: str) -> int:
