@@ -15,6 +15,7 @@ from pydantic import Field
 
 from megazh import __version__
 from megazh.config import Config
+from megazh.errors import INTERRUPTED, REQUEUE
 from megazh.run.changes import Value
 
 _LIBRARIES = ("torch", "deepspeed", "numpy", "triton", "transformers", "accelerate")
@@ -56,6 +57,15 @@ class Attempt(Config):
 
 KILLED = "no end was recorded: killed, or the machine failed"
 """Reason of an attempt that the next one finds without an end."""
+
+COMPLETE = "complete"
+
+
+def how_ended(code: int | None) -> str:
+    """How an attempt with this exit code has ended, in a word: complete, stopped, failed; ended where it has none."""
+    if code is None:
+        return "ended"
+    return COMPLETE if code == 0 else "stopped" if code in (INTERRUPTED, REQUEUE) else "failed"
 
 
 def this_attempt(given: Mapping[str, Value]) -> Attempt:

@@ -1,7 +1,7 @@
 """The lines that a run writes to the terminal: a step on at most 80 columns, a validation, a sample."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 from unicodedata import east_asian_width
 
@@ -16,12 +16,15 @@ _UNITS = ((1, ""), (1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T"))
 _SEPARATORS = (" | ", "  ", " ")
 _LEFT_OUT_FIRST = ("lr", "memory", "mfu", "rate", "eta")
 """Parts that a line goes without where all do not fit, in this order; `metrics.jsonl` has them all."""
+_LEFT_OUT_OF_SKIPPED = ("eta", "memory", "mfu", "rate", "lr")
+"""The same of a skipped step: the last ones first, so that the others stay in their columns."""
 
 
 def step_line(record: "StepRecord") -> str:
     """A step on at most 80 columns, for steps of up to seven digits.
 
-    Columns of a run are aligned. `18.2G` are GiB of GPU memory.
+    Columns of a run are aligned, and a skipped step has the same separators and first columns as others. `18.2G` are
+    GiB of GPU memory.
     """
     parts = {
         "step": f"step {record.step:>{len(str(record.steps))}}/{record.steps}",
@@ -35,15 +38,22 @@ def step_line(record: "StepRecord") -> str:
     if record.memory_bytes is not None:
         parts["memory"] = f"{record.memory_bytes / _GIB:>4.1f}G"
     parts["eta"] = f"ETA {left(record.eta_seconds)}"
+    line, separator = _fitted(parts, _LEFT_OUT_FIRST, _SEPARATORS)
     if record.skipped:
         finite = math.isfinite(record.loss) and math.isfinite(record.grad_norm)
         parts["skipped"] = "skipped: spike" if finite else "skipped: not finite"
-    for name in ("", *_LEFT_OUT_FIRST):
-        parts.pop(name, None)
-        for separator in _SEPARATORS:
-            if len(line := separator.join(parts.values())) <= COLUMNS:
-                return line
+        line, _ = _fitted(parts, _LEFT_OUT_OF_SKIPPED, [separator])
     return line
+
+
+def _fitted(parts: dict[str, str], left_out: Sequence[str], separators: Sequence[str]) -> tuple[str, str]:
+    """A line of the parts that fit, and its separator; those of these names, in this order, are removed if need be."""
+    for name in ("", *left_out):
+        parts.pop(name, None)
+        for separator in separators:
+            if len(line := separator.join(parts.values())) <= COLUMNS:
+                return line, separator
+    return line, separator
 
 
 def validation_lines(record: "ValidationRecord") -> Iterator[str]:

@@ -30,22 +30,22 @@ _KEYS = "q quit"
 def watch(folder: Path, once: bool = False) -> None:
     """Show a run until it has ended or q is pressed. Where the output is no terminal, show it once.
 
-    A run that has not begun is waited for.
+    In a terminal, a run that has not begun is waited for.
 
     Args:
         folder: the run folder.
         once: whether to show it once, in any case.
 
     Raises:
-        UsageError: the folder is a file.
+        UsageError: the run is shown once, and has not begun.
         WorkerError: its files cannot be read.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder}: not the folder of a run, but a file")
     run, live = Watched(folder), sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not once
     if not live:
         while _update(run):
             pass
+        if not run.begun:
+            raise UsageError(f"{folder}: no run has begun here; in a terminal, without --once, it is waited for")
         _print(run, hint=not once)
         return
     ended = False

@@ -1,9 +1,12 @@
 """One picture of a watched run, as lines for a terminal of some size."""
 
+import itertools
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megazh.run.lines import compact, left, one_line
 from megazh.run.screen import (
@@ -33,6 +36,7 @@ _TWO_PLOTS = 90  # columns from which two plots stand side by side
 _LABEL = 9  # columns of the numbers at a plot
 _LEAST_PLOT, _MOST_PLOT = 4, 20
 _MOST_SAMPLES, _SAMPLE_LINES, _MOST_EVENTS = 3, 2, 5
+_REASON_LINES = 3
 _CALM = frozenset({"start", "resume", "resume_training", "command", "set", "stop", "relayout"})
 
 
@@ -56,7 +60,7 @@ def frame(run: Watched, look: Look, now: float, keys: str = "") -> list[str]:
         now: seconds since 1970-01-01 UTC.
         keys: what the keys do, for the last line.
     """
-    head = [_title(run, look, now), *_progress(run, look), *_numbers(run)]
+    head = [*_title(run, look, now), *_progress(run, look), *_numbers(run)]
     foot = [_foot(run, now, keys)]
     room = look.height - len(head) - len(foot)
     samples, events = list(_samples(run, look)), list(_events(run))
@@ -69,11 +73,14 @@ def frame(run: Watched, look: Look, now: float, keys: str = "") -> list[str]:
     return [render(line, look.width, look.colours) for line in [*lines[: look.height - len(foot)], *foot]]
 
 
-def _title(run: Watched, look: Look, now: float) -> Line:
+def _title(run: Watched, look: Look, now: float) -> Iterator[Line]:
+    """Name and state of the run, and below them the reason of its end."""
     standing = run.standing(now)
     colour = GREEN if standing.calm else RED if standing.ended else YELLOW
     name = clip(one_line(run.folder.resolve().name), max(8, look.width // 2))
-    return [Span(name, BOLD), Span("  "), Span(standing.text, colour)]
+    yield [Span(name, BOLD), Span("  "), Span(standing.text, colour)]
+    for line in wrapped(standing.reason, look.width - 2, _REASON_LINES):
+        yield [Span("  "), Span(line)]
 
 
 def _progress(run: Watched, look: Look) -> Iterator[Line]:
@@ -137,7 +144,7 @@ def _plots(run: Watched, look: Look, height: int) -> Iterator[Line]:
         return
     last = run.losses[-_LAST_STEPS:]
     whole = f"loss of all {len(run.losses):,} recorded steps"
-    if look.width < _TWO_PLOTS or len(run.losses) <= _LAST_STEPS // 2:
+    if look.width < _TWO_PLOTS or len(run.losses) <= _LAST_STEPS:
         yield from _plot(run.losses, whole, look, look.width, height)
         return
     width = (look.width - 2) // 2
@@ -167,29 +174,45 @@ def _samples(run: Watched, look: Look) -> Iterator[Line]:
     """The newest sample of the prompts that were sampled last."""
     newest = list(run.samples.values())[-_MOST_SAMPLES:]
     if newest:
-        yield [Span(f"samples after step {newest[-1]['step']:,}", DIM)]
+        yield [Span("samples", DIM)]
     for sample in newest:
+        step = f"step {sample['step']:,}: "
         prompt = clip(" ".join(wrapped(sample["prompt"], look.width, 1)), max(4, look.width // 3))
-        lines = wrapped(f"{prompt} → {sample['text']}", look.width - 2, _SAMPLE_LINES)
+        lines = wrapped(f"{step}{prompt} → {sample['text']}", look.width - 2, _SAMPLE_LINES)
         for number, line in enumerate(lines):
-            known = len(prompt) if number == 0 and line.startswith(prompt) else 0
-            yield [Span("  "), Span(line[:known], BOLD), Span(line[known:])]
+            known = len(step) if number == 0 else 0
+            bold = known + len(prompt) if line[known:].startswith(prompt) and known else known
+            yield [Span("  "), Span(line[:known], DIM), Span(line[known:bold], BOLD), Span(line[bold:])]
 
 
 def _events(run: Watched) -> Iterator[Line]:
-    """The last events, the newest one last."""
-    shown = list(run.events)[-_MOST_EVENTS:]
+    """The last events, the newest one last; like ones in a row are one line."""
+    shown = [list(like) for _, like in itertools.groupby(run.events, _likeness)][-_MOST_EVENTS:]
     if shown:
         yield [Span("events", DIM)]
-    for event in shown:
+    for like in shown:
+        first, last = like[0]["step"], like[-1]["step"]
+        event, text = like[-1], _text_of(like[-1])
         moment = time.strftime("%H:%M:%S", time.localtime(event["time"])) if event["time"] is not None else ""
+        if len(like) > 1:
+            times = f"{len(like)} x, steps {first:,} to {last:,}: " if first != last else f"{len(like)} x, "
+        else:
+            times = ""
+        if first == last and not re.search(rf"\bstep ({last}|{last:,})\b", text):
+            times += f"step {last:,}: "
         colour = PLAIN if event["name"] in _CALM else YELLOW
-        (text,) = wrapped(event["text"], 1000, 1) or [""]
-        yield [
-            Span(f"  {moment} step {event['step']:,} ", DIM),
-            Span(f"{event['name'].replace('_', ' ')} ", colour),
-            Span(text),
-        ]
+        yield [Span(f"  {moment} {times}", DIM), Span(text, colour)]
+
+
+def _text_of(event: dict[str, Any]) -> str:
+    """The text of an event on one line, without the step that it may begin with: a line of events names it anyway."""
+    return one_line(event["text"]).removeprefix(f"step {event['step']}: ")
+
+
+def _likeness(event: dict[str, Any]) -> tuple[str, str]:
+    """What events that are one line have in common: the text, and of skipped steps only its words."""
+    text = _text_of(event)
+    return event["name"], re.sub(r"\S*\d\S*", "0", text) if event["name"] == "skip" else text
 
 
 def _foot(run: Watched, now: float, keys: str) -> Line:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megazh.files import holder
-from megazh.run.attempt import KILLED
+from megazh.run.attempt import COMPLETE, KILLED, how_ended
 from megazh.run.folder import DESCRIPTION, RunFolder
 from megazh.run.lines import left, one_line
 from megazh.run.metrics import METRICS
@@ -28,6 +28,8 @@ class Standing:
     """The state of a run in a few words."""
 
     text: str
+    reason: str = ""
+    """Why it has ended, where that is more than the text."""
     ended: bool = False
     calm: bool = True
     """Whether all is as it should be."""
@@ -124,14 +126,20 @@ class Watched:
         attempt, step = self._attempt, self.last_step
         if attempt.get("ended"):
             code = attempt.get("exit_code")
-            return Standing(
-                f"ended: {one_line(str(attempt.get('reason')))} (exit code {code})", ended=True, calm=code == 0
-            )
+            if code == 0:
+                return Standing(COMPLETE, ended=True)
+            reason = one_line(str(attempt.get("reason")))
+            return Standing(f"{how_ended(code)} (exit code {code})", reason, ended=True, calm=False)
         if step and step["step"] == step["steps"]:
-            return Standing("complete", ended=True)
+            return Standing(COMPLETE, ended=True)
         if attempt or step:
             return Standing(KILLED, ended=True, calm=False)
         return Standing("waiting for the run to begin")
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder has anything of a run."""
+        return self.running or bool(self._attempt) or self.last_step is not None
 
     def _running(self, record: StateRecord, now: float) -> Standing:
         """The state of a run that a process works at."""

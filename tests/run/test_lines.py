@@ -32,11 +32,15 @@ def bars(line: str) -> list[int]:
         ),
         (
             {"step": 1, **LONG, "loss": math.nan, "grad_norm": math.inf, "skipped": True},
-            "step      1/286102 | loss nan    | norm inf  | ETA 3d04h | skipped: not finite",
+            "step      1/286102 loss nan    norm inf  11.2k tok/s MFU 41% skipped: not finite",
         ),
         (
             {"step": 1, **LONG, "loss": 12.5, "grad_norm": 90.0, "skipped": True},
-            "step      1/286102 loss 12.500 norm 90.0 11.2k tok/s ETA 3d04h skipped: spike",
+            "step      1/286102 loss 12.500 norm 90.0 11.2k tok/s MFU 41% skipped: spike",
+        ),
+        (
+            {"step": 7, "mfu": None, "memory_bytes": None, "memory_reserved": None, "skipped": True},
+            "step   7/600 | loss 2.3141 | lr 4.87e-4 | norm 0.83 | skipped: spike",
         ),
     ],
 )

@@ -94,7 +94,7 @@ def test_the_view_leaves_when_the_run_has_ended(folder: Path) -> None:
             terminal.expect("starting")
             end_run(folder)
         terminal.expect(LEAVE)
-        after = terminal.expect("ended: done (exit code 0)")
+        after = terminal.expect("complete")
         assert "小故事" in after
         assert terminal.end() == 0
 
@@ -130,7 +130,14 @@ def test_in_a_pipe_it_is_shown_once(folder: Path) -> None:
     assert "#####" in again.stdout
 
 
+def test_shown_once_a_run_has_to_have_begun(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        finished = piped(folder, "--once")
+        assert (finished.returncode, finished.stdout) == (2, ""), finished
+        assert finished.stderr.startswith(f"error: {folder}: no run has begun here; ")
+
+
 def test_a_file_is_refused(folder: Path) -> None:
     finished = piped(folder / METRICS)
     assert (finished.returncode, len(finished.stderr.splitlines())) == (2, 1), finished
-    assert "not the folder of a run, but a file" in finished.stderr
+    assert "a file, not the folder of a run; give the folder" in finished.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from made_runs import write_metrics
 
-from megazh.run.folder import RunFolder
+from megazh.run.folder import DESCRIPTION, RunFolder
 from megazh.run.metrics import METRICS, Metrics
 from megazh.run.records import CorpusValidation
 from megazh.run.screen import width_of
@@ -47,7 +47,7 @@ def test_all_that_matters_is_there(run: Watched) -> None:
         "小故事", "complete", "100.0%", "step 300 of 300", "76.8k tokens", "loss -145.5000", "lr 0.001",
         "validation 2.4000  1.9000 bits/byte  after step 300", "by corpus 法律 2.2500  诗 2.5000",
         "loss of all 300 recorded steps", "the last 200",
-        "从前 → 有一只小猫", "rollback back to step", "q quit",
+        "step 300: 从前 → 有一只小猫", " step 200: back to step [2J 150", "q quit",
     ):  # fmt: skip
         assert part in text, part
     assert "\x1b" not in text
@@ -92,3 +92,51 @@ def test_a_run_whose_losses_are_not_finite(tmp_path: Path) -> None:
     text = "\n".join(shown(run))
     for part in ("no loss is finite", "skipped 3", "1 lines of metrics.jsonl are damaged"):
         assert part in text, part
+
+
+def test_an_event_is_told_once_and_like_skips_are_one_line(tmp_path: Path) -> None:
+    write_metrics(RunFolder(tmp_path), 40)
+    with Metrics(tmp_path, 40, quiet=False) as metrics:
+        metrics.event(18, "resume", "resumed at step 18 of 60 from step_18")
+        for step in range(19, 39):
+            metrics.event(step, "skip", f"step {step}: loss {step / 7:.3f} is above 3.1: the step changes no weight")
+        metrics.event(38, "stop", "stopped at step 38 of 60: Ctrl-C")
+        metrics.event(39, "skip", "step 39: loss nan is not finite: the step changes no weight")
+    run = Watched(tmp_path)
+    run.update()
+    lines = [line.split(maxsplit=1)[1] for line in shown(run)[-5:-1]]
+    assert lines == [
+        "resumed at step 18 of 60 from step_18",
+        "20 x, steps 19 to 38: loss 5.429 is above 3.1: the step changes no weight",
+        "stopped at step 38 of 60: Ctrl-C",
+        "step 39: loss nan is not finite: the step changes no weight",
+    ]
+
+
+def test_each_sample_has_its_own_step(tmp_path: Path) -> None:
+    write_metrics(RunFolder(tmp_path), 6)
+    with Metrics(tmp_path, 6, quiet=False) as metrics:
+        metrics.sample(6, "从前", "有")
+    run = Watched(tmp_path)
+    run.update()
+    run.samples["从前"]["step"] = 0
+    text = "\n".join(shown(run))
+    assert "step 0: 从前 → 有" in text
+    assert "step 6: 问2 → 三" in text
+
+
+def test_the_reason_of_an_end_is_whole_below_its_code(run: Watched) -> None:
+    reason = "the last 20 steps were skipped, since loss nan is not finite; " + "lower the learning rate " * 3
+    attempt = {"ended": "2026-11-28T09:12:48Z", "reason": reason, "exit_code": 6}
+    (run.folder / DESCRIPTION).write_text(json.dumps({"attempts": [attempt]}))
+    run.update()
+    lines = shown(run, 60, 30)
+    assert lines[0] == "小故事  failed (exit code 6)"
+    assert " ".join(line.strip() for line in lines[1:4]) == reason.strip()
+
+
+def test_up_to_200_steps_are_one_curve(tmp_path: Path) -> None:
+    write_metrics(RunFolder(tmp_path), 200)
+    run = Watched(tmp_path)
+    run.update()
+    assert "the last" not in "\n".join(shown(run))

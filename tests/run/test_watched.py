@@ -52,9 +52,13 @@ def test_how_a_run_has_ended(tmp_path: Path) -> None:
     assert state(run) == ("complete", True)
     ended = {**attempt, "ended": "2026-11-28T09:12:48Z", "reason": "ctl\x1b stop", "exit_code": 10}
     (tmp_path / DESCRIPTION).write_text(json.dumps({"attempts": [ended]}))
-    assert state(run) == ("ended: ctl stop (exit code 10)", True)
+    assert state(run) == ("failed (exit code 10)", True)
+    assert run.standing(time.time()).reason == "ctl stop"
     (tmp_path / DESCRIPTION).write_text("{")
-    assert state(run) == ("ended: ctl stop (exit code 10)", True), "a damaged file changes nothing"
+    assert state(run) == ("failed (exit code 10)", True), "a damaged file changes nothing"
+    for code, word in ((0, "complete"), (75, "stopped (exit code 75)"), (130, "stopped (exit code 130)")):
+        (tmp_path / DESCRIPTION).write_text(json.dumps({"attempts": [{**ended, "exit_code": code}]}))
+        assert state(run) == (word, True)
     with locked(RunFolder(tmp_path).lock, "busy"):
         assert state(run) == ("starting", False), "again"
 
