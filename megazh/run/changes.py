@@ -17,22 +17,28 @@ class Change(Config):
     key: str
     """Dotted key of the recipe."""
     step: Annotated[int, Field(ge=0)]
-    """Optimizer steps done when it was changed: the new value holds from the step after these on, the old one before,
-    also where a resumed run takes those steps again."""
+    """Number of optimizer steps done when the setting was changed. Steps up to this one have the old value, also when a
+    resumed run takes them again; later steps have the new value."""
     before: Value
-    """Value up to there."""
+    """Value up to `step`."""
     value: Value
-    """Value from there on."""
+    """Value after `step`."""
     time: str
     """Date and time in UTC, such as 2026-11-28T01:02:03Z."""
 
 
 def with_change(changes: Sequence[Change], new: Change) -> list[Change]:
-    """The changes with another one, which replaces those of its key that the run has not come to yet.
+    """Add a change to the changes of a run.
+
+    A run that was resumed from an earlier checkpoint may have changes of steps that it has not reached again. Those of
+    the same key are dropped.
 
     Args:
-        changes: those so far, by time.
-        new: the new one; its `before` is replaced by what held until then, where a change says what that was.
+        changes: the changes so far, oldest first.
+        new: the change to add. Its `before` becomes that of the first dropped change, if one is dropped.
+
+    Returns:
+        The changes, oldest first.
     """
     replaced = [each for each in changes if each.key == new.key and each.step >= new.step]
     if replaced:
@@ -41,7 +47,7 @@ def with_change(changes: Sequence[Change], new: Change) -> list[Change]:
 
 
 def without(changes: Iterable[Change], keys: Collection[str]) -> list[Change]:
-    """The changes of other keys."""
+    """The changes of all keys but `keys`."""
     return [each for each in changes if each.key not in keys]
 
 
@@ -51,7 +57,14 @@ def newest(changes: Iterable[Change]) -> dict[str, Value]:
 
 
 def value_at(changes: Iterable[Change], key: str, step: int, last: Value) -> Value:
-    """The value of a key for the optimizer step after `step` steps; `last` is that after all changes."""
+    """The value of a key for the optimizer step after `step` steps.
+
+    Args:
+        changes: the changes of the run, oldest first.
+        key: dotted key.
+        step: number of optimizer steps done.
+        last: the key's value after all changes.
+    """
     for each in changes:
         if each.key == key and each.step > step:
             return each.before

@@ -40,13 +40,14 @@ _PAUSE_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class _Order:
-    """A request that will be carried out."""
+    """An accepted request, which waits to be carried out."""
 
     name: str
-    """Name of its file."""
+    """Name of the request's file."""
     request: Request
     changes: tuple[Change, ...] = ()
-    """All changes of the run, once a `set` is carried out; empty for other commands."""
+    """For `set`: all changes of the run, the new ones included. Empty before the request is checked, and for other
+    commands."""
 
 
 class Commands:
@@ -60,9 +61,9 @@ class Commands:
         self._session = session
         self._orders: deque[_Order] = deque()
         self._saves: list[tuple[str, int]] = []
-        """Requests for checkpoints that are being written, with their steps."""
+        """Names of the `save` requests whose checkpoints are being written, with the steps of those."""
         self._open: set[str] = set()
-        """Names of the requests that are accepted and have no last answer yet."""
+        """Names of the accepted requests that have no last answer yet."""
         self._stop: str = ""
         """Name of the request to stop."""
         self._is_paused = False
@@ -70,7 +71,7 @@ class Commands:
         self._inbox: Inbox | None = None
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        """Held while a request is received, and at the end: what has a last answer gets no other."""
+        """Held while a request is received, and while `close` answers: no request gets an answer after its last one."""
         if dist.get_rank() == 0:
             with contextlib.suppress(UsageError):  # which the command that started the ranks has warned of
                 self._inbox = Inbox(session.folder)
@@ -82,15 +83,15 @@ class Commands:
         return bool(self._orders)
 
     def state(self, state: State) -> None:
-        """Tell other terminals what the run does from now on."""
+        """Record what the run does from now on, for `megazh ctl RUN status`."""
         self._states.set(state)
 
     def during(self, state: State) -> AbstractContextManager[None]:
-        """Tell other terminals what the run does in the block."""
+        """Record what the run does in the block, for `megazh ctl RUN status`."""
         return self._states.during(state)
 
     def carry_out(self) -> None:
-        """Carry out what waits, and wait where that is a pause. All ranks call it, at a step's end.
+        """Carry out the requests that wait; while the run is paused, wait for more. All ranks call it after a step.
 
         Raises:
             Interrupted: a rank was requested to stop; the current step is saved.
@@ -105,7 +106,7 @@ class Commands:
                 return
 
     def settle(self) -> None:
-        """Answer the requests for checkpoints that have been written since, or have failed."""
+        """Answer the `save` requests whose checkpoints are written by now, or could not be written."""
         if not self._saves:
             return
         saver, waiting = self._session.saver, self._saves

@@ -28,13 +28,16 @@ LIVE = (
 
 
 def changed(recipe: Recipe, changes: Sequence[Change], step: int, settings: Iterable[str]) -> list[Change]:
-    """The changes of a run once `key=value` settings hold from now on.
+    """Change settings of a run.
 
     Args:
         recipe: the recipe of this step, see `recipe_at`.
-        changes: the changes so far.
-        step: optimizer steps done.
-        settings: the new settings.
+        changes: the changes so far, oldest first.
+        step: number of optimizer steps done.
+        settings: new settings, `key=value` each.
+
+    Returns:
+        The changes so far and the new ones.
 
     Raises:
         UsageError: a key is unknown or cannot be changed while the run runs, or a value cannot work.
@@ -52,16 +55,22 @@ def changed(recipe: Recipe, changes: Sequence[Change], step: int, settings: Iter
 
 
 def recipe_at(recipe: Recipe, changes: Iterable[Change], step: int) -> Recipe:
-    """The recipe of the optimizer step after `step` steps; `recipe` is that after all changes.
+    """The recipe of the optimizer step after `step` steps.
 
-    Only the learning rate decides what a step computes. The other keys hold as they were set last, from a resume on.
+    Of the keys in `LIVE`, only the learning rate decides what a step computes, so a step that is taken again gets the
+    rate that it had. All other keys have their newest values.
+
+    Args:
+        recipe: the recipe after all changes.
+        changes: the changes of the run, oldest first.
+        step: number of optimizer steps done.
     """
     peak = peak_at(recipe, changes, step)
     return recipe if peak == recipe.optimizer.learning_rate else recipe.replaced({LEARNING_RATE: peak})
 
 
 def peak_at(recipe: Recipe, changes: Iterable[Change], step: int) -> float:
-    """The peak learning rate of the optimizer step after `step` steps; `recipe` is that after all changes."""
+    """The peak learning rate of the optimizer step after `step` steps; arguments as for `recipe_at`."""
     found = value_at(changes, LEARNING_RATE, step, recipe.optimizer.learning_rate)
     assert isinstance(found, float | int)
     return found

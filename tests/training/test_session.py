@@ -15,7 +15,8 @@ from megazh.errors import UsageError
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import VALIDATION, Metrics
 from megazh.training.control import Interrupted, Reason
-from megazh.training.session import Session
+from megazh.training.guard import Verdict
+from megazh.training.session import Agreed, Session
 
 
 def stopped(reason: Reason, **session: object) -> tuple[Exception, int]:
@@ -46,6 +47,19 @@ def test_other_stops_are_none(reason: Reason, session: dict[str, bool], expected
     ends, code = stopped(reason, **session)
     assert isinstance(ends, Interrupted)
     assert (ends.reason, code) == (reason, expected)
+
+
+def test_a_person_who_stops_the_run_while_it_is_saved_for_a_scheduler_decides_the_exit_code() -> None:
+    session = SimpleNamespace(
+        check_health=Mock(),
+        _skip_or_go_back=lambda: False,
+        _save_if_due=Mock(side_effect=lambda stop: vars(session).update(agreed_reason=lambda: Reason.COMMAND)),
+        agreed_reason=lambda: Reason.TERMINATED,
+        _stopped=Interrupted,
+    )
+    with pytest.raises(Interrupted) as ended:
+        Session.after_step(session, Agreed(Reason.TERMINATED, Verdict.ACCEPTED, commands=False))
+    assert ended.value.reason is Reason.COMMAND
 
 
 @pytest.fixture
