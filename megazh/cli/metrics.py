@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megazh.cli.options import Subparsers, add_command
+from megazh.cli.options import Subparsers, add_command, writing_output
 from megazh.errors import UsageError
 
 EXAMPLES = """examples:
@@ -31,9 +31,10 @@ def _metrics(options: argparse.Namespace) -> None:
     from megazh.files import write_atomic
     from megazh.run.csv_export import describe, table
     from megazh.run.metrics import METRICS, read_metrics
-    from megazh.writing import writing
 
     records = read_metrics(options.run)
+    if not records:
+        raise UsageError(f"{options.run}: nothing is recorded yet; let the run take a step first")
     if options.csv is None:
         print("\n".join(describe(records)))
         return
@@ -41,10 +42,10 @@ def _metrics(options: argparse.Namespace) -> None:
     if options.csv == "-":
         sys.stdout.write(text)
         return
-    if Path(options.csv).resolve() == (options.run / METRICS).resolve():
+    output = Path(options.csv)
+    if output.resolve() == (options.run / METRICS).resolve():
         raise UsageError(f"--csv {options.csv}: the records of the run themselves; give another file")
-    data = text.encode()
-    with writing(options.csv, len(data)):
-        write_atomic(Path(options.csv), data)
+    with writing_output("--csv", output):
+        write_atomic(output, text.encode())
     rows = sum(record["kind"] == options.kind for record in records)
     print(f"{options.csv}: {rows:,} rows")

@@ -4,11 +4,14 @@ Modules that are slow to import are imported in the functions that need them, so
 """
 
 import argparse
+import contextlib
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megazh.corpus.formats import Format
-from megazh.errors import UsageError
+from megazh.errors import UsageError, WriteError
 
 if TYPE_CHECKING:
     from megazh.corpus.options import ReadOptions
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from megazh.tokenizer.tokenizer import RankKind
 
 _SEEDS = 1 << 32
+_WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 
@@ -42,6 +46,25 @@ def run_folder(path: Path) -> Path:
     if path.is_file():
         raise UsageError(f"{path}: a file, not the folder of a run; give the folder: {path.parent}")
     return path
+
+
+@contextlib.contextmanager
+def writing_output(option: str, path: Path) -> Iterator[None]:
+    """Write in the block the file that a user named with an option; its folder has to be there.
+
+    Raises:
+        UsageError: the path is a folder, or in none, or nothing may be written there.
+    """
+    if path.is_dir():
+        raise UsageError(f"{option} {path}: a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: {path.parent} is no folder; make it first, or give another file")
+    try:
+        yield
+    except WriteError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _WRONG_PATH:
+            raise UsageError(f"{option} {error}") from None
+        raise
 
 
 def amount(text: str) -> int:

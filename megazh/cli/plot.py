@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from megazh.cli.options import Subparsers, add_command
+from megazh.cli.options import Subparsers, add_command, writing_output
 from megazh.errors import UsageError
 
 EXAMPLES = """examples:
@@ -22,7 +22,12 @@ def add_to(commands: Subparsers) -> None:
     parser = add_command(commands, "plot", "draw the curves of one or several runs as a PNG or SVG", EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("plot.png"), metavar="FILE", help=".png or .svg (default: plot.png)"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("plot.png"),
+        metavar="FILE",
+        help=".png or .svg, written anew (default: plot.png in the current folder)",
     )
     parser.add_argument("--x", choices=["tokens", "steps", "hours"], default="tokens", help="default: tokens")
     parser.add_argument(
@@ -75,7 +80,9 @@ def _plot(options: argparse.Namespace) -> None:
         x_range=ranges["x"],
         y_range=ranges["y"],
     )
-    for line in plot_runs(options.runs, options.output, chosen):
+    with writing_output("-o", options.output):
+        notes = plot_runs(options.runs, options.output, chosen)
+    for line in notes:
         print(f"note: {line}")
     print(options.output)
 

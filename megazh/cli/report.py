@@ -1,9 +1,10 @@
 """`megazh report`: a run as one HTML file."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
-from megazh.cli.options import Subparsers, add_command
+from megazh.cli.options import Subparsers, add_command, writing_output
 
 EXAMPLES = """examples:
   megazh report runs/demo
@@ -27,6 +28,8 @@ def _report(options: argparse.Namespace) -> None:
     from megazh.training.report.page import write_report
 
     output = options.output or options.run / "report.html"
-    for problem in write_report(options.run, output):
+    with writing_output("-o", output) if options.output else contextlib.nullcontext():
+        problems = write_report(options.run, output)
+    for problem in problems:
         print(f"note: {problem}")
     print(output)

@@ -156,16 +156,23 @@ def draw_rates(axes: Axes, history: History, x: Axis) -> None:
     if (norm[np.isfinite(norm)] > 0).any():
         make_logarithmic(norms)
     norms.set_ylabel("gradient norm")
-    axes.legend(handles=[rate, line], loc="upper right")
+    # Above the panel: inside, it covers a curve wherever it stands.
+    axes.legend(
+        handles=[rate, line], loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.1
+    )
 
 
 def make_logarithmic(axes: Axes) -> None:
-    """Give the vertical axis a logarithmic scale, with numbers such as 2 rather than 2 x 10^0."""
+    """Give the vertical axis a logarithmic scale, with numbers such as 2 and 0.9, not 2 x 10^0 and 9e-01."""
     from matplotlib.ticker import LogFormatter
 
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""  # empty where a number has no room
+
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain())
 
 
 def format_x(axes: Axes, x: Axis) -> None:

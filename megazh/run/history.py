@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megazh.errors import DataError
+from megazh.errors import DataError, UsageError
 from megazh.progress import Progress
 from megazh.run.metrics import METRICS, read_metrics
 
@@ -141,10 +141,10 @@ def read_history(folder: Path) -> History:
 
 
 def drawable_history(folder: Path) -> History:
-    """As `read_history`, of a run that has taken a step. Raises DataError where it has not."""
+    """As `read_history`, of a run that has taken a step. Raises UsageError where it has not."""
     history = read_history(folder)
     if not history.steps:
-        raise DataError(f"{folder}: no step is recorded yet; let the run take one first")
+        raise UsageError(f"{folder}: no step is recorded yet; let the run take one first")
     return history
 
 

@@ -52,8 +52,8 @@ def plot_losses(folder: Path, output: Path) -> None:
     """Draw the losses of the run in `folder` over its tokens to the PNG `output`.
 
     Raises:
-        UsageError: the folder holds no metrics, or `output` is not named .png.
-        DataError: the metrics are damaged, or hold no step.
+        UsageError: the folder holds no metrics, or no step in them, or `output` is not named .png.
+        DataError: the metrics are damaged.
     """
     if output.suffix.lower() != ".png":
         raise UsageError(f"{output}: a loss plot is a PNG; name it .png")
@@ -67,8 +67,9 @@ def plot_runs(folders: Sequence[Path], output: Path, options: PlotOptions) -> li
         Lines for the user: how a measure was derived, and characters that no font has.
 
     Raises:
-        UsageError: a folder holds no metrics, `output` has another suffix, or labels and runs are not as many.
-        DataError: metrics are damaged, hold no step, or lack what the measure needs.
+        UsageError: a folder holds no step, `output` has another suffix, labels and runs are not as many, or no step
+            is in the part of the axis that is shown.
+        DataError: metrics are damaged, or lack what the measure needs.
         WriteError: `output` cannot be written.
     """
     suffix = output.suffix.lower()
@@ -79,6 +80,7 @@ def plot_runs(folders: Sequence[Path], output: Path, options: PlotOptions) -> li
             f"--label: {len(options.labels)} for {len(folders)} runs; give one for each run, in their order"
         )
     histories = [drawable_history(folder) for folder in folders]
+    _check_range(histories, options)
     labels = list(options.labels) or labels_of(folders)
     corpora = [name for history in histories for name in history.validation_of_corpora(options.y)]
     fonts = fonts_for([*labels, options.title, *corpora])
@@ -156,6 +158,19 @@ def _format(top: Any, bottom: Any, options: PlotOptions) -> None:
     top.set_ylabel(Y_LABELS[options.y])
     top.grid(alpha=0.3)
     format_x(bottom, options.x)
+
+
+def _check_range(histories: Sequence[History], options: PlotOptions) -> None:
+    """Refuse a part of the axis that no step is in. Raises UsageError."""
+    if options.x_range is None:
+        return
+    low, high = options.x_range
+    places = [history.x(options.x) for history in histories]
+    if not any(((low <= each) & (each <= high)).any() for each in places):
+        first, last = min(each.min() for each in places), max(each.max() for each in places)
+        raise UsageError(
+            f"--x-range {low:g} {high:g}: no step is there: the {options.x} of the steps are {first:g} to {last:g}"
+        )
 
 
 def _derived(histories: Sequence[History], options: PlotOptions) -> list[str]:

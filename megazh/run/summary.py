@@ -43,7 +43,7 @@ def describe_end(
             f"{first['bits_per_byte']:.3f} and {last['bits_per_byte']:.3f} bits per byte"
         )
     for sample in samples[-_SAMPLES:]:
-        yield f"{'sample':<12}{sample['prompt']}|{' '.join(sample['text'].split())}"
+        yield f"{'sample':<12}after step {sample['step']:,}: {sample['prompt']}|{' '.join(sample['text'].split())}"
     if skipped := [record for record in trained if record["skipped"]]:
         odd = sum(not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])) for record in skipped)
         spikes = len(skipped) - odd

@@ -45,6 +45,21 @@ def test_refusals_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     capfd.readouterr()
     assert call(str(tmp_path), "--csv", str(tmp_path / "." / "metrics.jsonl")) == 2
     assert "the records of the run themselves; give another file" in capfd.readouterr().err
-    assert call(str(tmp_path), "--csv", str(tmp_path / "metrics.jsonl" / "x.csv")) not in (0, None)
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"error: {tmp_path}/metrics.jsonl/x.csv: cannot be written: ")
+    for path, reason in (
+        (tmp_path / "metrics.jsonl" / "x.csv", "is no folder; make it first"),
+        (tmp_path / "none" / "x.csv", f"{tmp_path}/none is no folder; make it first"),
+        (tmp_path, "a folder; name a file in it"),
+        (Path("/proc/x.csv"), "cannot be written"),
+    ):
+        assert call(str(tmp_path), "--csv", str(path)) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"error: --csv {path}: ")
+        assert reason in line
+    assert not (tmp_path / "none").exists()
+
+
+def test_nothing_is_recorded_yet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    for words in ([], ["--csv", "-"]):
+        assert call(str(tmp_path), *words) == 2
+        assert "nothing is recorded yet" in capfd.readouterr().err

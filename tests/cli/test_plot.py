@@ -33,6 +33,11 @@ def test_draws_runs_by_default_to_a_png_here(tmp_path: Path) -> None:
     [
         (["nothing"], "error: nothing/metrics.jsonl: no such file"),
         (["深", "-o", "x.gif"], "error: x.gif: a plot is a PNG or an SVG; name it .png or .svg"),
+        (["深", "-o", "none/x.png"], "error: -o none/x.png: none is no folder; make it first"),
+        (
+            ["深", "--x-range", "1M", "2M"],
+            "error: --x-range 1e+06 2e+06: no step is there: the tokens of the steps are 256",
+        ),
         (["深", "--smooth", "few"], "error: --smooth few: expected auto"),
         (["深", "--y-range", "3", "2"], "error: --y-range 3 2: expected a smaller and a larger number"),
         (["深", "--log-y", "--y-range", "0", "2"], "error: --y-range 0 2: a logarithmic axis has no 0"),

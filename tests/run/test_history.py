@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megazh.errors import DataError
+from megazh.errors import UsageError
 from megazh.run.history import Axis, History, Mark, Measure, drawable_history, read_history
 from megazh.run.metrics import Metrics
 from megazh.run.records import CorpusValidation
@@ -60,5 +60,5 @@ def test_a_skipped_step_is_one_mark() -> None:
 def test_a_run_without_a_step_cannot_be_drawn(tmp_path: Path) -> None:
     with Metrics(tmp_path, 0, quiet=False) as metrics:
         metrics.validation(0, 0, 11.9, 4.0, 3)
-    with pytest.raises(DataError, match="no step is recorded yet"):
+    with pytest.raises(UsageError, match="no step is recorded yet"):
         drawable_history(tmp_path)

@@ -78,7 +78,7 @@ def test_draws_short_and_broken_runs(tmp_path: Path, losses: list[float]) -> Non
 def test_run_without_a_step(tmp_path: Path) -> None:
     with Metrics(tmp_path, 0, quiet=False) as metrics:
         metrics.validation(0, 0, 11.9, 4.0, 3)
-    with pytest.raises(DataError, match="no step is recorded"):
+    with pytest.raises(UsageError, match="no step is recorded"):
         plot_losses(tmp_path, tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
 
