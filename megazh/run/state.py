@@ -12,6 +12,7 @@ from megazh.run.folder import RunFolder
 from megazh.run.requests import check_private, read_private, write_private
 
 STATE = "state.json"
+_SILENT_SECONDS, _SILENT_STEPS = 60.0, 10.0
 
 
 class State(StrEnum):
@@ -74,3 +75,15 @@ def read_state(run: RunFolder) -> StateRecord | None:
         return read_private(run.control / STATE, StateRecord)
     except DataError:
         return None
+
+
+def too_long_silent(now: float, last: float, step_seconds: float) -> float | None:
+    """Seconds since the last sign of a run that trains, where they are far more than its steps take; else None.
+
+    Args:
+        now: seconds since 1970-01-01 UTC.
+        last: when the last step was recorded, or training began anew.
+        step_seconds: seconds of the last step.
+    """
+    silent = now - last
+    return silent if silent > max(_SILENT_SECONDS, _SILENT_STEPS * step_seconds) else None

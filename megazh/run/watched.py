@@ -15,12 +15,11 @@ from megazh.run.attempt import COMPLETE, KILLED, how_ended
 from megazh.run.folder import DESCRIPTION, RunFolder
 from megazh.run.lines import left, one_line
 from megazh.run.metrics import METRICS
-from megazh.run.state import State, StateRecord, read_state
+from megazh.run.state import State, StateRecord, read_state, too_long_silent
 from megazh.run.tail import Tail
 
 _MOST_EVENTS = 100
 _MOST_PROMPTS = 20
-_SILENT_SECONDS, _SILENT_STEPS = 60.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -146,13 +145,10 @@ class Watched:
         if record.state is State.PAUSED:
             return Standing(f"paused for {left(max(0.0, now - record.since))}", calm=False)
         step = self.last_step
-        silent = 0.0 if step is None or step["time"] is None else now - max(step["time"], record.since)
-        if (
-            record.state is State.TRAINING
-            and step
-            and silent > max(_SILENT_SECONDS, _SILENT_STEPS * step["step_seconds"])
-        ):
-            return Standing(f"training, but no step for {left(silent)}", calm=False)
+        if record.state is State.TRAINING and step and step["time"] is not None:
+            silent = too_long_silent(now, max(step["time"], record.since), step["step_seconds"])
+            if silent is not None:
+                return Standing(f"training, but no step for {left(silent)}", calm=False)
         return Standing(record.state)
 
     def _read_description(self) -> None:

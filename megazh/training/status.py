@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,17 +15,19 @@ from pydantic import TypeAdapter
 from megazh.errors import MegazhError
 from megazh.files import holder
 from megazh.progress import duration
+from megazh.run.attempt import COMPLETE, how_ended
 from megazh.run.changes import newest as newest_values
 from megazh.run.folder import RunFolder
 from megazh.run.lines import compact
 from megazh.run.metrics import METRICS, StepRecord, ValidationRecord
-from megazh.run.state import State, read_state
+from megazh.run.state import State, read_state, too_long_silent
 from megazh.training.checkpoint_list import newest_good
 from megazh.training.recipe import run_recipe
 
 _TAIL, _LONGEST_TAIL = 1 << 16, 1 << 24
 _STEP, _VALIDATION = TypeAdapter(StepRecord), TypeAdapter(ValidationRecord)
 _GIB = 1 << 30
+_WIDTH = 108  # columns of a long reason, beside its name
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Status:
     run: str
     """Path of its folder."""
     state: str
-    """See `megazh.run.state.State`; of a run that does not run, `complete` or `ended`."""
+    """See `megazh.run.state.State`; of a run that does not run, see `megazh.run.attempt.how_ended`."""
     since: float | None
     """When the state began, in seconds since 1970-01-01 UTC; None where that is not known."""
     step: int
@@ -78,6 +81,11 @@ class Status:
         """Whether the run is running."""
         return self.state in list(State)
 
+    def _seconds_without_a_step(self, now: float) -> float | None:
+        if self.state != State.TRAINING or self.recorded is None or self.since is None or self.step_seconds is None:
+            return None
+        return too_long_silent(now, max(self.recorded, self.since), self.step_seconds)
+
     def to_json(self) -> str:
         """A JSON object with all values, on one line; numbers that are not finite are text."""
         values = {name: _json_value(value) for name, value in asdict(self).items()}
@@ -87,9 +95,13 @@ class Status:
         """Lines for a terminal; `now` are seconds since 1970-01-01 UTC."""
         since = f" for {duration(now - self.since)}" if self.running and self.since is not None else ""
         yield f"{'run':<12}{self.run}"
-        yield f"{'state':<12}{self.state}{since}"
+        quiet = self._seconds_without_a_step(now)
+        yield f"{'state':<12}{self.state}{since}{f', but no sign of progress for {duration(quiet)}' if quiet else ''}"
         if not self.running and self.reason is not None:
-            yield f"{'ended':<12}{self.ended}: {self.reason} (exit code {self.exit_code})"
+            first, _, rest = self.reason.partition("; ")  # the clauses after it say what to do
+            text = f"{self.ended}: {first} (exit code {self.exit_code})"
+            for number, line in enumerate([*_wrapped(text), *_wrapped(rest)]):
+                yield f"{'' if number else 'ended':<12}{line}"
         elif self.state == "ended":
             yield f"{'ended':<12}without saying why: killed, or its machine went down"
         age = f", {duration(now - self.recorded)} ago" if self.running and self.recorded is not None else ""
@@ -124,11 +136,13 @@ def status(run: RunFolder) -> Status:
     with contextlib.suppress(MegazhError):  # checkpoints of another version, which the next start names
         newest = newest_good(run.checkpoints)
     path, saved = newest or (None, None)
+    attempt = info.attempts[-1] if info.attempts else None
     if is_running:
         state = record.state.value if record else State.STARTING.value
+    elif saved and saved.complete and saved.step >= recipe.course.steps:
+        state = COMPLETE
     else:
-        state = "complete" if saved and saved.complete and saved.step >= recipe.course.steps else "ended"
-    attempt = info.attempts[-1] if info.attempts else None
+        state = how_ended(attempt.exit_code if attempt else None)
     return Status(
         run=str(run.path),
         state=state,
@@ -185,6 +199,10 @@ def _records(text: bytes) -> tuple[StepRecord | None, ValidationRecord | None]:
         if step is not None and validation is not None:
             break
     return step, validation
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _json_value(value: Any) -> Any:

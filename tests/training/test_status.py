@@ -43,6 +43,8 @@ def test_a_running_run_says_what_it_does(run: RunFolder) -> None:
         assert (found.running, found.state, found.eta_seconds) == (True, "training", 0)
         assert found.since is not None
         assert f"state       training for 0:00:{2:02d}" in list(found.lines(found.since + 2))
+        frozen = list(found.lines(found.since + 120))
+        assert "state       training for 0:02:00, but no sign of progress for 0:02:00" in frozen
         (run.control / "state.json").write_text('{"state": "flying", "since": 0}')
         assert read_state(run) is None
     assert not status(run).running
@@ -82,8 +84,17 @@ def test_the_end_of_a_run_has_its_reason(stories: Path, tmp_path: Path) -> None:
     assert "ended       without saying why: killed, or its machine went down" in list(status(run).lines(0))
     run.end(130, "stopped by 'megazh ctl'")
     found = status(run)
-    assert (found.state, found.reason, found.exit_code) == ("ended", "stopped by 'megazh ctl'", 130)
+    assert (found.state, found.reason, found.exit_code) == ("stopped", "stopped by 'megazh ctl'", 130)
     assert f"ended       {found.ended}: stopped by 'megazh ctl' (exit code 130)" in list(found.lines(0))
+    run.end(6, "the last 20 steps were skipped, since loss nan is not finite; " + "lower the learning rate " * 9)
+    found = status(run)
+    lines = list(found.lines(0))
+    assert "state       failed" in lines
+    begin = f"ended       {found.ended}: the last 20 steps were skipped, since loss nan is not finite (exit code 6)"
+    assert lines[lines.index(begin) + 1].startswith("            lower the learning rate lower")
+    assert max(map(len, lines)) <= 120
+    run.end(75, "stopped by SIGTERM")
+    assert status(run).state == "stopped"
 
 
 def test_lines_that_are_cut_off_or_foreign_are_passed_over(run: RunFolder) -> None:
