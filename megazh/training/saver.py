@@ -77,6 +77,8 @@ class Saver:
         retain: called on rank 0 with the new checkpoint's path after each save, in a thread: removes those that are no
             longer to be kept, and returns lines to print.
         complete: called on rank 0 with the folder of a checkpoint whose tensors are written, in a thread: adds files.
+        note_failure: called on all ranks where training goes on without a checkpoint that could not be written: with
+            the line to print, and its step. Default: prints the line.
     """
 
     def __init__(
@@ -86,9 +88,11 @@ class Saver:
         log: Callable[[str], None] = print,
         retain: Callable[[Path], list[str]] = lambda path: [],
         complete: Callable[[Path], None] = lambda folder: None,
+        note_failure: Callable[[str, int], None] | None = None,
     ) -> None:
         self._optimizer, self._folder, self._log, self._retain = optimizer, folder, log, retain
         self._complete = complete
+        self._note_failure = note_failure or (lambda line, step: log(line))
         self._copy = HostCopy(optimizer.pieces_to_save(), dist.get_rank())  # now: to page-lock memory takes seconds
         self._needed = sum(gather(self._copy.bytes))
         self._manifest: CheckpointManifest | None = None  # of the save under way, and so on all ranks or on none
@@ -140,7 +144,7 @@ class Saver:
         self.wait()
         self._begun, self._required = time.perf_counter(), required
         if message := of_rank_0(self._prepared(manifest.step)):
-            self._failed(message)
+            self._failed(message, manifest.step)
             return
         self._copy.take()
         update = {"optimizer": self._optimizer.name, "updates": self._optimizer.updates, "versions": _versions()}
@@ -221,8 +225,9 @@ class Saver:
                 raise RuntimeError(f"rank {rank} failed to write {target}:\n{bug}")
         if failure := next((failure for _, failure, _ in found if failure), ""):
             self._remove(temporary)
+            step = self._manifest.step
             self._manifest, self._finishing = None, False
-            self._failed(failure)
+            self._failed(failure, step)
         elif not self._finishing:
             self._finishing = True
             if dist.get_rank() == 0:
@@ -258,13 +263,14 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
         dist.barrier()
 
-    def _failed(self, message: str) -> None:
+    def _failed(self, message: str, step: int) -> None:
         self._failures, self.failure = self._failures + 1, message
         if self._failures >= FAILURES_LIMIT:
             last = "no checkpoint was saved" if self.saved_at is None else f"the newest is that of step {self.saved_at}"
             raise SaveError(f"{message}; {self._failures} saves in a row have failed, and {last}: training is stopped")
         if not self._required:
-            self._log(f"warning: {message.split(';')[0]}; {KEPT}; training goes on to the next checkpoint")
+            line = f"warning: {message.split(';')[0]}; {KEPT}; training goes on to the next checkpoint"
+            self._note_failure(line, step)
 
 
 def write_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:

@@ -220,7 +220,8 @@ class Session(ABC):
             found = agree_on_initial(Path(initial))
         if found is not None:
             self._load(*found, begins)
-        self.saver = Saver(self.state, self.folder.checkpoints, self.log, self._retain, self.complete_folder)
+        checkpoints, note = self.folder.checkpoints, self.note_failed_save
+        self.saver = Saver(self.state, checkpoints, self.log, self._retain, self.complete_folder, note)
         self.saver.saved_at = self.found[1].step if self.found else None
         self.saver.check_room()  # now, not after hours
 
@@ -265,6 +266,10 @@ class Session(ABC):
             text = f"the layout was {saved.stages} x {saved.replicas}, and is now {shape} ranks (stages x replicas)"
             metrics.event(self.step, "relayout", text, **before, **now)
         return metrics
+
+    def note_failed_save(self, line: str, step: int) -> None:
+        """Note that the checkpoint of `step` could not be written, and that training goes on."""
+        self.metrics.event(self.step, "save_failed", line, checkpoint=step)
 
     def finish(self) -> None:
         """Wait for the last checkpoint, and mark the run as complete."""

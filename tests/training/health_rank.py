@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from ranks import join_ranks, save_results
 from recipes import make_recipe
 
+from megazh import writing
 from megazh.errors import MegazhError
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import Metrics
@@ -133,6 +135,9 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
         own.control = Control()
         results["saved by a stop"] = saved()
         results["evaluated"] = of_rank_0(sorted(own.metrics.evaluated_at(3)))
+        # A checkpoint for which there is no room.
+        with mock.patch.object(writing, "free_bytes", return_value=1000):
+            own.save(wait=False)
         # A checkpoint that an earlier version saved with weights that are not finite.
         own.take_step()
         results["taken"] = own.guard.verdict.name

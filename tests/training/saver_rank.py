@@ -72,9 +72,16 @@ def behind_the_steps(folder: Path, arguments: list[str]) -> dict[str, Any]:
 
 def failures(folder: Path, arguments: list[str]) -> dict[str, Any]:
     """Failed saves: too little room, once and as the last one; the last rank at its limit; three in a row."""
-    _, saver, lines = make_saver(folder)
+    found: dict[str, Any] = {"noted": []}
+    lines: list[str] = []
+    optimizer = MadeOptimizer(whole_state(1), replica=dist.get_rank(), replicas=dist.get_world_size())
+
+    def note(line: str, step: int) -> None:
+        lines.append(line)
+        found["noted"].append(step)
+
+    saver = Saver(optimizer, folder, lines.append, note_failure=note)
     saver.save(made_manifest(1))
-    found: dict[str, Any] = {}
     with mock.patch.object(writing, "free_bytes", return_value=1000):
         try:
             saver.check_room()

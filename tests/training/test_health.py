@@ -93,6 +93,15 @@ def test_a_request_to_stop_that_one_rank_knows_ends_all_within_validation_and_sa
 
 @pytest.mark.ranks
 @pytest.mark.slow
+def test_a_save_that_fails_is_an_event(happened: tuple[Path, int, dict[str, Any]]) -> None:
+    run, _, _ = happened
+    (event,) = [each for each in read_metrics(run) if each["kind"] == "event" and each["name"] == "save_failed"]
+    assert (event["step"], event["details"]) == (3, {"checkpoint": 3})
+    assert re.search(r"^warning: \S+step_00000003: cannot be written: .+; training goes on", event["text"])
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(happened: tuple[Path, int, dict[str, Any]]) -> None:
     _, _, results = happened
     assert re.search(

@@ -67,6 +67,7 @@ def test_failed_saves(tmp_path: Path, one_rank: None) -> None:
     assert first["under way"] is None, "found before anything was written"
     assert f"{folder / 'step_00000003'}: cannot be written: No space left on device (" in first["required"]
     assert " needed, 1.0 kB free); earlier checkpoints are whole: make room on its disk, then" in first["required"]
+    assert first["noted"] == [2, 5, 6], "on all ranks, where the run goes on"
     assert first["left of 5"] == first["left of 6"] == []
     _, early, _, fifth, sixth = first["lines"]
     assert early.startswith(f"warning: {folder / 'step_00000002'}: cannot be written: No space left on device (")
