@@ -46,6 +46,15 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync(path: Path) -> None:
+    """Make what other descriptors have written to a file survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomic(path: Path, data: bytes, durable: bool = True, mode: int = 0o644) -> None:
     """Write a file so that `path` holds either its old content or all of `data`: temporary name, fsync, rename.
 

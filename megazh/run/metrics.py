@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megazh.errors import UsageError
-from megazh.files import write_atomic
+from megazh.files import fsync
 from megazh.run.board import Board
 from megazh.run.lines import one_line, sample_line, step_line, validation_lines
 from megazh.run.records import (
@@ -24,6 +24,7 @@ from megazh.run.records import (
     read_records,
 )
 from megazh.run.redraw import Redrawing
+from megazh.run.rewind import drop_after, records_of_step
 from megazh.run.scalars import scalars_of
 from megazh.run.trackers.start import Trackers
 from megazh.run.trackers.tracker import TrackedRun, TrackerName
@@ -48,7 +49,8 @@ class Metrics:
     """Records a run on the terminal, in `folder/metrics.jsonl` and in `folder/tensorboard`.
 
     On resume, records after `first_step` are dropped: they belong to steps that the interruption lost. Records of
-    `first_step` itself stay, and events of all steps. A new run keeps the events of attempts that saved nothing.
+    `first_step` itself stay, and events of all steps. A new run keeps the events of attempts that saved nothing. Lines
+    behind `first_step` that cannot be read are removed with a warning; ones before it are left to `read_metrics`.
 
     Args:
         folder: the run folder.
@@ -56,7 +58,7 @@ class Metrics:
         quiet: write nothing at all (every rank but one).
 
     Raises:
-        DataError: metrics.jsonl is damaged.
+        DataError: metrics.jsonl is of a newer version.
         WriteError: metrics.jsonl cannot be written.
     """
 
@@ -69,7 +71,7 @@ class Metrics:
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                _drop_after(path, first_step)
+                drop_after(path, first_step)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._path, self._redrawing = path, Redrawing(folder)
         self._board = Board(folder / TENSORBOARD, first_step + 1 if first_step else 0)
@@ -135,15 +137,20 @@ class Metrics:
         _print(one_line(record.text))
 
     def evaluated_at(self, step: int) -> set[str]:
-        """What is recorded at a step besides the step itself: `VALIDATION`, and `sample_of` each prompt."""
+        """What is recorded at the last step besides the step itself: `VALIDATION`, and `sample_of` each prompt."""
         if self._quiet:
             return set()
-        records = [record for _, record in read_records(self._path) if record["step"] == step]
         return {
             VALIDATION if record["kind"] == "validation" else sample_of(record["prompt"])
-            for record in records
+            for record in records_of_step(self._path, step)
             if record["kind"] in ("validation", "sample")
         }
+
+    def flush(self) -> None:
+        """Make what is recorded survive a power cut; may be called in a thread. Raises WriteError."""
+        if not self._quiet:
+            with writing(self._path):
+                fsync(self._path)
 
     def go_back(self, step: int) -> None:
         """Drop the records after `step`, as a resume from there does, and go on from it.
@@ -156,7 +163,7 @@ class Metrics:
             return
         self._file.close()
         with writing(self._path):
-            _drop_after(self._path, step)
+            drop_after(self._path, step)
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._board.close()
         self._board = Board(self._path.parent / TENSORBOARD, step + 1)
@@ -223,17 +230,6 @@ def read_metrics(folder: Path, on_bytes: Callable[[int], None] | None = None) ->
         if on_bytes is not None:
             on_bytes(len(line) + 1)
     return records
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Rewrite metrics.jsonl without records after `step`, but for events, and without an incomplete last line."""
-
-    def keeps(record: dict[str, Any]) -> bool:
-        return record["kind"] == "event" or 0 < step >= record["step"]
-
-    kept = b"".join(line + b"\n" for line, record in read_records(path) if keeps(record))
-    if kept != path.read_bytes():
-        write_atomic(path, kept)
 
 
 def _valid_text(text: str) -> str:

@@ -221,7 +221,7 @@ class Session(ABC):
         if found is not None:
             self._load(*found, begins)
         checkpoints, note = self.folder.checkpoints, self.note_failed_save
-        self.saver = Saver(self.state, checkpoints, self.log, self._retain, self.complete_folder, note)
+        self.saver = Saver(self.state, checkpoints, self.log, self._retain, self._complete, note)
         self.saver.saved_at = self.found[1].step if self.found else None
         self.saver.check_room()  # now, not after hours
 
@@ -623,6 +623,11 @@ class Session(ABC):
         step = self.saver.saved_at
         saved = None if step is None else checkpoint_path(self.folder.checkpoints, step)
         return diverged(f"step {self.step}: training has diverged: {what}", self.recipe.optimizer, saved)
+
+    def _complete(self, folder: Path) -> None:
+        """Complete a checkpoint before it gets its name; called in a thread of rank 0."""
+        self.complete_folder(folder)
+        self.metrics.flush()  # a run that resumes from it shall find the records of its steps, even after a power cut
 
     def _retain(self, saved: Path) -> list[str]:
         """Remove the checkpoints that are no longer to be kept; called in a thread of rank 0."""

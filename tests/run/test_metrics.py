@@ -14,6 +14,7 @@ from processes import wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megazh.errors import DataError, UsageError, WriteError
+from megazh.run import rewind
 from megazh.run.metrics import METRICS, VALIDATION, Metrics, StepRecord, read_metrics, sample_of
 
 
@@ -170,6 +171,7 @@ def test_events_outlive_the_steps_around_them(tmp_path: Path, capsys: pytest.Cap
 
 def test_what_is_evaluated_at_a_step(metrics_file: Path) -> None:
     with Metrics(metrics_file.parent, 4, quiet=False) as metrics:
+        metrics.event(4, "resume", "once more")
         assert metrics.evaluated_at(4) == {VALIDATION, sample_of("从前")}
         assert metrics.evaluated_at(3) == set()
     with Metrics(metrics_file.parent, 4, quiet=True) as metrics:
@@ -273,10 +275,38 @@ def test_bad_line_is_named(metrics_file: Path, bad: bytes) -> None:
     metrics_file.write_bytes(b"\n".join([*lines[:2], bad, *lines[2:]]))
     with pytest.raises(DataError, match=r"metrics\.jsonl: line 3 is no record"):
         read_metrics(metrics_file.parent)
-    before = metrics_file.read_bytes()
+    write_run(metrics_file.parent, 5, first_step=4)
     with pytest.raises(DataError, match="line 3"):
-        Metrics(metrics_file.parent, 2, quiet=False)
-    assert metrics_file.read_bytes() == before
+        read_metrics(metrics_file.parent)
+
+
+@pytest.mark.parametrize("at", [4, 6, 8])
+def test_what_a_power_cut_leaves_of_steps_that_are_lost_is_removed(
+    metrics_file: Path, at: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A block of zeros in place of lines, or in front of one, behind what was flushed."""
+    lines = metrics_file.read_bytes().splitlines(keepends=True)
+    metrics_file.write_bytes(b"".join([*lines[:at], b"\0" * 300 + lines[at - 1], *lines[at:]]))
+    write_run(metrics_file.parent, 5, first_step=2)
+    assert [step for kind, step in recorded(metrics_file.parent) if kind == "step"] == [1, 2, 3, 4, 5]
+    assert recorded(metrics_file.parent)[2:4] == [("validation", 2), ("sample", 2)]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning == (
+        f"warning: {metrics_file}: 1 lines behind step 2 cannot be read, as a power cut may leave them; they are "
+        "removed"
+    )
+
+
+def test_the_history_is_not_read_to_go_back(metrics_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines longer than a block, and at each offset in it; nothing before the step is parsed."""
+    lines = metrics_file.read_bytes().splitlines()
+    for block in (1, 7, 64, 1 << 20):
+        monkeypatch.setattr(rewind, "_BLOCK", block)
+        metrics_file.write_bytes(b"".join(b"{}\n" * 50 + line + b"\n" for line in lines))
+        with Metrics(metrics_file.parent, 4, quiet=False) as metrics:
+            assert metrics.evaluated_at(4) == {VALIDATION, sample_of("从前")}
+            metrics.go_back(3)
+        assert metrics_file.read_bytes() == b"".join(b"{}\n" * 50 + line + b"\n" for line in lines[:5])
 
 
 def test_bad_last_line_that_is_whole_is_an_error(metrics_file: Path) -> None:

@@ -146,7 +146,10 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
         import megazh.training.session as session
 
         look, session.find_not_finite = session.find_not_finite, lambda optimizer, device: None
-        own.save()
+        flushed: list[list[str]] = []
+        with mock.patch.object(own.metrics, "flush", side_effect=lambda: flushed.append(saved())):
+            own.save()
+        results["there when records were flushed"] = of_rank_0(flushed)
         session.find_not_finite = look
     results["resume"] = error_of(trainer)
     return results

@@ -88,6 +88,7 @@ def test_a_request_to_stop_that_one_rank_knows_ends_all_within_validation_and_sa
         (3, ("reason", "terminated"), ("exit_code", 75))
     }
     assert results["saved by a stop"] == ["step_00000003"]
+    assert results["there when records were flushed"] == [["step_00000003"]], "before the next gets its name"
     assert results["evaluated"] == ["sample 从前", "sample 小狗", "validation"], "only those before"
 
 
