@@ -193,10 +193,7 @@ def _deepspeed(job: Job) -> str:
 
 def _describe_end(job: Job, request: Request) -> None:
     recipe, run = job.recipe, job.run
-    asked = recipe.course.steps
-    done = steps_done(run) or asked
-    if done > asked:
-        print(f"{run.path}: has {done:,} steps already, and {asked:,} were asked for: nothing is left to do")
+    done = steps_done(run) or recipe.course.steps
     kept = [text for text in request.settings if _last_name(text) not in ("steps", "tokens", "resume", "allow_bend")]
     longer = replace(request, settings=[*kept, f"steps={2 * done}", *_bend(job, 2 * done)])
     anew = replace(request, run=run.path.with_name(f"{run.path.name}-2"))

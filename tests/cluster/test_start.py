@@ -551,14 +551,20 @@ def test_a_misspelt_manifest_makes_no_stories_beside_the_users_data(
     assert not Path("data_index/mini").exists()
 
 
-def test_a_complete_run_that_is_asked_for_fewer_steps_says_so(
+def test_a_complete_run_refuses_fewer_steps_and_names_settings_that_come_too_late(
     launches: Launches, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_metrics(make_run(Path("runs/mini"), Path(recipe)), RECIPE["steps"])
-    assert start(Request(recipe=recipe, num_gpus=1, stages=1, settings=["steps=4"])) == 0
-    out = capsys.readouterr().out
-    assert "runs/mini: has 6 steps already, and 4 were asked for: nothing is left to do" in out.splitlines()
+    line = refused(Request(recipe=recipe, num_gpus=1, stages=1, settings=["steps=4"]), launches)
+    assert line.startswith("runs/mini: 6 of 6 steps are done, and this run is to have 4; give schedule.steps= at least")
+    settings = ["learning_rate=1e-3", "kind=linear"]
+    assert start(Request(recipe=recipe, num_gpus=1, stages=1, settings=settings)) == 0
+    out, err = capsys.readouterr()
     assert "runs/mini: complete, 6 steps" in out
+    late = next(line for line in err.splitlines() if line.endswith("not applied"))
+    assert late.startswith("runs/mini: the run is complete and nothing is left to do: ")
+    assert "optimizer.learning_rate=0.001" in late
+    assert "schedule.kind=linear" in late
     assert launches == []
 
 

@@ -1,6 +1,5 @@
 """Whether a run may go on by the course of another recipe: what it has consumed, and the curve of its learning rate."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from megazh.training.checkpoint_list import (
     named_checkpoint,
     newest_good,
     read_manifest,
+    step_of,
 )
 from megazh.training.course import Course, Kind
 from megazh.training.job import Job
@@ -75,7 +75,8 @@ def check_course(job: Job, found: Collector) -> None:
     before, now, done = course_of(saved), job.recipe.course, saved[1].step
     with found.collecting():
         check_consumed(job.run.path, saved[1], before, now)
-    if done < now.steps and bends(before, now, done) and not job.recipe.schedule.allow_bend:
+    goes_on = done < now.steps or (done == now.steps and not saved[1].complete)
+    if goes_on and bends(before, now, done) and not job.recipe.schedule.allow_bend:
         found.add(UsageError(f"{job.run.path}: {_bent(job.run, before, now, done)}"))
 
 
@@ -115,28 +116,46 @@ def check_consumed(path: Path, saved: CheckpointManifest, before: Course, now: C
 
 def bends(before: Course, now: Course, done: int) -> bool:
     """Whether steps done along one course would have had other learning rates, relative to the peak, by another."""
+    return done > 0 and _apart(before, now, _most_apart(before, now, done)) > _SAME
+
+
+def _most_apart(before: Course, now: Course, done: int) -> int:
+    """The step, of those that are done, whose learning rates differ most relative to the peak; the latest of equals."""
     count = min(done, _COMPARED)
     steps = {done * number // count for number in range(count)} | {done - 1}
-    return any(
-        not math.isclose(before.rate(step) / before.peak, now.rate(step) / now.peak, rel_tol=0, abs_tol=_SAME)
-        for step in steps
-        if step >= 0
-    )
+    steps |= {course.schedule.warmup - 1 for course in (before, now) if 0 < course.schedule.warmup <= done}
+    return max(sorted(steps, reverse=True), key=lambda step: _apart(before, now, step))
+
+
+def _apart(before: Course, now: Course, step: int) -> float:
+    return abs(before.rate(step) / before.peak - now.rate(step) / now.peak)
 
 
 def _bent(run: RunFolder, before: Course, now: Course, done: int) -> str:
-    rates = f"step {done:,} had {before.rate(done - 1):.2e}, and would have had {now.rate(done - 1):.2e}"
-    remedy = "keep the settings of before, or add schedule.allow_bend=true, to follow the new curve from the next step"
+    step = _most_apart(before, now, done)
+    rates = f"step {step + 1:,} had {{}}, and would have had {{}}".format(*_shown(before.rate(step), now.rate(step)))
+    follow = f"follow the new curve from the next step on ({now.rate(done):.2e})"
+    aim = follow if done < now.steps else "end the run here, without the rest of the curve that it was begun with"
     earlier = ""
     if before.kind is now.kind is Kind.WSD:
         begun = min(course.steps - course.schedule.decay for course in (before, now))
-        stable = [path for path in list_checkpoints(run.checkpoints) if int(path.name.removeprefix("step_")) <= begun]
-        if stable:
-            earlier = f", or go on from before the decay with checkpoint.resume={stable[-1].name}"
+        stable = [path for path in list_checkpoints(run.checkpoints) if step_of(path) <= begun]
+        if stable and not bends(before, now, step_of(stable[-1])):
+            earlier = (
+                f", or go on from before the decay with checkpoint.resume={stable[-1].name}, which drops the "
+                "records of the steps behind it and sets later checkpoints aside"
+            )
     return (
         f"by {now.kind} over {now.steps:,} steps ({before.kind} over {before.steps:,} before), the steps that are done "
-        f"would have had other learning rates: {rates}; {remedy} on ({now.rate(done):.2e}){earlier}"
+        f"would have had other learning rates: {rates}; keep the settings of before, or add schedule.allow_bend=true, "
+        f"to {aim}{earlier}"
     )
+
+
+def _shown(old: float, new: float) -> tuple[str, str]:
+    """Two learning rates as text, with more digits where few would show no difference."""
+    short = f"{old:.2e}", f"{new:.2e}"
+    return short if short[0] != short[1] else (f"{old:.6e}", f"{new:.6e}")
 
 
 def describe_curve(job: Job) -> Iterator[str]:
@@ -152,7 +171,9 @@ def describe_curve(job: Job) -> Iterator[str]:
             f"settings so far, {new:.2e} now (the step before had {before.rate(max(done - 1, 0)):.2e})"
         )
     elif bent or before.steps != now.steps:
-        yield f"  {'learning rate of the next step':<32} {old:.2e} -> {new:.2e}"
+        shown = f"{old:.2e}", f"{new:.2e}"
+        if shown[0] != shown[1]:
+            yield f"  {'learning rate of the next step':<32} {shown[0]} -> {shown[1]}"
         if now.kind is Kind.WSD:
             first, later = (course.steps - course.schedule.decay + 1 for course in (before, now))
             yield f"  {'first step of the decay':<32} {first:,} -> {later:,}"

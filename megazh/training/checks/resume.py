@@ -107,10 +107,11 @@ def _checkpoint(job: Job, found: Collector) -> None:
 
 
 def _length(job: Job, saved: CheckpointManifest, found: Collector) -> None:
-    """A run that is not complete goes on; a shorter length than is done would end it unnoticed."""
-    steps, before = job.recipe.course.steps, run_recipe(job.run).course.steps if job.run.exists else 0
-    if saved.step <= steps or saved.step >= before:
+    """A length below what is done is refused, of a complete run too: nothing of it can be had."""
+    steps = job.recipe.course.steps
+    if saved.step <= steps or not job.run.exists:
         return
+    before = max(run_recipe(job.run).course.steps, saved.step)
     key = "steps" if job.recipe.schedule.steps is not None else "tokens"
     done = saved.step if key == "steps" else saved.tokens
     found.add(
@@ -159,7 +160,10 @@ _COMPARISONS: tuple[Callable[[Job, Collector], None], ...] = (
 
 
 def describe_changes(job: Job) -> Iterator[str]:
-    """The settings that differ from the last start of a run, old and new, and what becomes of its learning rate."""
+    """The settings that differ from the last start of a run, old and new, and what becomes of its learning rate.
+
+    Of a complete run it is one line, as nothing comes of them.
+    """
     if not job.run.exists:
         return
     before = with_dtypes(run_recipe(job.run), job.device)
@@ -169,6 +173,10 @@ def describe_changes(job: Job) -> Iterator[str]:
         if free and not (key == "parallel.stage_bounds" and new is None)
     ]
     if not changed:
+        return
+    if is_complete(job.run, job.recipe):
+        values = ", ".join(f"{key}={_written(new)}" for key, _, new in changed)
+        yield f"{job.run.path}: the run is complete and nothing is left to do: {values} not applied"
         return
     yield f"{job.run.path}: settings that changed since the last start:"
     for key, old, new in changed:

@@ -67,8 +67,17 @@ def test_fewer_steps_than_are_done_are_refused_while_the_run_goes_on(
         list(same_run(case))
 
 
-def test_fewer_steps_than_a_complete_run_has_are_no_error(tmp_path: Path, stories: Path) -> None:
-    assert list(same_run(resumed(tmp_path, stories, "steps=4")))[1:] == ["  schedule.steps                   6 -> 4"]
+def test_fewer_steps_than_a_complete_run_has_are_refused(tmp_path: Path, stories: Path) -> None:
+    with pytest.raises(UsageError, match=r"6 of 6 steps are done, and this run is to have 4; give schedule\.steps= at"):
+        list(same_run(resumed(tmp_path, stories, "steps=4")))
+
+
+def test_a_complete_run_names_the_settings_that_come_too_late(tmp_path: Path, stories: Path) -> None:
+    case = resumed(tmp_path, stories, "learning_rate=1e-3", "checkpoint_every=3")
+    assert list(same_run(case)) == [
+        f"{case.run.path}: the run is complete and nothing is left to do: optimizer.learning_rate=0.001, "
+        "checkpoint.checkpoint_every=3 not applied"
+    ]
 
 
 def test_another_layout_is_a_change_like_others(tmp_path: Path, stories: Path) -> None:
