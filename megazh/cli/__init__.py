@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import shlex
 import signal
 import sys
 import traceback
@@ -117,8 +118,23 @@ def _parse(words: list[str]) -> argparse.Namespace:
         options.settings, rest = rest, []
     if rest:
         _Parser.words = tuple(rest)
+        if torn := _torn_setting(words):
+            _Parser.innermost.error(f"a setting in several words: quote it: {torn}")
         _Parser.innermost.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
+
+
+def _torn_setting(words: list[str]) -> str | None:
+    """The first setting such as `key={0: 16, 1K: 32}` that the shell has split at its blanks, quoted; None if none."""
+    for first, word in enumerate(words):
+        value = word.partition("=")[2]
+        close = {"{": "}", "[": "]"}.get(value[:1])
+        if close is None or value.endswith(close):
+            continue
+        for last in range(first + 1, len(words)):
+            if words[last].endswith(close):
+                return shlex.quote(" ".join(words[first : last + 1]))
+    return None
 
 
 def _guarded(options: Callable[[], argparse.Namespace]) -> int:

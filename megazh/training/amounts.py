@@ -22,9 +22,12 @@ Span = Annotated[float | str, BeforeValidator(_span)]
 
 def _by_tokens(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"expected numbers by tokens, such as {{0: 128, 2B: 256}}, found {value!r}")
+        torn = "; on the command line, quote the mapping" if isinstance(value, str) and ":" in value else ""
+        raise ValueError(f"expected numbers by tokens, such as {{0: 128, 2B: 256}}, found {value!r}{torn}")
     found: dict[int, Any] = {}
     for key, number in value.items():
+        if number is None and ":" in str(key):
+            raise ValueError(f"{key}: write a blank after the colon, as in {{0: 128, 2B: 256}}")
         tokens = _tokens(key)
         if tokens in found:
             raise ValueError(f"{key!r} is given twice")

@@ -65,9 +65,11 @@ def describe_course(course: Course) -> Iterator[str]:
     """The learning rate of a run on one line, and a table of its parts where batch or length of segments change."""
     schedule = course.schedule
     rise = f" after {schedule.warmup:,} steps of warm-up" if schedule.warmup else ""
-    fall = f" of {schedule.decay:,} steps of decay" if schedule.decay else ""
     last = course.rate(course.steps - 1)
-    end = f", {last:.2e} at the end{fall}" if last != schedule.peak else ""
+    end = f", {last:.2e} at the end" if last != schedule.peak else ""
+    if schedule.decay:
+        begun = schedule.steps - schedule.decay
+        end = f", held to step {begun:,}, then {schedule.decay:,} steps of decay to {last:.2e}"
     yield f"{'rate':<12}{course.kind}: {schedule.peak:.2e}{rise}{end}"
     parts = list(course.parts())
     if len(parts) == 1 and course.cut_of(0) is None:

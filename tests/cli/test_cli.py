@@ -215,6 +215,14 @@ def test_text_that_begins_with_a_dash_is_explained(words: tuple[str, ...], hint:
     assert hint in err
 
 
+def test_a_setting_that_the_shell_has_split_is_shown_quoted() -> None:
+    code, _, err = megazh("pretrain", "steps=60", "schedule.batch={0:", "16,", "100K:", "32}", "warmup=5")
+    assert code == 2
+    assert err.endswith("error: a setting in several words: quote it: 'schedule.batch={0: 16, 100K: 32}'\n")
+    code, _, err = megazh("pretrain", "sample_prompts=[a]", "32]")
+    assert "unrecognized arguments: sample_prompts=[a] 32]" in err
+
+
 @pytest.mark.parametrize("words", [("-你好",), ("--“好”",), ("--", "-abc")])
 def test_text_that_begins_with_a_dash_is_text(tmp_path: Path, words: tuple[str, ...]) -> None:
     code, _, err = megazh("sample", tmp_path, *words)

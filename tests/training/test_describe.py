@@ -57,7 +57,7 @@ def test_a_course_that_changes_is_a_table() -> None:
         **{"schedule.batch": {0: 8, "1K": 16, "1M": 24}},
     ).course  # fmt: skip
     assert list(describe_course(course)) == [
-        "rate        wsd: 1.00e-03 after 2 steps of warm-up, 1.00e-04 at the end of 4 steps of decay",
+        "rate        wsd: 1.00e-03 after 2 steps of warm-up, held to step 16, then 4 steps of decay to 1.00e-04",
         "course      from step   tokens so far    batch   length    first rate   last rate",
         "                    1               0        8        4      5.00e-04    1.00e-03",
         "                    9           1,024       16       16      1.00e-03    1.00e-04",

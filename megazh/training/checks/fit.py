@@ -21,9 +21,16 @@ from megazh.training.stages import (
 
 
 def length(case: Case) -> Iterator[str]:
-    """Warm-up and decay fit into the run."""
-    _ = case.recipe.course.schedule
-    yield from ()
+    """Warm-up and decay fit into the run. Warns of batches and lengths of segments that begin behind its end."""
+    course, schedule = case.recipe.course, case.recipe.schedule
+    _ = course.schedule
+    for key, numbers in (("batch", schedule.batch), ("length", schedule.length)):
+        for tokens, number in (numbers or {}).items():
+            if course.batches.steps_for(tokens) >= course.steps:
+                yield (
+                    f"warning: schedule.{key}: {number} from {tokens:,} tokens on never begins: the run ends at "
+                    f"{course.total_tokens:,} tokens"
+                )
 
 
 def layout(case: Case) -> Iterator[str]:

@@ -65,3 +65,12 @@ def test_all_errors_come_at_once_each_with_its_place(tmp_path: Path) -> None:
         assert line.startswith(start)
         assert "on the command line" in line
     assert f"micro_batch_size is set in {tmp_path / 'mini.yaml'}:" in lines[1]
+
+
+def test_a_batch_or_length_behind_the_end_of_the_run_is_warned_of(tmp_path: Path) -> None:
+    """Ten steps of 8 samples of 32 tokens, 16 in the last: what begins with 2,560 tokens would begin with step 11."""
+    settings = ["steps=10", "schedule.batch={0: 8, 2304: 16, 900M: 32}", "schedule.length={0: 16, 2304: 24, 2560: 32}"]
+    assert warnings_of(make_case(tmp_path, None, settings), [fit.length]) == [
+        "warning: schedule.batch: 32 from 900,000,000 tokens on never begins: the run ends at 2,816 tokens",
+        "warning: schedule.length: 32 from 2,560 tokens on never begins: the run ends at 2,816 tokens",
+    ]
