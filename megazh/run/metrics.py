@@ -169,7 +169,7 @@ class Metrics:
         self._board = Board(self._path.parent / TENSORBOARD, step + 1)
 
     def draw(self) -> None:
-        """Draw `loss.png` in the background, at most once a minute."""
+        """Draw `loss.png` in the background, at most once a minute; less often where that takes long."""
         if not self._quiet:
             self._redrawing.draw()
 

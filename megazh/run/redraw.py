@@ -6,13 +6,16 @@ The run neither waits for it nor minds if it fails: matplotlib takes seconds to 
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 PLOT = "loss.png"
 
 _APART_SECONDS = 60.0
-"""Least time between two drawings, of which a long run's takes some seconds of one processor core."""
+"""Shortest time from the beginning of one drawing to that of the next."""
+_SHARE = 0.05
+"""Largest share of the time for which drawings take a processor core: that of a long run takes half a minute."""
 _NICE = 10
 
 
@@ -23,12 +26,13 @@ class Redrawing:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = -_APART_SECONDS
+        self._seconds = 0.0
 
     def draw(self) -> None:
-        """Begin to draw, unless the last drawing goes on or began less than a minute ago."""
+        """Begin to draw, unless the last drawing goes on, or began too short a time ago for what it took."""
         if self._process is not None and self._process.poll() is None:
             return
-        if time.monotonic() - self._begun < _APART_SECONDS:
+        if time.monotonic() - self._begun < max(_APART_SECONDS, self._seconds / _SHARE):
             return
         self._begun = time.monotonic()
         root = str(Path(__file__).resolve().parents[2])
@@ -41,8 +45,14 @@ class Redrawing:
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},
             )
+            threading.Thread(target=self._measure, args=(self._process,), name="redrawing", daemon=True).start()
         except OSError:  # no memory or process left for it
             self._process = None
+
+    def _measure(self, process: subprocess.Popen[bytes]) -> None:
+        """Note how long a drawing takes; in a thread."""
+        process.wait()
+        self._seconds = time.monotonic() - self._begun
 
     def close(self) -> None:
         """End a drawing that goes on: whoever ends the run draws the final one."""
