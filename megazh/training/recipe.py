@@ -25,7 +25,7 @@ from megazh.pipeline.role import Role
 from megazh.run.changes import newest
 from megazh.run.folder import RunFolder
 from megazh.run.trackers.tracker import TrackerName
-from megazh.settings import Settings, override, read_layers
+from megazh.settings import COMMAND_LINE, Settings, override, read_layers
 from megazh.training.amounts import ByTokens, Span
 from megazh.training.course import Batches, Course, Kind, Lengths
 from megazh.training.model_from import split_from, with_model
@@ -549,8 +549,18 @@ def read_recipe(path: Path | str, assignments: Sequence[str] = ()) -> tuple[Reci
     """
     layers = read_layers(path, ALTERNATIVES, Recipe.model_fields, library=recipes_folder())
     folder, others = split_from(list(assignments))
-    settings = with_model(override(layers, others, Recipe, ALTERNATIVES), folder)
-    found = Collector()
+    found, usable = Collector(), list[str]()
+    for text in others:
+        with found.collecting():
+            override(Settings(), [text], Recipe)
+            usable.append(text)
+    settings = override(layers, usable, Recipe, ALTERNATIVES)
+    if found.errors:  # of the others, what is wrong by itself, whatever those that cannot be read should have been
+        for line in all_errors(settings.values, Recipe, str(path), settings.origins):
+            if line.startswith(f"{COMMAND_LINE}: key "):
+                found.add(UsageError(line))
+        found.raise_all()
+    settings = with_model(settings, folder)
     for line in all_errors(settings.values, Recipe, str(path), settings.origins):
         found.add(UsageError(line))
     found.raise_all()

@@ -154,6 +154,15 @@ def test_settings_that_cannot_work(tmp_path: Path, setting: str, parts: list[str
     assert all(part in message for part in parts), message
 
 
+def test_unknown_keys_and_wrong_values_are_refused_together() -> None:
+    """A key that is unknown may be the one that a check of several keys misses: such checks wait."""
+    with pytest.raises(SeveralErrors) as refusal:
+        load_recipe(recipe_path("demo"), ["foo=1", "spike=x", "steps=null", "batch"])
+    lines = [str(error) for error in refusal.value.errors]
+    starts = ["unknown key 'foo'", "'batch': expected key=value", "command line: key 'guard.spike': expected one of"]
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 3, lines
+
+
 @pytest.mark.parametrize("bounds", [[0, 4], [0, 1, 4], [0, 1, 2, 3, 4]])
 def test_bounds_by_hand(bounds: list[int]) -> None:
     assert make_recipe(stage_bounds=bounds).parallel.stage_bounds == bounds
