@@ -22,8 +22,8 @@ Span = Annotated[float | str, BeforeValidator(_span)]
 
 def _by_tokens(value: Any) -> Any:
     if not isinstance(value, dict):
-        torn = "; on the command line, quote the mapping" if isinstance(value, str) and ":" in value else ""
-        raise ValueError(f"expected numbers by tokens, such as {{0: 128, 2B: 256}}, found {value!r}{torn}")
+        torn = " (on the command line, in quotes)" if isinstance(value, str) and ":" in value else ""
+        raise ValueError(f"expected numbers by tokens, such as {{0: 128, 2B: 256}}{torn}, found {value!r}")
     found: dict[int, Any] = {}
     for key, number in value.items():
         if number is None and ":" in str(key):

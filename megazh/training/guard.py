@@ -181,8 +181,8 @@ class Guard:
     @property
     def _remedy(self) -> str:
         return (
-            f"set guard.deviations={self._config.deviations:g} or guard.limit={self._config.limit} higher, or "
-            "guard.spike=ignore"
+            f"raise guard.deviations, now {self._config.deviations:g}, or guard.limit, now {self._config.limit}, or "
+            "set guard.spike=ignore"
         )
 
     @property

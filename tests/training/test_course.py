@@ -69,7 +69,7 @@ def test_a_size_that_its_run_does_not_reach_is_none_of_its_sizes() -> None:
         ("batch", {0: 8.5}, "'schedule.batch': 0: expected a whole number, found 8.5"),
         ("batch", 8, "'schedule.batch': expected numbers by tokens, such as {0: 128, 2B: 256}, found 8"),
         ("batch", {"0:16": None, "100K:32": None}, "0:16: write a blank after the colon, as in {0: 128, 2B: 256}"),
-        ("batch", "100K:32", "found '100K:32'; on the command line, quote the mapping"),
+        ("batch", "100K:32", "{0: 128, 2B: 256} (on the command line, in quotes), found '100K:32'"),
         ("length", {5: 8}, "schedule.length: expected a length from 0 tokens on"),
         ("length", {0: 32}, "schedule.length: 32 tokens: expected 2 to batch.seq_len=16"),
         ("length", {0: 1}, "schedule.length: 1 tokens: expected 2"),

@@ -150,7 +150,7 @@ def test_too_many_spikes_end_the_run() -> None:
     fault = guard.fault(32, 100)
     assert fault.startswith("loss 50 and gradient norm 50 exceed the means of the last 8 steps by ")
     assert fault.endswith(
-        ": spike 3 within 20 steps; set guard.deviations=3 or guard.limit=3 higher, or guard.spike=ignore"
+        ": spike 3 within 20 steps; raise guard.deviations, now 3, or guard.limit, now 3, or set guard.spike=ignore"
     )
     feed(guard, [(2.0, 1.0)], 33)
     assert guard.fault(33, 100) == "", "a step that is accepted is no reason to end"
@@ -228,8 +228,8 @@ def test_rollbacks_to_one_checkpoint_end_however_far_apart() -> None:
     fault = guard.fault(far + 1, 10_000)
     assert fault.startswith("loss 50 and gradient norm 50 exceed the means of the last 8 steps by ")
     assert fault.endswith(
-        ": spike 3 after the checkpoint of step 8, and none was saved at an interval since; set guard.deviations=3 or "
-        "guard.limit=3 higher, or guard.spike=ignore"
+        ": spike 3 after the checkpoint of step 8, and none was saved at an interval since; raise guard.deviations, "
+        "now 3, or guard.limit, now 3, or set guard.spike=ignore"
     )
     guard = Guard(config, saved)
     for _ in range(5):  # no end where each rollback is followed by a checkpoint

@@ -194,7 +194,7 @@ def test_too_many_spikes_end_the_run_with_a_code_of_its_own(forks: ForkedRuns, r
         )  # fmt: skip
         (error,) = [line for line in ended.output.splitlines() if line.startswith("error: ")]
         assert "training has diverged: loss " in error
-        assert "spike 2 within 1,000 steps; set guard.deviations=50 or guard.limit=2 higher" in error
+        assert "spike 2 within 1,000 steps; raise guard.deviations, now 50, or guard.limit, now 2" in error
         assert "step_00000005, from which the run goes on" in error
         assert list_checkpoints(tmp_path / spike / "checkpoints")[-1].name == "step_00000005"
 
