@@ -93,9 +93,10 @@ class Metrics:
         self._last_step = record.step
         if self._quiet:
             return
+        # First: a resume hides points of later steps than its own, and would miss one that a kill kept from the board.
+        self._add_scalars(record)
         self._append(record)
         _print(step_line(record))
-        self._add_scalars(record)
 
     def validation(
         self,
