@@ -23,6 +23,7 @@ from megazh.training.checkpoint_list import (
     FileEntry,
     PieceEntry,
     TensorEntry,
+    manifest_text,
 )
 from megazh.training.model_source import HF_FILES
 from megazh.training.weight_reader import WeightReader
@@ -134,7 +135,7 @@ def _write_manifest(new: Path, manifest: CheckpointManifest, files: list[FileEnt
         piece = PieceEntry(file=file, key=entry.parameter, begin=0, end=entry.pieces[-1].end)
         tensors.append(entry.model_copy(update={"pieces": [piece]}))
     whole = manifest.model_copy(update={"files": files, "tensors": tensors})
-    write_atomic(new / MANIFEST, (whole.model_dump_json() + "\n").encode())
+    write_atomic(new / MANIFEST, manifest_text(whole).encode())
 
 
 def _write_rest(new: Path, folder: HfFolder) -> None:
