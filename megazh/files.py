@@ -22,7 +22,7 @@ from megazh.writing import free_bytes, write_all, write_error, writing
 _BLOCK = 1 << 18  # stays in the processor's cache between reading and hashing
 _LARGE = 1 << 31
 _ATTEMPTS = 100  # to make a lock file in a folder that other processes make and remove
-_LOCK_TRIES, _LOCK_TRY_SECONDS = 5, 0.02
+_LOCK_TRIES, _LOCK_TRY_SECONDS = 20, 0.02
 _LONGEST_NAME = 500  # of a lock's holder
 _locks: set[TextIO] = set()  # lock files that this process holds
 
