@@ -7,6 +7,7 @@ from megazh.cli.options import Subparsers, add_command, count
 EXAMPLES = """examples:
   megazh plan qwen0.5b_6x3090
   megazh plan qwen0.5b_6x3090 -n 8 --card 4090 --mfu 0.45
+  megazh plan qwen0.5b_6x3090 --nodes 2 -n 12 --network 12.5     two hosts, 100 Gbit/s between them
   megazh plan minillm_1.4b micro_batch_size=4 activation_checkpointing=false
 
 Figures are projections from FLOPs, or from layer times that an earlier run measured on that card."""
@@ -28,9 +29,17 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument(
         "--bandwidth",
         type=float,
-        default=10.0,
         metavar="GB/S",
-        help="bandwidth between GPUs (default: 10, PCIe 4 without NVLink)",
+        help="bandwidth between GPUs of a host (default: the recipe's parallel.gpu_bandwidth, 10: PCIe 4, no NVLink)",
+    )
+    parser.add_argument(
+        "--nodes", type=count, default=1, metavar="N", help="hosts that share the GPUs in equal parts (default: 1)"
+    )
+    parser.add_argument(
+        "--network",
+        type=float,
+        metavar="GB/S",
+        help="bandwidth of a host to the others (default: the recipe's parallel.network_bandwidth, 1.25)",
     )
     parser.usage = "%(prog)s RECIPE [options] [key=value ...]"
     parser.set_defaults(settings=[], call=_plan)
@@ -42,8 +51,14 @@ def _plan(options: argparse.Namespace) -> None:
     from megazh.training.recipe_files import recipe_path
 
     recipe, settings = read_recipe(recipe_path(options.recipe), options.settings)
+    parallel = recipe.parallel
     assumed = Assumptions(
-        options.card, options.memory, MEASURED_MFU if options.mfu is None else options.mfu, options.bandwidth
+        card=options.card,
+        memory_gib=options.memory,
+        mfu=MEASURED_MFU if options.mfu is None else options.mfu,
+        bandwidth=parallel.gpu_bandwidth if options.bandwidth is None else options.bandwidth,
+        nodes=options.nodes,
+        network=parallel.network_bandwidth if options.network is None else options.network,
     )
     for line in plan(recipe, settings, options.num_gpus or recipe.parallel.num_gpus or 1, assumed):
         print(line)

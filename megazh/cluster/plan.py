@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from megazh.cluster.hostfile import Host
+from megazh.cluster.placement import Choice, Links, describe, place, traffic_of
 from megazh.errors import MegazhError, SeveralErrors, UsageError
-from megazh.model.counts import Flops, parameter_counts, trained_counts
+from megazh.model.counts import Flops, parameter_counts
 from megazh.pipeline.costs import LayerCosts, costs_by_flops
 from megazh.pipeline.memory import StageMemory, stage_parameters, trained_parameters
 from megazh.pipeline.passes import makespan
 from megazh.pipeline.timing import remembered_seconds
-from megazh.pipeline.work import Work
 from megazh.run.peaks import peak_flops
 from megazh.settings import Settings
 from megazh.training.checks import exported, fit
@@ -57,6 +58,18 @@ class Assumptions:
     """Share of its peak that one GPU reaches on its own stage."""
     bandwidth: float = 10.0
     """GB/s between two GPUs in each direction."""
+    nodes: int = 1
+    """Hosts, with equal numbers of GPUs."""
+    network: float = Links.between
+    """GB/s between two hosts in each direction."""
+
+    def hosts(self, gpus: int) -> list[Host]:
+        """The hosts of so many GPUs. Raises UsageError where they do not divide."""
+        if gpus % self.nodes:
+            raise UsageError(
+                f"--nodes {self.nodes}: {gpus} GPUs do not divide by it; -n N gives another number of GPUs"
+            )
+        return [Host(f"node{number}", gpus // self.nodes) for number in range(1, self.nodes + 1)]
 
 
 @dataclass(frozen=True)
@@ -73,11 +86,13 @@ class Projection:
     """Share of the remaining step that the average stage waits for the slowest one."""
     communication_seconds: float
     """Seconds per step of communication that no computation hides: gradient reduction over replicas, the tied matrix
-    between first and last stage."""
+    between first and last stage, hidden states while the pipeline fills and drains."""
     step_seconds: float
     """Seconds of the average step."""
     tokens_per_second: float
     days: float
+    placement: Choice
+    """Ranks of the hosts' GPUs."""
 
     @property
     def memory_gib(self) -> float:
@@ -103,6 +118,9 @@ def plan(recipe: Recipe, settings: Settings, gpus: int, assumed: Assumptions) ->
         raise UsageError(f"--mfu {assumed.mfu}: expected a share above 0 and up to 1")
     if not assumed.bandwidth > 0:
         raise UsageError(f"--bandwidth {assumed.bandwidth}: expected more than 0 GB/s")
+    if not assumed.network > 0:
+        raise UsageError(f"--network {assumed.network}: expected more than 0 GB/s")
+    hosts = assumed.hosts(gpus)
     if assumed.memory_gib is not None and not assumed.memory_gib > OUTSIDE_TORCH:
         raise UsageError(
             f"--memory {assumed.memory_gib}: expected more GiB than the {OUTSIDE_TORCH} that CUDA and NCCL use"
@@ -137,6 +155,11 @@ def plan(recipe: Recipe, settings: Settings, gpus: int, assumed: Assumptions) ->
     yield from _describe_model(recipe, gpus, name, peak, limit_gib, assumed, measured)
     yield ""
     yield from _describe_choices(choices, limit_gib)
+    if len(hosts) > 1:
+        links = Links(assumed.bandwidth, assumed.network)
+        yield f"on {len(hosts)} hosts of {hosts[0].slots} GPUs:"
+        for choice in choices:
+            yield f"  pp={choice.layout.stages} x dp={choice.layout.replicas}: {describe(choice.placement, links)}"
     yield from refused
     yield from (*on_data, *notes)
     yield ""
@@ -185,8 +208,14 @@ def _estimate(
     # Seconds, and micro-batches, of the average step.
     compute = sum(makespan(passes, batches[size]) * count for size, count in steps.items()) / course.steps
     micro_batches = sum(batches[size] * count for size, count in steps.items()) / course.steps
-    largest = max(trained_parameters(recipe.model, begin, end, work.lora) for begin, end in pairwise(bounds))
-    communication_seconds = _bytes_moved(work, largest) / (assumed.bandwidth * 1e9)
+    trained = [trained_parameters(recipe.model, begin, end, work.lora) for begin, end in pairwise(bounds)]
+    placement = place(
+        layout,
+        assumed.hosts(layout.ranks),
+        traffic_of(work, trained, makespan(passes, layout.micro_batches)),
+        Links(assumed.bandwidth, assumed.network),
+    )
+    communication_seconds = placement.best.seconds
     step_seconds = compute + communication_seconds
     return Projection(
         layout=layout,
@@ -199,21 +228,8 @@ def _estimate(
         step_seconds=step_seconds,
         tokens_per_second=course.total_tokens / course.steps / step_seconds,
         days=course.steps * step_seconds / 86400,
+        placement=placement,
     )
-
-
-def _bytes_moved(work: Work, parameters: int) -> float:
-    """Bytes that the busiest GPU, with this number of trained parameters, sends in a step while it does not compute.
-
-    A ring moves all bytes but the shard of one rank, once of the gradient and once of the gathered weights. The first
-    and last stage sum the gradient of a tied matrix. Hidden states and their gradients travel while stages compute.
-    """
-    precision = work.precision
-    size, sums = precision.compute.bytes, precision.communication.bytes
-    moved = (sums + size) * (work.replicas - 1) / work.replicas * parameters
-    if work.stages > 1 and work.model.tie_word_embeddings:
-        moved += precision.accumulation.bytes * trained_counts(work.model, work.lora).embedding
-    return moved
 
 
 def _describe_model(

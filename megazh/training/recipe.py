@@ -258,6 +258,11 @@ class ParallelConfig(Config):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """ZeRO stage: 1, which shards the optimizer state over the replicas. With -t hf also 0, which shards nothing, and
     2, which shards gradients as well."""
+    gpu_bandwidth: Annotated[Positive, MAY_CHANGE] = 10.0
+    """Assumed GB/s from one GPU to another in the same host. With network_bandwidth it decides which ranks of a run on
+    several hosts go to which host; it changes no result."""
+    network_bandwidth: Annotated[Positive, MAY_CHANGE] = 1.25
+    """Assumed GB/s from one host to the others in each direction: 1.25 is 10 Gbit/s Ethernet, 25 is HDR InfiniBand."""
     check_tied_every: Annotated[Every, MAY_CHANGE] = 100
     """Steps between comparisons of the two copies of a tied embedding; 0: only at the end."""
 

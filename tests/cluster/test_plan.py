@@ -65,8 +65,10 @@ def test_layouts_of_the_half_billion() -> None:
     assert rows[2][3] == f"{1 - whole / 2 / slowest:.1%}"
     # Bytes per parameter: 2 for the gradient in bf16 and 2 for the weight in bf16, times (replicas - 1) / replicas.
     # With two stages also the tied matrix's gradient in fp32; hidden states are sent while the stages compute.
-    reduce = {1: 4 * 463_987_712 * 5 / 6 / 10e9, 2: (4 * 386_885_632 * 2 / 3 + 4 * 151_936 * 1024) / 10e9}
+    # The hidden states of the first micro-batch (bf16), and the last gradient of as many bytes, hide behind nothing.
     micro_batch = 8 * 1024
+    filling = 2 * micro_batch * 1024 * 2
+    reduce = {1: 4 * 463_987_712 * 5 / 6 / 10e9, 2: (4 * 386_885_632 * 2 / 3 + 4 * 151_936 * 1024 + filling) / 10e9}
     compute = {1: 16 * whole, 2: 32 * slowest + waits}
     seconds = {stages: compute[stages] * micro_batch / RATE + reduce[stages] for stages in compute}
     for stages, step in seconds.items():
@@ -223,3 +225,23 @@ def test_a_plan_for_lora_counts_what_is_trained() -> None:
     assert 0.64 < value(found, gflop) / value(whole, gflop) < 0.7, "two products of three, and attention"
     assert value(found, r"^  1 +6 .* ([\d.]+)s ") < 0.02 * value(whole, r"^  1 +6 .* ([\d.]+)s ")
     assert any(line.startswith("rule of thumb: 6 x tokens") for line in found)
+
+
+def test_placement_on_several_hosts() -> None:
+    """Bytes by hand: 12 GPUs in two hosts, two stages of six replicas, pipelines inside of the hosts."""
+    lines = lines_of(gpus=12, bandwidth=10.0, nodes=2, network=1.25)
+    (line,) = (line for line in lines if line.startswith("  pp=2 x dp=6: "))
+    assert "data parallelism crosses the hosts, pipelines stay inside: " in line
+    # Rings of both stages leave the host once; the tied matrix, in fp32, and hidden states stay inside.
+    parameters = 463_987_712 + 151_936 * 1024  # of both stages, which have a copy of the tied matrix each
+    rings = 4 * 5 / 6 * parameters / 1.25e9
+    inside = (4 * 151_936 * 1024 + 2 * 8 * 1024 * 1024 * 2) / 10e9
+    assert f" {rings + inside:.2f} s of communication per step, " in line
+    assert table(lines)[2][4] == f"{rings + inside:.2f}s"
+
+
+def test_hosts_that_do_not_divide() -> None:
+    with pytest.raises(UsageError, match=r"--nodes 4: 6 GPUs do not divide by it; -n N gives another number"):
+        lines_of(nodes=4)
+    with pytest.raises(UsageError, match="--network 0: expected more than 0 GB/s"):
+        lines_of(nodes=2, network=0)
