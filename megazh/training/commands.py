@@ -109,7 +109,7 @@ class Commands:
         """Answer the `save` requests whose checkpoints are written by now, or could not be written."""
         if not self._saves:
             return
-        saver, waiting = self._session.saver, self._saves
+        saver, waiting = self._session.checkpoints.saver, self._saves
         self._saves = [each for each in waiting if each[1] == saver.step]
         for name, step in waiting:
             if step == saver.saved_at:
@@ -131,7 +131,8 @@ class Commands:
             self.settle()
             session = self._session
             if self._stop and stopped is Reason.COMMAND:
-                saved = f"; step {session.saver.saved_at:,} is saved" if session.saver.saved_at else "; nothing to save"
+                step = session.checkpoints.saver.saved_at
+                saved = f"; step {step:,} is saved" if step else "; nothing to save"
                 self._answer(self._stop, Outcome.DONE, f"stopped after step {session.step:,}{saved}")
             elif self._stop:
                 why = f": {stopped.text}" if stopped else ""
@@ -205,7 +206,7 @@ class Commands:
                 raise UsageError("the run is paused already")
             case Command.RESUME if not self._is_paused:
                 raise UsageError("the run is not paused")
-            case Command.VALIDATE if not session.validation_samples:
+            case Command.VALIDATE if session.held_out is None:
                 raise UsageError("the run has no validation data: its manifest holds out nothing")
             case Command.SAVE if not session.step:
                 raise UsageError("no step is done yet: there is nothing to save")
@@ -302,15 +303,15 @@ class Commands:
     def _save(self, order: _Order) -> None:
         session = self._session
         self._event(f"save step {session.step}", order)
-        if not session.saved_or_saving:
-            session.save(wait=False)
+        if not session.checkpoints.saved_or_saving:
+            session.checkpoints.save(wait=False)
         self._saves.append((order.name, session.step))
         self.settle()
 
     def _validate(self, order: _Order) -> None:
         session = self._session
         self._event(f"validate after step {session.step}", order)
-        found = session.validate()
+        found = session.evaluations.validate()
         if found is None:
             text = f"step {session.step:,} was validated already; status shows its loss"
             self._answer(order.name, Outcome.DONE, text)
@@ -327,7 +328,7 @@ class Commands:
         if request.temperature is not None:
             options = SamplingOptions(request.temperature, SAMPLING.top_k, SAMPLING.top_p)
         try:
-            text = session.sample_once(request.text, request.tokens, request.seed, options)
+            text = session.evaluations.sample_once(request.text, request.tokens, request.seed, options)
         except (DataError, UsageError) as error:
             self._answer(order.name, Outcome.REFUSED, str(error))
             return
@@ -351,15 +352,15 @@ class Commands:
 
     def _wait_for_command(self) -> None:
         """Wait in a pause until something is to be done; what is being saved goes on. Raises Interrupted."""
-        session = self._session
+        session, saver = self._session, self._session.checkpoints.saver
         with self.during(State.PAUSED):
             while True:
                 time.sleep(_PAUSE_SECONDS)
                 beat("paused")
                 stop, waiting, saving = largest(
-                    [float(session.control.reason), float(self.waiting), float(session.saver.busy)], session.device
+                    [float(session.control.reason), float(self.waiting), float(saver.busy)], session.device
                 )
-                session.saver.poll(saving > 0)
+                saver.poll(saving > 0)
                 self.settle()
                 if stop > 0:
                     session.interrupt()

@@ -10,16 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megazh.index.mixture import ValidationSamples
 from megazh.model.generate import generate
 from megazh.model.sampling import SamplingOptions
 from megazh.pipeline.generate import pipeline_forward
 from megazh.progress import duration
 from megazh.run.pulse import beat
-from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import decode_whole
 from megazh.training.held_out import HeldOut, Validation
-from megazh.training.layout import Layout
 from megazh.training.prompting import Prompting
 
 SAMPLING = SamplingOptions(temperature=0.7, top_k=50, top_p=0.95)
@@ -31,54 +28,44 @@ _LOG_SECONDS = 30.0
 _TOKENS_PER_POLL = 8
 
 
-class Validator:
-    """Validates on the same samples each time; arguments as for `HeldOut`."""
+def validate(
+    engine: Any,
+    held_out: HeldOut,
+    agree: Callable[[float], tuple[bool, float]] = lambda seconds: (False, seconds),
+    log: Callable[[str], None] = lambda line: None,
+) -> Validation | None:
+    """Validate. All ranks call it.
 
-    def __init__(
-        self, samples: ValidationSamples, layout: Layout, replica: int, limit: int | None, tokenizer: Tokenizer
-    ) -> None:
-        self._held_out = HeldOut(samples, layout, replica, limit, tokenizer)
-        self.samples = self._held_out.samples
-        """Number of samples in a pass."""
+    Args:
+        engine: the engine.
+        held_out: the samples to validate on.
+        agree: takes this rank's seconds of the last piece; returns, the same on all ranks, whether to stop and the
+            seconds of the slowest rank.
+        log: prints a line of progress, every half minute.
 
-    def __call__(
-        self,
-        engine: Any,
-        agree: Callable[[float], tuple[bool, float]] = lambda seconds: (False, seconds),
-        log: Callable[[str], None] = lambda line: None,
-    ) -> Validation | None:
-        """Validate. All ranks call it.
-
-        Args:
-            engine: the engine.
-            agree: takes this rank's seconds of the last piece; returns, the same on all ranks, whether to stop and the
-                seconds of the slowest rank.
-            log: prints a line of progress, every half minute.
-
-        Returns:
-            None if it was stopped.
-        """
-        feed = self._held_out.feed
-        total, done, piece = feed.micro_batches, 0, _FIRST_PIECE
-        batches, losses = iter(feed), list[torch.Tensor]()
-        begun = logged = time.monotonic()
-        while done < total:
-            count, piece_begun = min(piece, total - done), time.monotonic()
-            found = engine.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
-            losses += found or []  # None except on the last stage
-            done += count
-            stop, seconds = agree(time.monotonic() - piece_begun)
-            if stop:
-                return None
-            if time.monotonic() - logged > _LOG_SECONDS:
-                logged = time.monotonic()
-                left = (logged - begun) * (total - done) / done
-                log(f"validation: {done * self.samples // total:,} of {self.samples:,} samples, {duration(left)} left")
-            faster = seconds * 2 < _PIECE_SECONDS
-            piece = (
-                min(2 * piece, _LARGEST_PIECE) if faster else max(piece // 2, 1) if seconds > _PIECE_SECONDS else piece
-            )
-        return self._held_out.result(losses, engine.device)
+    Returns:
+        None if it was stopped.
+    """
+    feed = held_out.feed
+    total, done, piece = feed.micro_batches, 0, _FIRST_PIECE
+    batches, losses = iter(feed), list[torch.Tensor]()
+    begun = logged = time.monotonic()
+    while done < total:
+        count, piece_begun = min(piece, total - done), time.monotonic()
+        found = engine.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
+        losses += found or []  # None except on the last stage
+        done += count
+        stop, seconds = agree(time.monotonic() - piece_begun)
+        if stop:
+            return None
+        if time.monotonic() - logged > _LOG_SECONDS:
+            logged = time.monotonic()
+            left = (logged - begun) * (total - done) / done
+            samples = done * held_out.samples // total
+            log(f"validation: {samples:,} of {held_out.samples:,} samples, {duration(left)} left")
+        faster = seconds * 2 < _PIECE_SECONDS
+        piece = min(2 * piece, _LARGEST_PIECE) if faster else max(piece // 2, 1) if seconds > _PIECE_SECONDS else piece
+    return held_out.result(losses, engine.device)
 
 
 def sample_text(

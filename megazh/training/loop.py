@@ -13,12 +13,14 @@ from megazh.model.sampling import SamplingOptions
 from megazh.pipeline.engine import check_tied, make_engine, quiet
 from megazh.pipeline.module import Z_LOSS, DecoderPipeline
 from megazh.run.folder import RunFolder
+from megazh.training.attempt_events import open_metrics
 from megazh.training.collect import largest
 from megazh.training.control import Control
 from megazh.training.cut import agree_on_bounds
 from megazh.training.describe import describe_kernels
-from megazh.training.evaluate import Validation, Validator, sample_text
+from megazh.training.evaluate import sample_text, validate
 from megazh.training.feed import MicroBatch, training_feed
+from megazh.training.held_out import HeldOut, Validation
 from megazh.training.layout import Layout
 from megazh.training.optimizers.choose import rules
 from megazh.training.pace import due
@@ -61,16 +63,17 @@ class Trainer(Session):
         self.startup.done("engine")
         self.state = self.engine.optimizer
         self.state.accept = self.guard.accept
-        self.load()
+        self.checkpoints.load()
         self._replica = self.engine.module.mpu().get_data_parallel_rank()
         self._data_seconds = 0.0
         self.restart_feed()
-        self._validator = self._make_validator()
+        self.open_held_out(self._replica)
         self.startup.done("validation data")
 
     def _bounds(self) -> list[int]:
         """The cut into stages: the recipe's, else that of a checkpoint of as many stages, else the best one."""
-        saved = self.found[1] if self.found else None
+        found = self.checkpoints.found
+        saved = found[1] if found else None
         if saved and saved.stages == self.layout.stages and self.recipe.parallel.stage_bounds is None:
             return saved.bounds
         return agree_on_bounds(self.recipe, self.work, self.device)
@@ -108,20 +111,13 @@ class Trainer(Session):
                 return
             yield batch
 
-    def _make_validator(self) -> Validator | None:
-        validation = self.mixture.manifest.validation
-        if not validation or not validation.fraction:
-            return None
-        limit = self.recipe.evaluation.validation_samples
-        return Validator(self.mixture.validation, self.layout, self._replica, limit, self.tokenizer)
-
     def run(self) -> None:
         """Train all remaining steps; see `Session.run`."""
-        with self.open_metrics() as self.metrics:
+        with open_metrics(self) as self.metrics:
             self.begin_evaluating()
             while self.step < self.steps:
                 self.after_step(self.take_step())
-        self.finish()
+        self.checkpoints.finish()
 
     def take_step(self) -> Agreed:
         """Take one optimizer step and record it."""
@@ -150,20 +146,14 @@ class Trainer(Session):
         if self.step and (self.last or due(self.recipe.parallel.check_tied_every, self.step)):
             check_tied(self.engine.module)
 
-    @property
-    def validation_samples(self) -> int:
-        """See `Session`."""
-        return self._validator.samples if self._validator else 0
-
-    def compute_validation(self) -> Validation | None:
+    def compute_validation(self, held_out: HeldOut) -> Validation | None:
         """See `Session`."""
 
         def agree(seconds: float) -> tuple[bool, float]:
             stop, slowest = largest([float(self.control.reason), seconds], self.device)
             return stop > 0, slowest
 
-        assert self._validator is not None
-        return self._validator(self.engine, agree, self.log)
+        return validate(self.engine, held_out, agree, self.log)
 
     def generate(self, prompt: str, tokens: int, seed: int, options: SamplingOptions) -> str | None:
         """See `Session`."""

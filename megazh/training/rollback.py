@@ -29,8 +29,7 @@ def roll_back(session: Session) -> bool:
         WriteError: metrics.jsonl or the manifest cannot be written.
     """
     guard = session.guard
-    session.saver.wait()
-    session.commands.settle()
+    session.checkpoints.wait()
     if guard.regular_step is None:
         return False
     found = agree_on_checkpoint(session.folder.checkpoints, session.run_id, session.log, only=guard.regular_step)
@@ -47,7 +46,7 @@ def roll_back(session: Session) -> bool:
         session.step, "rollback", text, to=saved.step, samples=samples, rollbacks=guard.rollbacks + 1, **guard.judged
     )
     session.state.restart()
-    session.read(path, saved)
+    session.checkpoints.read(path, saved)
     session.metrics.go_back(saved.step)
     guard.roll_back(saved.guard or GuardState(), steps, samples)
     consumed = session.course.samples_before(saved.step) + guard.samples_passed

@@ -35,7 +35,8 @@ def evaluate(recipe: Recipe, stages: int) -> dict[str, Any]:
     from megazh.pipeline.module import DecoderPipeline
     from megazh.pipeline.precision import Dtype, Precision
     from megazh.tokenizer import load_tokenizer
-    from megazh.training.evaluate import Validator, sample_text
+    from megazh.training.evaluate import sample_text, validate
+    from megazh.training.held_out import HeldOut
     from megazh.training.optimizers.choose import rules
     from megazh.training.stages import work_of
 
@@ -50,11 +51,12 @@ def evaluate(recipe: Recipe, stages: int) -> dict[str, Any]:
     replica = module.mpu().get_data_parallel_rank()
     found: dict[str, Any] = {"validations": [], "texts": []}
     for limit in LIMITS:
-        validator = Validator(mixture.validation, layout, replica, limit, tokenizer)
+        held_out = HeldOut(mixture.validation, layout, replica, limit, tokenizer)
         for _ in range(2):
-            validation = validator(engine)
+            validation = validate(engine, held_out)
+            assert validation is not None
             corpora = {name: dataclasses.asdict(each) for name, each in validation.corpora.items()}
-            found["validations"].append((validator.samples, validation.loss, validation.bits_per_byte, corpora))
+            found["validations"].append((held_out.samples, validation.loss, validation.bits_per_byte, corpora))
     for seed in (1, 1, 2):
         module.train()
         found["texts"].append(sample_text(engine, Prompting(tokenizer), PROMPT, TOKENS, seed))

@@ -72,6 +72,7 @@ def poisoned(tensor: torch.Tensor, value: float, rank: int, call: Callable[[], o
 def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
     """What happens, as errors and names of checkpoints."""
     from megazh.training.loop import Trainer
+    from megazh.training.verdicts import end_if_diverged
 
     run_folder, control = RunFolder(folder / "run"), Control()
     if dist.get_rank() == 0:
@@ -90,12 +91,12 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
         for _ in range(2):
             own.take_step()
         weight = next(own.engine.module.parameters())
-        results["weight"] = poisoned(weight.data, math.nan, 1, own.save)
-        results["infinite"] = poisoned(weight.data, math.inf, 0, own.save)
+        results["weight"] = poisoned(weight.data, math.nan, 1, own.checkpoints.save)
+        results["infinite"] = poisoned(weight.data, math.inf, 0, own.checkpoints.save)
         for kind in ("master", "exp_avg_sq"):
             values = next((piece.values for piece in pieces if piece.kind == kind), None)
             if values is not None:
-                results[kind] = poisoned(values, math.nan, 1, own.save)
+                results[kind] = poisoned(values, math.nan, 1, own.checkpoints.save)
         dist.barrier()
         results["saved while poisoned"] = saved()
         # A norm and a loss that are not finite, the norm on one rank only: no bit changes.
@@ -113,44 +114,44 @@ def run(folder: Path, recipe: Recipe, stages: int) -> dict[str, Any]:
         own.take_step()
         results["changed nothing"][own.guard.verdict.name] = unchanged()
         own.state.totals = plain
-        own.check_health()
+        end_if_diverged(own)
         results["skipped by a loss"] = own.guard.skipped_in_row
         # Logits that are not finite.
         norm = own.engine.module._norm
         kept = None if norm is None else norm.weight.data.clone()
         if norm is not None:
             norm.weight.data.fill_(math.nan)
-        own.evaluated = set()
-        results["samples of NaN"] = error_of(own.sample)
-        results["validation of NaN"] = error_of(own.validate)
+        own.evaluations.done = set()
+        results["samples of NaN"] = error_of(own.evaluations.sample)
+        results["validation of NaN"] = error_of(own.evaluations.validate)
         if norm is not None:
             norm.weight.data.copy_(kept)
         # Only one rank knows of the request to stop.
-        own.evaluated = set()
+        own.evaluations.done = set()
         if dist.get_rank() == 1:
             own.control.request(Reason.TERMINATED)
         results["stop in validation"] = error_of(own.evaluate)
-        own.evaluated, own.saver.saved_at = {"validation"}, own.step
-        results["stop in a sample"] = error_of(own.sample)
+        own.evaluations.done, own.checkpoints.saver.saved_at = {"validation"}, own.step
+        results["stop in a sample"] = error_of(own.evaluations.sample)
         own.control = Control()
         results["saved by a stop"] = saved()
         results["evaluated"] = of_rank_0(sorted(own.metrics.evaluated_at(3)))
         # A checkpoint for which there is no room.
         with mock.patch.object(writing, "free_bytes", return_value=1000):
-            own.save(wait=False)
+            own.checkpoints.save(wait=False)
         # A checkpoint that an earlier version saved with weights that are not finite.
         own.take_step()
         results["taken"] = own.guard.verdict.name
         with torch.no_grad():
             weight.view(-1)[5] = math.nan
-        import megazh.training.session as session
+        import megazh.training.checkpoints as checkpoints
 
-        look, session.find_not_finite = session.find_not_finite, lambda optimizer, device: None
+        look, checkpoints.find_not_finite = checkpoints.find_not_finite, lambda optimizer, device: None
         flushed: list[list[str]] = []
         with mock.patch.object(own.metrics, "flush", side_effect=lambda: flushed.append(saved())):
-            own.save()
+            own.checkpoints.save()
         results["there when records were flushed"] = of_rank_0(flushed)
-        session.find_not_finite = look
+        checkpoints.find_not_finite = look
     results["resume"] = error_of(trainer)
     return results
 

@@ -31,8 +31,8 @@ from megazh.run.metrics import read_metrics
 from megazh.run.requests import Answer, Command, Inbox, Request, read_private
 from megazh.training import commands
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
+from megazh.training.checkpoints import Checkpoints
 from megazh.training.control import Reason
-from megazh.training.session import Session
 
 STEPS = 100_000
 LAYOUT = (2, 1)
@@ -68,8 +68,8 @@ class Rank:
             recipe=make_recipe(),
             live=SimpleNamespace(changes=[]),
             control=Requests(),
-            saver=SimpleNamespace(step=None, saved_at=None, failure=""),
-            validation_samples=0,
+            checkpoints=SimpleNamespace(saver=SimpleNamespace(step=None, saved_at=None, failure="")),
+            held_out=None,
             prompting=SimpleNamespace(ids=letters, tokenizer=SimpleNamespace(encode=letters)),
         )
         self.commands = commands.Commands(self.session)
@@ -99,7 +99,7 @@ def test_a_stop_is_known_at_once_and_answered_at_the_end(rank: Rank) -> None:
     rank.send("4", command=Command.PAUSE)
     assert rank.answer("3") == ("refused", "the run is stopping already")
     assert rank.answer("4") == ("refused", "the run is stopping")
-    rank.session.saver.saved_at = 7
+    rank.session.checkpoints.saver.saved_at = 7
     rank.commands.close(Reason.COMMAND)
     rank.commands.close(Reason.NONE)
     assert rank.answer("1") == ("refused", "the run has ended before that was done")
@@ -153,7 +153,7 @@ def test_a_bug_in_a_check_does_not_end_the_thread(rank: Rank, monkeypatch: pytes
 
 
 def test_a_save_is_answered_when_it_is_whole_or_has_failed(rank: Rank) -> None:
-    saver, waiting = rank.session.saver, rank.commands._saves
+    saver, waiting = rank.session.checkpoints.saver, rank.commands._saves
     for name in "123":
         rank.send(name, command=Command.SAVE)
         assert rank.commands._next() is not None
@@ -169,15 +169,16 @@ def test_a_save_is_answered_when_it_is_whole_or_has_failed(rank: Rank) -> None:
 
 def test_a_save_that_another_one_waits_for_is_answered_before_that_begins(rank: Rank) -> None:
     """Step 7 is being saved when the run is stopped at step 8."""
-    session, saver = rank.session, rank.session.saver
+    session, checkpoints, saver = rank.session, rank.session.checkpoints, rank.session.checkpoints.saver
     rank.send("1", command=Command.SAVE)
     assert rank.commands._next() is not None
     rank.commands._saves.append(("1.json", 7))
-    saver.step, session.step, session.saved_or_saving, session.commands = 7, 8, False, rank.commands
+    saver.step, session.step, session.commands = 7, 8, rank.commands
     saver.wait = lambda: vars(saver).update(step=None, saved_at=7)
-    session.save = lambda: vars(saver).update(saved_at=8)
-    session._wait_for_save = lambda: Session._wait_for_save(session)
-    Session._save_now(session)
+    checkpoints._session, checkpoints.saved_or_saving = session, False
+    checkpoints.save = lambda: vars(saver).update(saved_at=8)
+    checkpoints.wait = lambda: Checkpoints.wait(checkpoints)
+    Checkpoints.save_now(checkpoints)
     rank.commands.close(Reason.COMMAND)
     assert rank.answer("1")[1].startswith("step 7 is saved: ")
 
@@ -223,7 +224,8 @@ def test_a_sample_that_fails_ends_no_run(rank: Rank) -> None:
     order = rank.commands._next()
     assert order is not None
     rank.session.metrics = mock.Mock()
-    rank.session.sample_once = mock.Mock(side_effect=UsageError("the prompt has no token"))
+    sample_once = mock.Mock(side_effect=UsageError("the prompt has no token"))
+    rank.session.evaluations = SimpleNamespace(sample_once=sample_once)
     rank.commands._carry_out(order)
     assert rank.answer("1") == ("refused", "the prompt has no token")
 

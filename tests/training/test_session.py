@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
@@ -14,16 +14,18 @@ from recipes import make_recipe
 from megazh.errors import UsageError
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import VALIDATION, Metrics
+from megazh.training.attempt_events import record_stop
 from megazh.training.control import Interrupted, Reason
-from megazh.training.guard import Verdict
+from megazh.training.evaluations import Evaluations
+from megazh.training.guard import Guard, Verdict
 from megazh.training.session import Agreed, Session
 
 
 def stopped(reason: Reason, **session: object) -> tuple[Exception, int]:
     """What ends a run at that reason, and the exit code in its record; by default before the first step."""
     recipe, metrics = make_recipe(control={"max_hours": 0.25}), Mock()
-    values = {"_has_stepped": False, "last": False, "step": 40, "steps": 80, "recipe": recipe, "metrics": metrics}
-    ends = Session._stopped(SimpleNamespace(**values | session), reason)
+    values = {"has_stepped": False, "last": False, "step": 40, "steps": 80, "recipe": recipe, "metrics": metrics}
+    ends = record_stop(cast(Session, SimpleNamespace(**values | session)), reason)
     return ends, metrics.event.call_args.kwargs["exit_code"]
 
 
@@ -37,7 +39,7 @@ def test_a_deadline_before_the_first_step_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("reason", "session", "expected"),
     [
-        (Reason.DEADLINE, {"_has_stepped": True}, 75),
+        (Reason.DEADLINE, {"has_stepped": True}, 75),
         (Reason.DEADLINE, {"last": True}, 75),
         (Reason.TERMINATED, {}, 75),
         (Reason.COMMAND, {}, 130),
@@ -50,13 +52,21 @@ def test_other_stops_are_none(reason: Reason, session: dict[str, bool], expected
 
 
 def test_a_person_who_stops_the_run_while_it_is_saved_for_a_scheduler_decides_the_exit_code() -> None:
-    session = SimpleNamespace(
-        check_health=Mock(),
-        _skip_or_go_back=lambda: False,
-        _save_if_due=Mock(side_effect=lambda stop: vars(session).update(agreed_reason=lambda: Reason.COMMAND)),
+    recipe = make_recipe()
+    session: Any = SimpleNamespace(
+        step=4,
+        steps=10,
+        last=False,
+        decides=True,
+        has_stepped=True,
+        recipe=recipe,
+        guard=Guard(recipe.guard),
+        metrics=Mock(),
+        evaluations=Mock(),
         agreed_reason=lambda: Reason.TERMINATED,
-        _stopped=Interrupted,
     )
+    save = Mock(side_effect=lambda stop: vars(session).update(agreed_reason=lambda: Reason.COMMAND))
+    session.checkpoints = SimpleNamespace(save_if_due=save)
     with pytest.raises(Interrupted) as ended:
         Session.after_step(session, Agreed(Reason.TERMINATED, Verdict.ACCEPTED, commands=False))
     assert ended.value.reason is Reason.COMMAND
@@ -78,12 +88,13 @@ def test_what_was_evaluated_at_a_step_is_not_evaluated_again_after_a_rollback_to
         metrics.go_back(3)
         session: Any = SimpleNamespace(
             metrics=metrics,
-            saver=SimpleNamespace(),
+            checkpoints=Mock(),
             course=make_recipe().course,
             live=Mock(),
             restart_feed=Mock(),
-            evaluated=set(),
         )
+        session.evaluations = Evaluations(session)
         Session.go_back(session, 3)
-    assert VALIDATION in session.evaluated
-    assert session.step == session.saver.saved_at == 3
+    assert VALIDATION in session.evaluations.done
+    assert session.step == 3
+    session.checkpoints.go_back.assert_called_once_with(3)

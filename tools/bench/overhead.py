@@ -73,6 +73,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         port = free.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["DS_ACCELERATOR"] = arguments.device
+    from megazh.training.attempt_events import open_metrics
     from megazh.training.control import Control
     from megazh.training.loop import Trainer
     from megazh.training.worker import join
@@ -121,7 +122,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         float(plain(trainer._feed))
         found["bare"].append(time.perf_counter() - begun)
 
-    with trainer.open_metrics() as trainer.metrics:
+    with open_metrics(trainer) as trainer.metrics:
         for _ in range(WARM_UP):
             trainer.after_step(trainer.take_step())
         for _ in range(arguments.blocks):

@@ -6,65 +6,55 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from megazh.index.mixture import ValidationSamples
 from megazh.model.generate import generate
 from megazh.model.sampling import SamplingOptions
 from megazh.progress import duration
 from megazh.run.pulse import beat
-from megazh.tokenizer import Tokenizer
 from megazh.tokenizer.stream import decode_whole
 from megazh.training.evaluate import SAMPLING
 from megazh.training.held_out import HeldOut, Validation
 from megazh.training.hf.model import PackedModel
-from megazh.training.layout import Layout
 from megazh.training.prompting import Prompting
 
 _POLL_SECONDS, _LOG_SECONDS = 2.0, 30.0
 _TOKENS_PER_POLL = 8
 
 
-class HfValidator:
-    """Validates on the same samples each time; arguments as for `HeldOut`."""
+@torch.no_grad()
+def validate(
+    model: PackedModel, held_out: HeldOut, stop: Callable[[], bool], log: Callable[[str], None]
+) -> Validation | None:
+    """Validate. All ranks call it.
 
-    def __init__(
-        self, samples: ValidationSamples, layout: Layout, replica: int, limit: int | None, tokenizer: Tokenizer
-    ) -> None:
-        self._held_out = HeldOut(samples, layout, replica, limit, tokenizer)
-        self.samples = self._held_out.samples
-        """Number of samples in a pass."""
+    Args:
+        model: the model.
+        held_out: the samples to validate on.
+        stop: whether any rank was requested to stop; all ranks call it at the same micro-batches.
+        log: prints a line of progress, every half minute.
 
-    @torch.no_grad()
-    def __call__(self, model: PackedModel, stop: Callable[[], bool], log: Callable[[str], None]) -> Validation | None:
-        """Validate. All ranks call it.
-
-        Args:
-            model: the model.
-            stop: whether any rank was requested to stop; all ranks call it at the same micro-batches.
-            log: prints a line of progress, every half minute.
-
-        Returns:
-            None if it was stopped.
-        """
-        feed, losses = self._held_out.feed, list[torch.Tensor]()
-        begun = logged = time.monotonic()
-        piece = 1
-        model.eval()
-        try:
-            for done, ((tokens, document_map), (targets, scale)) in enumerate(feed):
-                if done and done % piece == 0:
-                    if stop():
-                        return None
-                    piece = _piece(done, time.monotonic() - begun, model.device)
-                    if time.monotonic() - logged > _LOG_SECONDS:
-                        logged = time.monotonic()
-                        left = (logged - begun) * (feed.micro_batches - done) / done
-                        samples = done * self.samples // feed.micro_batches
-                        log(f"validation: {samples:,} of {self.samples:,} samples, {duration(left)} left")
-                moved = [each.to(model.device) for each in (tokens, document_map, targets)]
-                losses.append(model(*moved, float(scale)))
-        finally:
-            model.train()
-        return self._held_out.result(losses, model.device)
+    Returns:
+        None if it was stopped.
+    """
+    feed, losses = held_out.feed, list[torch.Tensor]()
+    begun = logged = time.monotonic()
+    piece = 1
+    model.eval()
+    try:
+        for done, ((tokens, document_map), (targets, scale)) in enumerate(feed):
+            if done and done % piece == 0:
+                if stop():
+                    return None
+                piece = _piece(done, time.monotonic() - begun, model.device)
+                if time.monotonic() - logged > _LOG_SECONDS:
+                    logged = time.monotonic()
+                    left = (logged - begun) * (feed.micro_batches - done) / done
+                    samples = done * held_out.samples // feed.micro_batches
+                    log(f"validation: {samples:,} of {held_out.samples:,} samples, {duration(left)} left")
+            moved = [each.to(model.device) for each in (tokens, document_map, targets)]
+            losses.append(model(*moved, float(scale)))
+    finally:
+        model.train()
+    return held_out.result(losses, model.device)
 
 
 def _piece(done: int, seconds: float, device: torch.device) -> int:

@@ -15,10 +15,11 @@ from megazh.model.sampling import SamplingOptions
 from megazh.pipeline.engine import quiet
 from megazh.run.changes import Change
 from megazh.run.folder import RunFolder
+from megazh.training.attempt_events import open_metrics
 from megazh.training.control import Control
-from megazh.training.evaluate import Validation
+from megazh.training.held_out import HeldOut, Validation
 from megazh.training.hf.deepspeed import zero_config
-from megazh.training.hf.evaluate import HfValidator, sample_text
+from megazh.training.hf.evaluate import sample_text, validate
 from megazh.training.hf.folder import write_folder
 from megazh.training.hf.model import PackedModel
 from megazh.training.hf.state import TrainingState
@@ -64,7 +65,7 @@ class HfRun(Session, TrainerCallback):
             recipe.parallel.activation_checkpointing,
         )
         self.startup.done("model")
-        self._validator = self._make_validator()
+        self.open_held_out(dist.get_rank())
         self.startup.done("validation data")
         with quiet():
             arguments = trainer_arguments(
@@ -75,27 +76,20 @@ class HfRun(Session, TrainerCallback):
             )
         self.startup.done("trainer")
 
-    def _make_validator(self) -> HfValidator | None:
-        validation = self.mixture.manifest.validation
-        if not validation or not validation.fraction:
-            return None
-        limit = self.recipe.evaluation.validation_samples
-        return HfValidator(self.mixture.validation, self.layout, dist.get_rank(), limit, self.tokenizer)
-
     def run(self) -> None:
         """Train all remaining steps; see `Session.run`."""
-        with self.open_metrics() as self.metrics:
+        with open_metrics(self) as self.metrics:
             self._trainer.train()
         if not self.last:
             raise WorkerError(f"step {self.step} of {self.steps}: the data has no samples left")
-        self.finish()
+        self.checkpoints.finish()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the state, once the Trainer has prepared model and optimizer; evaluate a new run."""
         sharded = zero_config(self.recipe, self.layout, self.precision) is not None
         self.state = TrainingState(self._model, self._trainer.base_optimizer, sharded, dist.get_rank())
         self.startup.done("optimizer")
-        self.load()
+        self.checkpoints.load()
         self.begin_evaluating()
         self._begin_step()
 
@@ -119,15 +113,9 @@ class HfRun(Session, TrainerCallback):
         self._trainer.data_seconds = 0.0
         self._step_begun = time.perf_counter()
 
-    @property
-    def validation_samples(self) -> int:
+    def compute_validation(self, held_out: HeldOut) -> Validation | None:
         """See `Session`."""
-        return self._validator.samples if self._validator else 0
-
-    def compute_validation(self) -> Validation | None:
-        """See `Session`."""
-        assert self._validator is not None
-        return self._validator(self._model, self.stop_is_agreed, self.log)
+        return validate(self._model, held_out, self.stop_is_agreed, self.log)
 
     def generate(self, prompt: str, tokens: int, seed: int, options: SamplingOptions) -> str | None:
         """See `Session`."""
