@@ -14,6 +14,28 @@ MODEL = {
     "intermediate_size": 8,
 }
 
+TINY_RUN: dict[str, Any] = {
+    "model": {
+        "vocab_size": 448,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "residual_dropout": 0.1,
+    },
+    "seq_len": 16,
+    "micro_batch_size": 1,
+    "global_batch_size": 4,
+    "learning_rate": 1e-3,
+    "warmup": 4,
+    "validate_every": 0,
+    "validation_samples": 2,
+    "sample_prompts": [],
+    "dtype": "fp32",
+}
+"""A run whose steps take milliseconds, for tests that start it again and again; without data (the fixture `stories`)
+and number of steps."""
+
 
 def in_sections(values: dict[str, Any]) -> dict[str, Any]:
     """Put flat keys, such as `steps`, into their sections; sections that are given as mappings are kept."""

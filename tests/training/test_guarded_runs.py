@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from forked_runs import ForkedRuns, start_forks
-from recipes import in_sections
+from recipes import TINY_RUN, in_sections
 from safetensors.torch import load_file
 
 from megazh.errors import DataError, DivergedError
@@ -19,31 +19,16 @@ from megazh.training.checkpoint_list import CheckpointManifest, list_checkpoints
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(300)]
 
-BATCH, STEPS, EVERY = 4, 16, 5
+STEPS = 16
 RECIPE: dict[str, Any] = {
-    "model": {
-        "vocab_size": 448,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "residual_dropout": 0.1,
-    },
-    "seq_len": 16,
-    "micro_batch_size": 1,
-    "global_batch_size": BATCH,
+    **TINY_RUN,
     "steps": STEPS,
-    "learning_rate": 1e-3,
-    "warmup": 4,
     "min_lr_ratio": 1.0,
-    "checkpoint_every": EVERY,
+    "checkpoint_every": 5,
     "keep_last": 1,
-    "validate_every": 0,
-    "validation_samples": 2,
-    "sample_prompts": [],
-    "dtype": "fp32",
     "guard": {"window": 4, "deviations": 50.0},
 }
+BATCH = RECIPE["global_batch_size"]
 
 
 def in_step(step: int) -> int:

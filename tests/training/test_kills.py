@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from forked_runs import Ended, ForkedRuns, start_forks
-from recipes import in_sections
+from recipes import TINY_RUN, in_sections
 
 from megazh.run.metrics import read_metrics
 from megazh.training.checkpoint_list import list_checkpoints, newest_good
@@ -19,32 +19,11 @@ KILLS = int(os.environ.get("MEGAZH_TEST_KILLS", "24"))
 """Number of kills; 100 take several minutes."""
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(240 + 6 * KILLS)]
 
-SEED, BATCH = 20261128, 4
+SEED = 20261128
 LAYOUTS = [(1, 1), (2, 1), (1, 2)]
 STEPS = 40 + 8 * KILLS
-RECIPE: dict[str, Any] = {
-    "model": {
-        "vocab_size": 448,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "residual_dropout": 0.1,
-    },
-    "seq_len": 16,
-    "micro_batch_size": 1,
-    "global_batch_size": BATCH,
-    "steps": STEPS,
-    "learning_rate": 1e-3,
-    "warmup": 4,
-    "checkpoint_every": 1,
-    "keep_last": 2,
-    "validate_every": 0,
-    "validation_samples": 2,
-    "sample_prompts": [],
-    "max_grad_norm": 0.5,
-    "dtype": "fp32",
-}
+RECIPE: dict[str, Any] = {**TINY_RUN, "steps": STEPS, "checkpoint_every": 1, "keep_last": 2, "max_grad_norm": 0.5}
+BATCH = RECIPE["global_batch_size"]
 
 
 @pytest.fixture(scope="module")

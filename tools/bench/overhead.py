@@ -10,8 +10,6 @@ then.
 
 import argparse
 import json
-import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -23,16 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 try:
     import torch
-    from train_data import make_mixture, untrained
+    from one_rank import make_trainer, parser, recipe_of
+    from train_data import untrained
 
     from megazh.cli import run
-    from megazh.cli.options import count, standalone
+    from megazh.cli.options import count
     from megazh.errors import UsageError
-    from megazh.run.folder import RunFolder
-    from megazh.run.requests import Inbox
-    from megazh.training.layout import make_layout
-    from megazh.training.recipe import load_recipe
-    from megazh.training.recipe_files import recipe_path
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; run 'bash jobs/setup.sh' once, then use .venv/bin/python (or activate .venv)")
 
@@ -68,30 +62,11 @@ def call(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds of whole and bare steps, and of what lies outside of the engine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["DS_ACCELERATOR"] = arguments.device
     from megazh.training.attempt_events import open_metrics
-    from megazh.training.control import Control
-    from megazh.training.loop import Trainer
-    from megazh.training.worker import join
 
-    device = join(arguments.device)
     steps = WARM_UP + 2 * arguments.blocks * arguments.steps
-    settings = [
-        f"steps={steps + 1}", f"global_batch_size={arguments.micro_batch_size * arguments.micro_batches}",
-        f"micro_batch_size={arguments.micro_batch_size}", "pipe_parallel_size=1", "stories=null", "num_gpus=1",
-        f"data.manifest={folder / 'mixture.yaml'}", "gradient_accumulation_steps=null", f"device={arguments.device}",
-        *arguments.settings,
-    ]  # fmt: skip
-    recipe = untrained(load_recipe(recipe_path(arguments.recipe), settings))
-    make_mixture(folder, (steps + 3) * recipe.course.tokens(0), recipe.model.vocab_size, 500, 0)
-    run_folder = RunFolder(folder / "run")
-    run_folder.begin(recipe.to_yaml(), recipe.open_mixture())
-    Inbox.clear(run_folder)  # so that the run listens to commands
-    trainer = Trainer(run_folder, recipe, make_layout(recipe, 1), device, Control())
+    recipe = untrained(recipe_of(arguments, folder, steps + 1, arguments.device))
+    trainer = make_trainer(recipe, folder, 500.0)
     engine = trainer.engine
     inside: list[float] = []
     plain = engine.train_batch
@@ -134,21 +109,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return found
 
 
-def parser() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     """The options."""
-    found = standalone("measure what a step costs beside training", EXAMPLES)
+    found = parser("measure what a step costs beside training", EXAMPLES, call, micro_batches=8)
     add = found.add_argument
-    add("--recipe", default="qwen0.5b_6x3090_dp", metavar="NAME", help="model and settings (default: %(default)s)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="device (default: cuda)")
-    add("--micro-batch-size", type=count, default=16, metavar="N", help="rows per micro-batch (default: 16)")
-    add("--micro-batches", type=count, default=8, metavar="N", help="micro-batches per step (default: 8)")
     add("--steps", type=count, default=4, metavar="N", help="steps per block (default: 4)")
     add("--blocks", type=count, default=10, metavar="N", help="blocks of each kind (default: 10)")
-    add("--json", type=Path, metavar="FILE", help="write all times to this file")
-    add("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the recipe")
-    found.set_defaults(call=call)
     return found
 
 
 if __name__ == "__main__":
-    sys.exit(run(parser().parse_args()))
+    sys.exit(run(options().parse_args()))

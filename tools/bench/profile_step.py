@@ -8,8 +8,6 @@ Engine and loop are those of a run; the documents are made up, as in `train.py`.
 
 import argparse
 import json
-import os
-import socket
 import sys
 import tempfile
 import time
@@ -20,15 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 try:
     import torch
-    from train_data import make_mixture
+    from one_rank import make_trainer, parser, recipe_of
 
     from megazh.cli import run
-    from megazh.cli.options import count, standalone
+    from megazh.cli.options import count
     from megazh.errors import UsageError
-    from megazh.run.folder import RunFolder
-    from megazh.training.layout import make_layout
-    from megazh.training.recipe import load_recipe
-    from megazh.training.recipe_files import recipe_path
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; run 'bash jobs/setup.sh' once, then use .venv/bin/python (or activate .venv)")
 
@@ -71,31 +65,10 @@ def call(arguments: argparse.Namespace) -> None:
 
 def profile(arguments: argparse.Namespace, folder: Path) -> None:
     """Train and profile in this process, as the only rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["DS_ACCELERATOR"] = "cuda"
     from megazh.run.metrics import Metrics
-    from megazh.training.control import Control
-    from megazh.training.loop import Trainer
-    from megazh.training.worker import join
 
-    settings = [
-        f"seq_len={arguments.seq_len}", f"micro_batch_size={arguments.micro_batch_size}", f"steps={WARM_UP + 1}",
-        f"global_batch_size={arguments.micro_batch_size * arguments.micro_batches}", "pipe_parallel_size=1",
-        *arguments.settings,
-    ]  # fmt: skip
-    own = [
-        f"data.manifest={folder / 'mixture.yaml'}", "stories=null", "gradient_accumulation_steps=null", "num_gpus=1",
-        "device=cuda",
-    ]  # fmt: skip
-    recipe = load_recipe(recipe_path(arguments.recipe), [*settings, *own])
-    tokens = (WARM_UP + 3) * recipe.course.tokens(0)
-    make_mixture(folder, tokens, recipe.model.vocab_size, arguments.document_tokens, 0)
-    run_folder = RunFolder(folder / "run")
-    run_folder.begin(recipe.to_yaml(), recipe.open_mixture())
-    trainer = Trainer(run_folder, recipe, make_layout(recipe, 1), join("cuda"), Control())
+    recipe = recipe_of(arguments, folder, WARM_UP + 1, "cuda", f"seq_len={arguments.seq_len}")
+    trainer = make_trainer(recipe, folder, arguments.document_tokens)
     with Metrics(folder / "run", 0, quiet=True) as trainer.metrics:
         for _ in range(WARM_UP):
             trainer.take_step()
@@ -135,21 +108,15 @@ def report(arguments: argparse.Namespace, kernels: dict[str, list[float]], wall:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def parser() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     """The command line."""
-    found = standalone("profile a training step, kernel by kernel, on one GPU", EXAMPLES)
+    found = parser("profile a training step, kernel by kernel, on one GPU", EXAMPLES, call, micro_batches=4)
     add = found.add_argument
-    add("--recipe", default="qwen0.5b_6x3090_dp", metavar="NAME", help="model and settings (default: %(default)s)")
     add("--seq-len", type=count, default=1024, metavar="N", help="tokens per row (default: 1024)")
-    add("--micro-batch-size", type=count, default=16, metavar="N", help="rows per micro-batch (default: 16)")
-    add("--micro-batches", type=count, default=4, metavar="N", help="micro-batches per step (default: 4)")
     add("--document-tokens", type=float, default=500.0, metavar="N", help="mean length of a document (default: 500)")
     add("--kernels", type=count, default=25, metavar="N", help="number of kernels to list (default: 25)")
-    add("--json", type=Path, metavar="FILE", help="write the figures to this file")
-    add("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the recipe")
-    found.set_defaults(call=call)
     return found
 
 
 if __name__ == "__main__":
-    sys.exit(run(parser().parse_args()))
+    sys.exit(run(options().parse_args()))
