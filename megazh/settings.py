@@ -67,6 +67,13 @@ class Settings:
         return f"{message} ({', '.join(f'{name} is set {place}' for name, place in named.items())})"
 
 
+@dataclass(frozen=True)
+class Synonym:
+    """Another name of a key in a `key=value` setting; an annotation of its field."""
+
+    name: str
+
+
 def read_layers(
     path: Path | str,
     alternatives: Sequence[tuple[str, str]] = (),
@@ -172,7 +179,7 @@ def _assigned(text: str, model: type[BaseModel]) -> Settings:
 
 
 def resolve_key(key: str, model: type[BaseModel]) -> str:
-    """The dotted key that `key` means: itself, or the only one that ends in it.
+    """The dotted key that `key` means: itself, the only one that ends in it, or the one that it is a synonym of.
 
     Raises:
         UsageError: no key ends in it, or several do; names the candidates.
@@ -180,6 +187,9 @@ def resolve_key(key: str, model: type[BaseModel]) -> str:
     known = [name for name, _ in dotted_fields(model)]
     if key in known:
         return key
+    for name, each in dotted_fields(model):
+        if any(isinstance(mark, Synonym) and mark.name == key for mark in each.metadata):
+            return name
     candidates = [name for name in known if key and name.endswith(f".{key}")]
     if len(candidates) == 1:
         return candidates[0]

@@ -33,7 +33,8 @@ class SlurmCluster:
     """A cluster that runs until the `with` block ends.
 
     Its daemons listen on the loopback address only, since `auth/none` trusts every caller. Memory and CPUs are booked
-    but not enforced. GPUs are links to /dev/null: a job gets CUDA_VISIBLE_DEVICES, but no device.
+    but not enforced. GPUs are links to /dev/null: a job gets CUDA_VISIBLE_DEVICES, but no device. Jobs of the partition
+    `urgent` preempt those of the default one, which are requeued.
 
     Args:
         nodes: number of nodes; they are named n1, n2 and so on.
@@ -153,6 +154,8 @@ class SlurmCluster:
             "SelectTypeParameters": "CR_Core_Memory",
             "DefMemPerCPU": 100,
             "GresTypes": "gpu",
+            "PreemptType": "preempt/partition_prio",
+            "PreemptMode": "REQUEUE",
         }
         lines = [f"{key}={value}" for key, value in settings.items()]
         for node, port in zip(self.nodes, ports, strict=True):
@@ -161,7 +164,9 @@ class SlurmCluster:
                 f"SocketsPerBoard=2 CoresPerSocket={self._cpus // 2} ThreadsPerCore=1 RealMemory=250000 "
                 f"Gres=gpu:3090:{self._gpus}"
             )
-        lines.append(f"PartitionName=gpu Nodes={names} Default=YES MaxTime=7-00:00:00 State=UP")
+        common = f"Nodes={names} MaxTime=7-00:00:00 State=UP"
+        lines.append(f"PartitionName=gpu {common} Default=YES PriorityTier=1")
+        lines.append(f"PartitionName=urgent {common} PriorityTier=2")
         self._conf.write_text("\n".join(lines) + "\n")
         last = self._gpus - 1
         (folder / "gres.conf").write_text(
@@ -182,7 +187,7 @@ class SlurmCluster:
         deadline = time.monotonic() + _START_SECONDS
         states: list[str] = []
         while time.monotonic() < deadline:
-            states = self.run("sinfo", "-h", "-N", "-o", "%T", timeout=30).stdout.split()
+            states = self.run("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T", timeout=30).stdout.split()
             if states == ["idle"] * len(self.nodes):
                 return
             time.sleep(0.1)

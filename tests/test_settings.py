@@ -1,14 +1,14 @@
 """Layers of settings: files that include one another, `key=value` on top, and the place of each value."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from pydantic import Field
 
 from megazh.config import Config, from_mapping
 from megazh.errors import SeveralErrors, UsageError
-from megazh.settings import COMMAND_LINE, Settings, override, read_layers
+from megazh.settings import COMMAND_LINE, Settings, Synonym, override, read_layers
 
 
 class Corpus(Config):
@@ -267,6 +267,14 @@ def test_an_error_in_an_included_file_says_who_includes_it(tmp_path: Path, text:
     with pytest.raises(UsageError, match=r"below\.yaml.*\(included by .*top\.yaml:3\)$") as refusal:
         read_layers(tmp_path / "top.yaml")
     assert "\n" not in str(refusal.value)
+
+
+def test_a_synonym_means_its_key() -> None:
+    class Run(Config):
+        steps: Annotated[int, Synonym("max_steps")] = 1
+
+    assert override(Settings(), ["max_steps=5"], Run).values == {"steps": 5}
+    assert override(Settings(), ["max_steps=5", "steps=6"], Run).values == {"steps": 6}
 
 
 def test_settings_that_cannot_be_are_refused_together() -> None:

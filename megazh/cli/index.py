@@ -20,6 +20,7 @@ from megazh.errors import INTERRUPTED, MegazhError, UsageError, WorkerError
 if TYPE_CHECKING:  # slow to import: the functions below import what they need
     from megazh.index.build import Request, Summary
     from megazh.index.metadata import Metadata
+    from megazh.index.parts import Part
 
 BUILD_EXAMPLES = """examples:
   megazh index build --input 'raw/*.jsonl.zst' --tokenizer qwen.tiktoken --output data_index/wiki
@@ -106,6 +107,12 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         "compressed and Parquet files is taken for four times their size)",
     )
     parser.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="index part I of N of the files, into PREFIX.part-I-of-N; 'megazh index merge' joins the parts",
+    )
+    parser.add_argument(
         "--restart",
         action="store_true",
         help="discard the finished pieces of an interrupted build, and replace a complete index",
@@ -135,6 +142,15 @@ def _workers(text: str) -> int | None:
     return None if text == "auto" else count(text)
 
 
+def _part(text: str) -> "Part":
+    from megazh.index.parts import parse_part
+
+    try:
+        return parse_part(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def build(options: argparse.Namespace) -> None:
     """Build an index: in this process, with worker processes, or as one of several MPI ranks."""
     from megazh.corpus.formats import Format
@@ -144,7 +160,7 @@ def build(options: argparse.Namespace) -> None:
 
     request = Request(
         inputs=options.input,
-        output=options.output,
+        output=options.part.prefix(options.output) if options.part else options.output,
         tokenizer=options.tokenizer,
         eod=options.eod,
         front_tokens=options.front_tokens,
@@ -154,6 +170,7 @@ def build(options: argparse.Namespace) -> None:
         max_lost=options.max_lost,
         ranks=tokenizer_kind(options),
         restart=options.restart,
+        part=options.part,
     )
     world = mpi.join_world()
     if world is None:

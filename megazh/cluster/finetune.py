@@ -67,7 +67,7 @@ def finetune(request: Request, own: OwnData | None = None, epochs: float | None 
 
 def _has_length(request: Request) -> bool:
     keys = {text.removeprefix("--").partition("=")[0].rpartition(".")[2] for text in request.settings}
-    return bool(keys & {"steps", "tokens"})
+    return bool(keys & {"steps", "max_steps", "tokens"})
 
 
 def _with_length(request: Request, epochs: float) -> Request:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from megazh.cluster.gpus import choose_devices, parse_gpu_list
 from megazh.cluster.hostfile import Host, is_this_machine, read_hostfile
 from megazh.cluster.launchers import hosts as on_hosts
 from megazh.cluster.launchers import local
+from megazh.cluster.slurm.requeue import requeueing
 from megazh.errors import INTERRUPTED, REQUEUE, Collector, MegazhError, Stopped, UsageError, WorkerError
 from megazh.files import locked
 from megazh.pipeline.deepspeed_config import deepspeed_config
@@ -57,6 +58,12 @@ def start(request: Request) -> int:
     if request.dry_run:
         _dry_run(job, command)
         return 0
+    return requeueing(job.run, lambda: _carry_out(case, job, launcher.launch))
+
+
+def _carry_out(case: Case, job: Job, launch: Callable[[Job], int]) -> int:
+    """Make the data where it is missing, and train; returns the exit code."""
+    request = case.request
     if request.inputs:
         _prepare(job, request)
     if is_complete(job.run, job.recipe):
@@ -77,6 +84,7 @@ def start(request: Request) -> int:
                 job.recipe.data.allow_change,
                 job.engine,
                 given_on_command_line(case.settings),
+                steps_done(job.run) or 0,
             )
         )
         with _recorded_end(job.run):
@@ -84,7 +92,7 @@ def start(request: Request) -> int:
                 _note([warning])
             for line in (*describe_job(job), *describe_data(job.recipe)):
                 print(line, flush=True)
-            code = launcher.launch(job)
+            code = launch(job)
             if code == 0 and not is_complete(job.run, job.recipe):
                 raise WorkerError(
                     f"{job.run.path}: the ranks ended before the run was complete; run the same command again"
@@ -194,7 +202,11 @@ def _deepspeed(job: Job) -> str:
 def _describe_end(job: Job, request: Request) -> None:
     recipe, run = job.recipe, job.run
     done = steps_done(run) or recipe.course.steps
-    kept = [text for text in request.settings if _last_name(text) not in ("steps", "tokens", "resume", "allow_bend")]
+    kept = [
+        text
+        for text in request.settings
+        if _last_name(text) not in ("steps", "max_steps", "tokens", "resume", "allow_bend")
+    ]
     longer = replace(request, settings=[*kept, f"steps={2 * done}", *_bend(job, 2 * done)])
     anew = replace(request, run=run.path.with_name(f"{run.path.name}-2"))
     flops = recipe.flops_per_token.total

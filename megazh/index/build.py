@@ -22,6 +22,7 @@ from megazh.errors import DataError, MegazhError, UsageError, WriteError
 from megazh.files import locked, write_atomic
 from megazh.index.assemble import Assembly
 from megazh.index.metadata import CORE_SUFFIXES, INDEX_SUFFIXES, Metadata, Rejected, read_metadata
+from megazh.index.parts import Part, sources_of
 from megazh.index.piece import Result, Setup, Task, piece_path, read_piece_file, remove_unfinished_pieces
 from megazh.index.plan import CUT_VERSION, PLAN, Plan, difference, make_plan, signature
 from megazh.index.pools import Pool
@@ -59,6 +60,8 @@ class Request:
     """Whether to discard the finished pieces of an interrupted build and to replace a complete index."""
     listing: Listing | None = None
     """The files of the inputs, if they were listed already."""
+    part: Part | None = None
+    """The part of the files to index; `output` is the prefix of its index."""
 
     @property
     def folder(self) -> Path:
@@ -131,6 +134,8 @@ def check_request(request: Request) -> tuple[Tokenizer, Listing]:
     tokenizer.check()
     listing = request.listing or list_inputs(request.inputs, request.format, request.read)
     listing.sources = _without_own_files(listing.sources, output)
+    if request.part is not None:
+        listing.sources = sources_of(request.part, listing.sources)
     check_writable(output.parent, "choose another --output", f"--output {output}")
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)

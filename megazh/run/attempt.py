@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -41,6 +42,12 @@ class Attempt(Config):
     """Versions of Python, megazh and the libraries; `cuda` is that of the CUDA libraries that torch was built with."""
     given: dict[str, Value] = Field(default_factory=dict)
     """Settings of the command line that `megazh ctl` could change, too: value by dotted key."""
+    steps: int = 0
+    """Optimizer steps of the newest whole checkpoint when it started."""
+    job: str | None = None
+    """Slurm job that it ran in (see `slurm_job`); None outside of Slurm."""
+    restarts: int = 0
+    """How often Slurm had started that job before."""
     devices: list[str] = Field(default_factory=list)
     """Devices of the ranks by host, such as `node1: 6 x NVIDIA GeForce RTX 3090`; empty until the ranks have joined."""
     ended: str | None = None
@@ -68,8 +75,22 @@ def how_ended(code: int | None) -> str:
     return COMPLETE if code == 0 else "stopped" if code in (INTERRUPTED, REQUEUE) else "failed"
 
 
-def this_attempt(given: Mapping[str, Value]) -> Attempt:
-    """Describe the attempt that this process is about to make; for `given`, see `Attempt`."""
+def slurm_job() -> str | None:
+    """Number of the Slurm job that this process runs in, as Slurm's commands take it: `17`, or `17_3` for a task of an
+    array; None outside of Slurm, and where the variables are not Slurm's."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    name = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+    return name if re.fullmatch(r"[0-9]{1,10}(_[0-9]{1,10})?", name) else None
+
+
+def restarts_of_job() -> int:
+    """How often Slurm has started this job before, after a requeue."""
+    text = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0
+
+
+def this_attempt(given: Mapping[str, Value], steps: int = 0) -> Attempt:
+    """Describe the attempt that this process is about to make; for `given` and `steps`, see `Attempt`."""
     commit, changed = _commit(Path(__file__).resolve().parents[2])
     return Attempt(
         started=_now(),
@@ -84,6 +105,9 @@ def this_attempt(given: Mapping[str, Value]) -> Attempt:
             **{name: version for name in _LIBRARIES if (version := _version(name))},
         },
         given=dict(given),
+        steps=steps,
+        job=slurm_job(),
+        restarts=restarts_of_job(),
     )
 
 

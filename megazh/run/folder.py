@@ -116,6 +116,7 @@ class RunFolder:
         allow_change: bool = False,
         engine: str = "ds_pp",
         given: Mapping[str, Value] | None = None,
+        steps: int = 0,
     ) -> list[str]:
         """Record an attempt and what the run is made of; for a resume, check first that the data is still the same.
 
@@ -126,6 +127,7 @@ class RunFolder:
             allow_change: see `check_data`.
             engine: the engine, as `megazh pretrain -t` names it.
             given: settings of the command line, see `given_anew`: what was changed of those keys before is forgotten.
+            steps: optimizer steps that are done already.
 
         Returns:
             Lines to print; see `check_data`.
@@ -137,7 +139,7 @@ class RunFolder:
         info, given = run_info(mixture).model_copy(update={"engine": engine}), given or {}
         if self.exists:
             notes, before = self.check_data(mixture, saved, allow_change), self.info()
-            attempts, run_id = [*_settled(before.attempts), this_attempt(given)], before.run_id or _new_id()
+            attempts, run_id = [*_settled(before.attempts), this_attempt(given, steps)], before.run_id or _new_id()
             changes = without(before.changes, self.given_anew(given))
             self._describe(info.model_copy(update={"attempts": attempts, "run_id": run_id, "changes": changes}))
             self.record(config)
@@ -145,7 +147,7 @@ class RunFolder:
         tokenizer = Path(f"{mixture.corpora[0].prefix}{info.tokenizer.file}").read_bytes()
         try:
             write_atomic(self._tokenizer_path(info.tokenizer), tokenizer)
-            self._describe(info.model_copy(update={"attempts": [this_attempt(given)], "run_id": _new_id()}))
+            self._describe(info.model_copy(update={"attempts": [this_attempt(given, steps)], "run_id": _new_id()}))
             self.record(config)  # last: config.yaml marks the run as started
         except WriteError:
             for path in (self._tokenizer_path(info.tokenizer), self.path / DESCRIPTION):

@@ -12,6 +12,7 @@ from megazh.model.config import Count, Positive, Share
 from megazh.pipeline.precision import Dtype, Precision
 from megazh.pipeline.role import Role
 from megazh.run.trackers.tracker import TrackerName
+from megazh.settings import Synonym
 from megazh.training.amounts import ByTokens, Span
 from megazh.training.course import Kind
 
@@ -184,8 +185,8 @@ class ScheduleConfig(Config):
 
     tokens: Annotated[Amount | None, MAY_CHANGE] = None
     """Length of the run in tokens, such as 500M or 30B; give this or steps."""
-    steps: Annotated[Count | None, MAY_CHANGE] = None
-    """Length of the run in optimizer steps; give this or tokens."""
+    steps: Annotated[Count | None, MAY_CHANGE, Synonym("max_steps")] = None
+    """Length of the run in optimizer steps; give this or tokens. On the command line also max_steps=N."""
     kind: Annotated[Kind, choice(Kind), MAY_CHANGE] = Kind.COSINE
     """Shape of the learning rate behind the warm-up: cosine and linear fall to the last step, wsd stays at the peak and
     falls over the steps of decay, constant stays, inverse_sqrt falls with the root of the steps."""

@@ -1,0 +1,1 @@
+"""Slurm jobs: what they have, and whether they start again."""

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Fine-tune at 8,192 tokens (LongLoRA) on one Slurm node with six GPUs, from the folder that holds your data:
+#
+#   sbatch slurm/longlora_6x3090.sh
+#   sbatch slurm/longlora_6x3090.sh checkpoint.initial_checkpoint=runs/mine lora.rank=16
+#
+# Options of sbatch go before the file name, options of jobs/run_finetune.sh behind it; both override those below. On a
+# node without GPUs:
+#
+#   sbatch --gres=none --time=1:00:00 slurm/longlora_6x3090.sh --device cpu -c demo_long
+#
+# Submit the same line again to resume the run from its last checkpoint.
+#
+# Lines to look at on your cluster: --partition and --account where it wants them, the type of --gres (sinfo -o %G lists
+# what there is: gpu:3090:6, gpu:rtx3090:6), --time, --mem. Modules or a container: slurm/common.sh says how.
+
+##SBATCH --partition=gpu
+##SBATCH --account=mylab
+#SBATCH --job-name=longlora
+#SBATCH --time=1-00:00:00
+#SBATCH --nodes=1
+# One task per GPU.
+#SBATCH --ntasks-per-node=6
+#SBATCH --gres=gpu:6
+#SBATCH --cpus-per-task=2
+#SBATCH --mem=96G
+# Slurm makes no folders, and a job that cannot open its log fails without a word: this one is in the folder from which
+# sbatch is called. A requeued job goes on with the same log.
+#SBATCH --output=slurm-longlora-%j.out
+#SBATCH --open-mode=append
+# Ten minutes before the time limit the run saves, ends, and the job is requeued (docs/cluster.md). A job with a shorter
+# limit is signalled at once: give --signal=B:USR1@60 with it.
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+set -euo pipefail
+
+# Slurm runs a copy of this file; scontrol knows the path of the original.
+original=""
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    original=$(scontrol show job "$SLURM_JOB_ID" 2> /dev/null | sed -n 's/^ *Command=//p' || true)
+fi
+for root in "$(dirname "${BASH_SOURCE[0]}")/.." \
+    "${original%%/slurm/longlora_6x3090.sh*}" "${SLURM_SUBMIT_DIR:-$PWD}"; do
+    [[ ! -f $root/slurm/common.sh ]] || break
+done
+if [[ ! -f $root/slurm/common.sh ]]; then
+    echo "error: cannot find slurm/common.sh; call sbatch in the folder of the repository" >&2
+    exit 2
+fi
+source "$root/slurm/common.sh"
+run_job "${container[@]}" bash "$root/jobs/run_finetune.sh" -t long_context -c longlora_qwen0.5b_6x3090 "$@"
