@@ -28,10 +28,22 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megazh.model.main_grad import Product, add_gradients, add_postponed
+from megazh.pipeline.busy_clock import BusyClock
 from megazh.pipeline.recorded import RecordedPasses
 from megazh.pipeline.schedule import ExpectActivation, ReceiveGradient, SplitSchedule, WeightPass
 from megazh.pipeline.sharded_optimizer import ShardedOptimizer, Totals
 from megazh.pipeline.transfer import Tensors, Transfers
+
+
+def _timed(run: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
+    """An instruction that computes, counted by the engine's clock."""
+
+    def timed(engine: Any, buffer_id: int) -> None:
+        engine.clock.start()
+        run(engine, buffer_id)
+        engine.clock.stop()
+
+    return timed
 
 
 class StageEngine(PipelineEngine):
@@ -61,6 +73,8 @@ class StageEngine(PipelineEngine):
         self._example: tuple[Tensors, Tensors | None] | None = None
         """Inputs and labels of a micro-batch that has run, so that nothing is set up for the first time."""
         self._totals = Totals(0.0, (), 0.0)  # of the last step
+        self.clock = BusyClock(self.device)
+        """Times the passes of a step."""
         self._most_micro_batches = self.micro_batches  # of any step; `set_train_batch_size` changes those of the next
         if self.num_stages > 1:
             self._transfers = Transfers(self.module.topology(), self.device)
@@ -241,8 +255,8 @@ class StageEngine(PipelineEngine):
     _INSTRUCTION_MAP: ClassVar[dict[Any, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,
         schedule.LoadMicroBatch: _exec_load_micro_batch,
-        schedule.ForwardPass: _exec_forward_pass,
-        schedule.BackwardPass: _exec_backward_pass,
+        schedule.ForwardPass: _timed(_exec_forward_pass),
+        schedule.BackwardPass: _timed(_exec_backward_pass),
         schedule.RecvActivation: _exec_recv_activations,
         schedule.SendActivation: _exec_send_activations,
         schedule.SendGrad: _exec_send_grads,
@@ -251,7 +265,7 @@ class StageEngine(PipelineEngine):
         schedule.OptimizerStep: _exec_optimizer_step,
         ExpectActivation: _exec_expect_activations,
         ReceiveGradient: _exec_receive_gradient,
-        WeightPass: _exec_weight_pass,
+        WeightPass: _timed(_exec_weight_pass),
     }
 
 

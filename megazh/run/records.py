@@ -154,6 +154,8 @@ EVENTS = {
     "rollback": "The run goes back to an earlier checkpoint, past the data that led to a spike.",
     "save_failed": "A checkpoint could not be written; the run goes on.",
     "stop": "The run is ended before its last step.",
+    "slow_rank": "A rank has computed more slowly than the others for long.",
+    "slow_rank_over": "A rank that was named as slow is as fast as the others again.",
     "pause": "Training waits until it is told to go on.",
     "resume_training": "Training goes on after a pause.",
     "set": "A setting is changed while the run goes on.",

@@ -126,6 +126,7 @@ class Trainer(Session):
         engine.set_train_batch_size(self.course.samples(self.step))
         self._data_seconds = 0.0
         self.guard.begin_step(self.course.samples(self.step), self.course.length(self.step))
+        engine.clock.begin(self.slow_ranks.measures(self.step + 1))
         begun = time.perf_counter()
         loss = float(engine.train_batch(self._feed))
         z_loss = float(engine.agg_additional_losses[Z_LOSS]) if engine.agg_additional_losses else None
@@ -137,6 +138,7 @@ class Trainer(Session):
                 seconds=time.perf_counter() - begun,
                 data_seconds=self._data_seconds,
                 z_loss=z_loss,
+                busy_seconds=engine.clock.end(),
             )
         )
 

@@ -359,6 +359,9 @@ class LoggingConfig(Config):
     """Number of GPUs of reference_days; other numbers are not compared."""
     reference_tokens: Annotated[Amount | None, MAY_CHANGE] = None
     """Tokens of reference_days; the days of another length are in proportion."""
+    slow_ranks_every: Annotated[Every, MAY_CHANGE] = 50
+    """Steps between comparisons of the times that ranks compute, see `megazh.training.slow_ranks`: a rank that is 10 %
+    slower than the others three times in a row is named with what differs; 0: never."""
     samples: Annotated[bool, MAY_CHANGE] = False
     """Whether the number and a hash of each sample that is trained on are written to RUN/logs, some 40 bytes a sample:
     an audit aid, see `megazh.training.sample_log`."""

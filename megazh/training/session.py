@@ -43,6 +43,7 @@ from megazh.training.pace import Pace, due
 from megazh.training.prompting import Prompting
 from megazh.training.recipe import Device, Recipe, Spike, run_recipe
 from megazh.training.sample_log import SampleLog
+from megazh.training.slow_ranks import SlowRankWatch
 from megazh.training.startup import Startup
 from megazh.training.verdicts import end_if_diverged, end_without_data, skip_or_go_back
 
@@ -58,6 +59,8 @@ class StepResult:
     seconds: float
     data_seconds: float
     """Part of `seconds` spent waiting for samples."""
+    busy_seconds: float = 0.0
+    """Part of `seconds` that this rank computed by itself; 0 where that was not timed, see `SlowRankWatch.measures`."""
     z_loss: float | None = None
 
 
@@ -141,6 +144,7 @@ class Session(ABC):
         """Whether this attempt has taken a step."""
         self._samples = self._sample_log() if recipe.logging.samples else None
         self._pace = Pace(self.step, self.course)
+        self.slow_ranks = SlowRankWatch(self)
         self._flops_per_token = recipe.flops_per_token.total
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self._peak_flops = peak_flops(name, recipe.logging.peak_tflops)
@@ -214,7 +218,7 @@ class Session(ABC):
             self.startup.done("first step")
             self.log(self.startup.describe())
             collect_on_request_only()
-        reason, data_seconds, memory, reserved, verdict, saving, commands = largest(
+        reason, data_seconds, memory, reserved, verdict, saving, commands, *busy_seconds = largest(
             [
                 float(self.control.reason),
                 result.data_seconds,
@@ -222,6 +226,7 @@ class Session(ABC):
                 float(self.guard.verdict),
                 float(self.checkpoints.saver.busy),
                 float(self.commands.waiting),
+                *self.slow_ranks.shared(self.step, result.busy_seconds),
             ],
             self.device,
         )
@@ -254,6 +259,7 @@ class Session(ABC):
                 eta_seconds=self._pace.remaining(self.step, result.seconds),
             )
         )
+        self.slow_ranks.follow(self.step, busy_seconds)
         self.recipe = self.live.at(self.step)
         return agreed
 

@@ -73,6 +73,7 @@ def _train(run: Path, control: Control, startup: Startup, notes: _Notes, watch: 
         with _no_garbage_collection():
             import torch
 
+            from megazh.training.binding import bind_to_gpu
             from megazh.training.loop import train  # imports DeepSpeed, which looks for its accelerator
 
             if engine == "hf":
@@ -83,6 +84,8 @@ def _train(run: Path, control: Control, startup: Startup, notes: _Notes, watch: 
     try:
         device = join(device_type, hang_seconds)
         startup.done("joining the ranks")
+        if bound := bind_to_gpu(device):
+            notes.add(bound)
         notes.add(_place(recipe, device))
         with _ended_group():
             train(run, device, control, startup)

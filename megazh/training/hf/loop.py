@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from megazh.errors import WorkerError
 from megazh.model.sampling import SamplingOptions
+from megazh.pipeline.busy_clock import BusyClock
 from megazh.pipeline.engine import quiet
 from megazh.run.changes import Change
 from megazh.run.folder import RunFolder
@@ -64,6 +65,11 @@ class HfRun(Session, TrainerCallback):
             recipe.parallel.kernels is Kernels.AUTO,
             recipe.parallel.activation_checkpointing,
         )
+        self._clock = BusyClock(device)
+        # Forward passes alone: backward passes overlap with the reduction, which waits for other ranks. These hooks are
+        # inside of what wraps the model, and so behind what that exchanges.
+        self._model.register_forward_pre_hook(lambda *_: self._clock.start())
+        self._model.register_forward_hook(lambda *_: self._clock.stop())
         self.startup.done("model")
         self.open_held_out(dist.get_rank())
         self.startup.done("validation data")
@@ -104,6 +110,7 @@ class HfRun(Session, TrainerCallback):
             grad_norm=norm,
             seconds=time.perf_counter() - self._step_begun,
             data_seconds=self._trainer.data_seconds,
+            busy_seconds=self._clock.end(),
         )
         self.guard.accept(loss, norm)
         self.after_step(self.record(result))
@@ -111,6 +118,7 @@ class HfRun(Session, TrainerCallback):
 
     def _begin_step(self) -> None:
         self._trainer.data_seconds = 0.0
+        self._clock.begin(self.slow_ranks.measures(self.step + 1))
         self._step_begun = time.perf_counter()
 
     def compute_validation(self, held_out: HeldOut) -> Validation | None:
