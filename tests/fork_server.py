@@ -30,6 +30,7 @@ import torch.distributed as dist
 import megazh.training.loop as loop
 from megazh.cluster import start
 from megazh.cluster.launchers import local
+from megazh.cluster.launchers.ports import reserved_port
 from megazh.errors import INTERRUPTED, MegazhError
 from megazh.run import attempt, redraw
 from megazh.training import worker
@@ -145,7 +146,7 @@ def fork_ranks(job: Job, feeding: int, poison: dict[str, float]) -> int:
 
     Ranks that are stopped have agreed on that, and end by themselves.
     """
-    with local._reserved_port() as port:
+    with reserved_port() as port:
         ranks = [
             forked(functools.partial(run_rank, job, rank, port, feeding, poison)) for rank in range(job.layout.ranks)
         ]

@@ -26,6 +26,17 @@ class Exit(NamedTuple):
     rank: int
     code: int
     """Exit code; the negative number of a signal where one ended the rank."""
+    lost: str = ""
+    """Why nothing is known but that the rank has gone, such as `its connection from n2 broke`; else empty."""
+
+
+class Fault(NamedTuple):
+    """The failure of the program that starts the ranks, before they ran or while they did."""
+
+    code: int
+    """Exit code of the run (see `megazh.errors`)."""
+    text: str
+    """Line for the person at the terminal, with its remedy."""
 
 
 @dataclass
@@ -34,6 +45,8 @@ class Ending:
 
     failed: Exit | None = None
     """The first rank that failed, if one has."""
+    fault: Fault | None = None
+    """What the program that starts the ranks has failed with, if it has."""
     reason: Reason = Reason.NONE
     """Why the run is to stop, if it is."""
     hang: str = ""
@@ -64,6 +77,8 @@ def report(ending: Ending, logs: Sequence[RankLog], labels: Sequence[str], save_
     if ending.hang:
         where = f"the stacks of all ranks are in {logs[0].path.parent}/rank_*.log"
         code, line = WorkerError.exit_code, f"error: {ending.hang}; {where}; all ranks were killed; {_AGAIN}"
+    elif ending.fault is not None and ending.failed is None:
+        code, line = ending.fault.code, f"error: {ending.fault.text}"
     elif ending.failed is not None:
         code, line = _cause(ending.failed, labels[ending.failed.rank], logs[ending.failed.rank])
     if _was_stopped(ending):
@@ -89,6 +104,8 @@ def _was_stopped(ending: Ending) -> bool:
     """
     if not ending.reason or ending.hang or (ending.complete and not ending.stuck):
         return False
+    if ending.fault is not None and ending.failed is None:
+        return False
     if ending.failed is None or ending.failed.code in SIGNALLED:
         return True
     return ending.left and (ending.failed.code < 0 or ending.failed.code == MegazhError.exit_code)
@@ -97,6 +114,8 @@ def _was_stopped(ending: Ending) -> bool:
 def _cause(failed: Exit, label: str, log: RankLog) -> tuple[int, str]:
     """The exit code and the message for a rank that failed."""
     where = f"all ranks ended; its last output is in {log.path}"
+    if failed.lost:
+        return WorkerError.exit_code, f"error: {label} was lost: {failed.lost}; {where}; {_AGAIN}"
     if failed.code < 0:
         hint = _HINTS.get(-failed.code, "")
         what = f"{label} was killed by signal {-failed.code}{hint}"

@@ -8,10 +8,10 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from megazh.cluster.launchers.rank_log import RankLog
-from megazh.run.pulse import START_FACTOR, Pulse, Pulses
+from megazh.run.pulse import START_FACTOR, Pulse
 from megazh.training.hang import STACKS
 
 _LOOK_SECONDS = 1.0
@@ -23,6 +23,13 @@ _WAITING = re.compile(
     r"/(?:torch/distributed|deepspeed/comm|torch/cuda)/|/deepspeed/runtime/pipe/p2p\.py$|/pipeline/transfer\.py$"
 )
 _STATES = {"T": "is stopped by a signal (SIGSTOP)", "t": "is held by a debugger", "D": "waits for a disk or a driver"}
+
+
+class PulseReader(Protocol):
+    """The signs of progress of all ranks, as `megazh.run.pulse.Pulses` reads them."""
+
+    def read(self) -> list[Pulse]:
+        """The pulse of each rank."""
 
 
 class Watch:
@@ -37,7 +44,7 @@ class Watch:
             is one.
     """
 
-    def __init__(self, pulses: Pulses, limit: float) -> None:
+    def __init__(self, pulses: PulseReader, limit: float) -> None:
         self._pulses, self._limit = pulses, limit
         self._beats = -1
         self._last = time.monotonic()
@@ -60,46 +67,59 @@ class Watch:
         return self.idle >= (self._limit if started else START_FACTOR * self._limit)
 
 
-class _Found(NamedTuple):
-    rank: int
+class Stack(NamedTuple):
+    """What the process of a rank is found doing."""
+
     state: str
-    """Letter of the process's state, as in /proc/PID/stat."""
+    """Letter of the process's state, as in /proc/PID/stat; empty where it has ended."""
     place: str
     """`FUNCTION, FILE:LINE` of the main thread; empty where no stack came."""
     waits: bool
     """Whether that is a place where a rank waits for others."""
+
+
+class _Found(NamedTuple):
+    rank: int
+    stack: Stack
     pulse: Pulse
 
 
-def explain(processes: Mapping[int, int], logs: Sequence[RankLog], pulses: Pulses, labels: Sequence[str]) -> str:
-    """Have the ranks write their stacks to their logs; returns which rank the others wait for, and why.
+def write_stacks(processes: Mapping[int, RankLog]) -> dict[int, Stack]:
+    """Have ranks of this machine write their stacks to their logs; returns what each process is found doing.
 
     A rank that SIGSTOP has stopped is continued for it. The ranks are to be killed afterwards.
 
     Args:
-        processes: process of each rank that lives.
-        logs: log of each rank.
-        pulses: the pulses.
-        labels: names of the ranks.
+        processes: log of each process that lives, by process id.
     """
-    states = {rank: _state(process) for rank, process in processes.items()}
-    for rank, process in processes.items():
-        logs[rank].note(f"rank {rank}: no rank gets on; the stacks of this one:")
+    states = {process: _state(process) for process in processes}
+    for process, log in processes.items():
+        log.note("no rank gets on; the stacks of this one:")
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, STACKS)
-            if states[rank] == "T":
+            if states[process] == "T":
                 os.kill(process, signal.SIGCONT)
     deadline = time.monotonic() + _STACK_SECONDS
     frames: dict[int, tuple[str, str]] = {}
     while len(frames) < len(processes) and time.monotonic() < deadline:
         time.sleep(0.1)
-        frames = {rank: frame for rank in processes if (frame := _main_frame(logs[rank].tail()))}
-    found = []
-    for rank, pulse in enumerate(pulses.read()):
-        if rank in processes:
-            file, place = frames.get(rank, ("", ""))
-            found.append(_Found(rank, states[rank], place, bool(_WAITING.search(file)), pulse))
-    return _blame(found, labels)
+        frames = {process: frame for process, log in processes.items() if (frame := _main_frame(log.tail()))}
+    stacks = {}
+    for process, state in states.items():
+        file, place = frames.get(process, ("", ""))
+        stacks[process] = Stack(state, place, bool(_WAITING.search(file)))
+    return stacks
+
+
+def blame(ranks: Mapping[int, tuple[Stack, Pulse]], labels: Sequence[str]) -> str:
+    """Which rank the others wait for, and why.
+
+    Args:
+        ranks: what each rank that lives is doing, and its last sign of progress.
+        labels: names of the ranks.
+    """
+    found = [_Found(rank, stack, pulse) for rank, (stack, pulse) in sorted(ranks.items())]
+    return _blame(found, labels) if found else "(all have ended)"
 
 
 def _blame(found: Sequence[_Found], labels: Sequence[str]) -> str:
@@ -107,15 +127,15 @@ def _blame(found: Sequence[_Found], labels: Sequence[str]) -> str:
     newest = max(each.pulse.step for each in found)
     phases = {each.pulse.phase for each in found}
     by_evidence = [
-        [each for each in found if each.state in _STATES],
+        [each for each in found if each.stack.state in _STATES],
         [each for each in found if each.pulse.step < newest],
-        [each for each in found if each.place and not each.waits],
+        [each for each in found if each.stack.place and not each.stack.waits],
     ]
     blamed = next((some for some in by_evidence if some and len(some) < len(found)), [])
     one = min(blamed or found, key=lambda each: each.pulse.time)
     clause = ""
-    if one.state in _STATES:
-        clause = f", which {_STATES[one.state]}"
+    if one.stack.state in _STATES:
+        clause = f", which {_STATES[one.stack.state]}"
     elif one.pulse.step < newest:
         clause = f", which is at step {one.pulse.step} while others are at step {newest}"
     if len(found) == 1:
@@ -124,7 +144,7 @@ def _blame(found: Sequence[_Found], labels: Sequence[str]) -> str:
         what = f"the others wait for {labels[one.rank]}"
     else:
         what = f"the first that stopped is {labels[one.rank]}"
-    place = f"; it is in {one.place}" if one.place else ""
+    place = f"; it is in {one.stack.place}" if one.stack.place else ""
     when = f"after step {newest}" if newest >= 0 else "before the first step"
     return f"{when} (phase '{sorted(phases)[0]}'): {what}{clause}{place}"
 

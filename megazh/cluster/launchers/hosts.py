@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from megazh.cluster.hostfile import Host, read_hostfile
-from megazh.cluster.launchers.local import free_port
+from megazh.cluster.launchers.ports import free_port
 from megazh.cluster.launchers.rank_log import Output
 from megazh.console import CONSOLE_LOG, open_console
 from megazh.errors import INTERRUPTED, REQUEUE, DivergedError, SaveError, UsageError, WorkerError

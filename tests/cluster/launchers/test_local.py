@@ -25,10 +25,10 @@ pytestmark = pytest.mark.ranks
 DRIVER = """
 import json, sys
 from pathlib import Path
-from megazh.cluster.launchers import local
+from megazh.cluster.launchers import local, supervisor
 settings = json.loads(sys.argv[1])
 for name, seconds in settings.pop("seconds").items():
-    setattr(local, name, seconds)
+    setattr(supervisor, name, seconds)
 def at_end(code, reason):
     Path("end.json").write_text(json.dumps([code, reason]))
 sys.exit(local.run_ranks(log_folder=Path("logs"), at_end=at_end, **settings))
@@ -265,7 +265,7 @@ def test_the_second_ctrl_c_kills(tmp_path: Path) -> None:
 
 def test_ranks_that_do_not_save_in_time_are_killed_and_named(tmp_path: Path) -> None:
     script = "if rank: signal.signal(signal.SIGINT, signal.SIG_IGN)\nelse: signal.signal(2, lambda *_: sys.exit(0))"
-    with running(tmp_path, script, seconds={"_SAVE_SECONDS": 0.5}) as started:
+    with running(tmp_path, script, seconds={"SAVE_SECONDS": 0.5}) as started:
         started.process.send_signal(signal.SIGINT)
         finished = started.wait(10)
     assert finished.returncode == 130
