@@ -10,7 +10,7 @@ from processes import run_command, wait_until
 from slurm_cluster import SlurmCluster
 from slurm_jobs import RUNS, TEMPLATES, log, recorded, recorder, submit
 
-from megazh.cluster.launchers import local
+from megazh.cluster.launchers.supervisor import SAVE_SECONDS
 
 FIRST = {
     "pretrain_6x3090": ["pretrain", "-t", "ds_pp", "-c", "qwen0.5b_6x3090"],
@@ -99,7 +99,7 @@ def test_the_ranks_get_ten_minutes_to_save() -> None:
     """20 GB to a disk of 100 MB/s take more than three, and the launcher would wait for fifteen."""
     for name in RUNS:
         (seconds,) = re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", file(name).read_text(), re.MULTILINE)
-        assert 600 <= int(seconds) <= local._SAVE_SECONDS
+        assert 600 <= int(seconds) <= SAVE_SECONDS
 
 
 def test_what_the_files_share_is_in_one_file() -> None:
