@@ -20,6 +20,12 @@ fi
 # Debian packages that tests need; without them those tests are skipped.
 packages=()
 ((${#quick[@]})) || command -v slurmctld > /dev/null || packages+=(slurm-wlm)
+if ! ((${#quick[@]})); then # hosts of a network of their own, reached by ssh and pdsh
+    command -v sshd > /dev/null || packages+=(openssh-server)
+    command -v ssh > /dev/null || packages+=(openssh-client)
+    command -v pdsh > /dev/null || packages+=(pdsh)
+    command -v ip > /dev/null || packages+=(iproute2)
+fi
 if [[ -z ${MEGAZH_PYTHON:-} && ! -x .venv/bin/python ]]; then
     python3 -c 'import ensurepip' 2> /dev/null || packages+=(python3-venv)
 fi
