@@ -270,11 +270,18 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # a full disk: the lock holds, and only its holder's name is lost
             os.truncate(file.fileno(), 0)
-            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            os.write(file.fileno(), f"{_this_process()}\n".encode())
         yield
     finally:
         _locks.discard(file)
         file.close()
+
+
+def _this_process() -> str:
+    """This process, for those whom it locks out."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    in_job = f", Slurm job {job}" if job.isascii() and job.isdigit() else ""
+    return f"process {os.getpid()} on {socket.gethostname()}{in_job}"
 
 
 def _lock(file: TextIO, wait: bool) -> None:

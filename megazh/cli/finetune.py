@@ -81,6 +81,7 @@ def _finetune(options: argparse.Namespace) -> None:
         hostfile=options.hostfile,
         run=options.run,
         device=options.device,
+        allow_relayout=options.allow_relayout,
         dry_run=options.dry_run,
         settings=settings,
     )

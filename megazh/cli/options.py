@@ -176,6 +176,12 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if torch can use a GPU")
     parser.add_argument(
+        "--allow-relayout",
+        action="store_true",
+        help="with fewer or more GPUs than -n, the recipe or the run's last start has, go on with other stages and "
+        "micro-batches that fit; the global batch stays",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print layout, stages, memory and command; start nothing"
     )
 

@@ -75,6 +75,7 @@ def _pretrain(options: argparse.Namespace) -> None:
             text_documents=TextDocuments(options.text_documents) if options.text_documents else None,
             encoding=encoding(options),
             device=options.device,
+            allow_relayout=options.allow_relayout,
             dry_run=options.dry_run,
             settings=settings,
         )

@@ -39,6 +39,7 @@ def choose_devices(
     wanted: int | None,
     *,
     cpu_may_stand_in: bool = True,
+    fewer_will_do: bool = False,
     elsewhere: bool = False,
 ) -> Devices:
     """Choose the devices of a run from its options and from the GPUs of the machine.
@@ -51,6 +52,7 @@ def choose_devices(
             whichever is less.
         wanted: number of GPUs that the recipe is made for. None: all GPUs, or one rank on the CPU.
         cpu_may_stand_in: whether the recipe computes on the CPU where there is no GPU. Else `device` must be `cpu`.
+        fewer_will_do: whether GPUs that were requested may be missing, as long as there is one.
         elsewhere: whether the run is only described, and may start on another machine: GPUs that were requested are
             taken as they were given where this machine has none.
 
@@ -80,6 +82,9 @@ def choose_devices(
                 "how long that takes (precision.dtype=auto lets a recipe do so by itself)"
             )
         return Devices(Device.CPU, count or wanted or 1, None, f"computing on the CPU: {why}")
+    if fewer_will_do:
+        numbers = [number for number in numbers or () if number < len(available)] or None
+        count = count and min(count, len(available))
     if numbers is not None:
         return _listed(numbers, available, str(gpus), torch)
     if count is not None and count > len(available):

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from megazh.cluster.gpus import choose_devices, parse_gpu_list
 from megazh.cluster.hostfile import Host, is_this_machine, read_hostfile
+from megazh.cluster.late_files import await_checkpoint, await_data
 from megazh.cluster.launchers import hosts as on_hosts
 from megazh.cluster.launchers import local
+from megazh.cluster.relayout import relaid
 from megazh.cluster.slurm.requeue import requeueing
 from megazh.errors import INTERRUPTED, REQUEUE, Collector, MegazhError, Stopped, UsageError, WorkerError
 from megazh.files import locked
@@ -42,19 +44,23 @@ def start(request: Request) -> int:
         MegazhError: the request cannot work; nothing was started. All that is wrong with it is raised together.
     """
     case, found = requested_case(request), Collector()
+    await_checkpoint(case.run)
+    if not request.inputs and not makes_data(case):
+        await_data(Path(case.recipe.data.manifest))
     hosts: list[Host] = []
     with found.collecting():
         hosts = read_hostfile(request.hostfile) if request.hostfile else []
-    checks = WITHOUT_DEVICES
+    checks, relayout = WITHOUT_DEVICES, list[str]()
     with found.collecting():
-        case, checks = replace(case, devices=_devices(case, hosts)), CHECKS_OF[request.engine]
+        case, relayout = relaid(replace(case, devices=_devices(case, hosts)))
+        checks = CHECKS_OF[request.engine]
     job = preflight(case, checks, found)
     remote = bool(hosts) and not is_this_machine(hosts)
     if remote:
         job = replace(job, hostfile=request.hostfile)
     launcher = on_hosts if remote else local
     command = launcher.command(job)  # refuses hosts that cannot work
-    _note(job.notes)
+    _note([*relayout, *job.notes])
     if request.dry_run:
         _dry_run(job, command)
         return 0
@@ -142,6 +148,7 @@ def _devices(case: Case, hosts: list[Host]) -> Devices:
             count,
             recipe.parallel.num_gpus,
             cpu_may_stand_in=recipe.precision.dtype == "auto",
+            fewer_will_do=request.allow_relayout,
             elsewhere=request.dry_run,
         )
     slots = parse_gpu_list(request.gpus) if request.gpus else None
@@ -255,6 +262,8 @@ def _command(request: Request) -> str:
     for name, value in options.items():
         if value is not None:
             words += [name, str(value)]
+    if request.allow_relayout:
+        words.append("--allow-relayout")
     if request.inputs:
         words += ["-i", *request.inputs]
     return shlex.join([*words, *request.settings])

@@ -56,10 +56,12 @@ class Attempt(Config):
     """Why it ended: `done`, a request to stop, or the line of an error."""
     exit_code: int | None = None
     """Exit code (see `megazh.errors`); None where `ended` is."""
+    saved: int | None = None
+    """Step of the newest checkpoint at its end; None where there was none, and where `ended` is None."""
 
-    def ended_now(self, code: int, reason: str) -> "Attempt":
+    def ended_now(self, code: int, reason: str, saved: int | None) -> "Attempt":
         """This attempt, with the end that it comes to at the moment."""
-        return self.model_copy(update={"ended": _now(), "reason": _text(reason), "exit_code": code})
+        return self.model_copy(update={"ended": _now(), "reason": _text(reason), "exit_code": code, "saved": saved})
 
 
 KILLED = "no end was recorded: killed, or the machine failed"

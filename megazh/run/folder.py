@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import uuid
 from collections.abc import Mapping
@@ -199,10 +200,15 @@ class RunFolder:
         try:
             info = self.info()
             if info.attempts:
-                attempts = [*info.attempts[:-1], info.attempts[-1].ended_now(code, reason)]
+                attempts = [*info.attempts[:-1], info.attempts[-1].ended_now(code, reason, self._saved())]
                 self._describe(info.model_copy(update={"attempts": attempts}))
         except (DataError, WriteError) as error:
             print(f"warning: the end of this attempt is not recorded: {error}", file=sys.stderr, flush=True)
+
+    def _saved(self) -> int | None:
+        """Step of the newest checkpoint, by its name; None without one."""
+        names = [path.name for path in self.checkpoints.glob("step_*")]
+        return max((int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{8}", name)), default=None)
 
     def check_data(
         self, mixture: Mixture, saved: Mapping[str, str] | None = None, allow_change: bool = False

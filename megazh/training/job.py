@@ -47,6 +47,8 @@ class Request:
     encoding: str | None = None
     """Encoding of the text, as `megazh.corpus.encodings.normal_encoding` gives it; None for UTF-8."""
     device: str | None = None
+    allow_relayout: bool = False
+    """Whether another layout is taken where the requested one does not fit the number of GPUs."""
     dry_run: bool = False
     settings: list[str] = field(default_factory=list)
     """`key=value` settings on top of the recipe."""

@@ -1,6 +1,7 @@
 """Runs whose Slurm jobs are stopped, preempted and requeued: they go on, and come to the uninterrupted run's losses."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,15 +79,16 @@ def runs(slurm: SlurmCluster, stories: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def logs(runs: Runs) -> Iterator[dict[str, str]]:
-    """The logs of a run that is left alone, and of three that are stopped, all at the same time."""
+    """The logs of a run that is left alone, of three that are stopped, and of a second job in the folder of the first,
+    all at the same time, most of them on one node."""
     with ThreadPoolExecutor() as threads:
-        kinds: list[Callable[[Runs], str]] = [_alone, _stopped, _moved, _cancelled]
+        kinds: list[Callable[[Runs], str]] = [_alone, _stopped, _moved, _cancelled, _second]
         found = {kind.__name__: threads.submit(kind, runs) for kind in kinds}
         yield {name: future.result() for name, future in found.items()}
 
 
 def _alone(runs: Runs) -> str:
-    return runs.complete(runs.submit("alone"))
+    return runs.complete(runs.submit("alone", "-w", "n1"))
 
 
 def _stopped(runs: Runs) -> str:
@@ -124,6 +126,15 @@ def _cancelled(runs: Runs) -> str:
     return log(runs.folder, job)
 
 
+def _second(runs: Runs) -> str:
+    """A job on another node in the folder of a run that is under way."""
+    wait_until((runs.folder / "alone" / "run.json").exists, SECONDS, "the run has begun")
+    job = runs.submit("alone", "-w", "n2")
+    assert runs.slurm.wait_job(job, SECONDS) == "FAILED"
+    assert "ExitCode=4:0" in runs.slurm.run("scontrol", "show", "job", job).stdout
+    return log(runs.folder, job)
+
+
 @pytest.mark.parametrize("name", ["stopped", "moved"])
 def test_a_requeued_run_comes_to_the_same_losses(runs: Runs, logs: dict[str, str], name: str) -> None:
     assert runs.losses(name) == runs.losses("alone")
@@ -145,3 +156,11 @@ def test_a_cancelled_job_stays_cancelled(runs: Runs, logs: dict[str, str]) -> No
     assert "requeueing" not in logs["_cancelled"]
     (attempt,) = RunFolder(runs.folder / "cancelled").info().attempts
     assert attempt.exit_code == 75
+
+
+def test_a_second_job_in_the_folder_of_a_run_says_which_one_has_it(runs: Runs, logs: dict[str, str]) -> None:
+    job = RunFolder(runs.folder / "alone").info().attempts[0].job
+    line = rf"error: alone: another job is training in this folder \(held by process \d+ on n1, Slurm job {job}\)"
+    assert re.search(line, logs["_second"])
+    assert "requeueing" not in logs["_second"]
+    assert len(RunFolder(runs.folder / "alone").info().attempts) == 1
