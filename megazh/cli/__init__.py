@@ -22,6 +22,7 @@ from megazh.program import runnable
 COMMANDS = {
     "recipe": "list, show and check recipes",
     "plan": "what a recipe needs, and the best layout for it",
+    "doctor": "whether machines are fit for training, and the settings to use",
     "pretrain": "train a model through a pipeline of stages",
     "finetune": "fine-tune a trained model on conversations",
     "ctl": "look at a running run, and control it, from another terminal",
