@@ -114,7 +114,7 @@ def add_checkpoint(
     return path
 
 
-def write_metrics(run: RunFolder, steps: int, seconds: float = 0.5) -> None:
+def write_metrics(run: RunFolder, steps: int, seconds: float = 0.5, eta_seconds: float = 0) -> None:
     """Write the metrics of a run of `steps` steps: losses 4, 3.5, 3 and so on, two validations, three samples."""
     with Metrics(run.path, 0, quiet=False) as metrics:
         metrics.validation(0, 0, 5.0, 4.0, 4)
@@ -135,7 +135,7 @@ def write_metrics(run: RunFolder, steps: int, seconds: float = 0.5) -> None:
                     memory_reserved=None,
                     data_seconds=0.0,
                     skipped=False,
-                    eta_seconds=0,
+                    eta_seconds=eta_seconds,
                 )
             )
         metrics.validation(steps, steps * 256, 2.5, 2.0, 4)

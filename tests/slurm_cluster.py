@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from processes import Finished, kill_marked, run_command
+from processes import Finished, kill_marked
 
 _START_SECONDS = 20.0
 _STOP_SECONDS = 10.0
@@ -68,18 +68,30 @@ class SlurmCluster:
         self.stop()
 
     def run(self, *args: str | Path, timeout: float = 60.0, cwd: Path | None = None) -> Finished:
-        """Run a command that finds the cluster: srun, sbatch, squeue, a script that calls them."""
-        return run_command(args, timeout, self.env, cwd)
+        """Run a command that finds the cluster: srun, sbatch, squeue, a script that calls them.
+
+        Not by `run_command`, which marks processes by a variable and kills all that have it in the end: sbatch hands
+        its environment on to the job. What a command leaves behind is killed when the cluster stops.
+        """
+        words, environment = [str(arg) for arg in args], {**os.environ, **self.env}
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, env=environment, cwd=cwd
+        )
+        return Finished(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
     def wait_job(self, job: str, timeout: float = 60.0) -> str:
         """Wait until a job has ended; returns its state, such as COMPLETED or FAILED."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+        return self.wait_job_state(job, *ended, timeout=timeout)
+
+    def wait_job_state(self, job: str, *states: str, timeout: float = 60.0) -> str:
+        """Wait until a job is in one of the states; returns it."""
         deadline = time.monotonic() + timeout
         state = ""
         while time.monotonic() < deadline:
             # `sbatch --wait` would look only every ten seconds.
             state = self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").stdout.strip()
-            if state in ended:
+            if state in states:
                 return state
             time.sleep(0.2)
         raise AssertionError(f"job {job} is {state or 'unknown'} after {timeout} s")

@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": "whether machines are fit for training, and the settings to use",
     "pretrain": "train a model through a pipeline of stages",
     "finetune": "fine-tune a trained model on conversations",
+    "slurm": "jobs of Slurm: submit a chain, write an sbatch file, look at the job of a run",
     "ctl": "look at a running run, and control it, from another terminal",
     "sample": "continue a text with a trained model",
     "chat": "chat with a fine-tuned model",

@@ -76,7 +76,7 @@ def _add(below: Subparsers, name: str, what: str) -> argparse.ArgumentParser:
 
 
 def _status(options: argparse.Namespace) -> None:
-    with _failure_as_json(options):
+    with failure_as_json(options):
         from megazh.run.folder import RunFolder
         from megazh.training.status import status
 
@@ -92,7 +92,7 @@ def _ask(options: argparse.Namespace) -> None:
     def accepted(answer: "Answer") -> None:
         print(answer.text, file=sys.stderr, flush=True)
 
-    with _failure_as_json(options):
+    with failure_as_json(options):
         run = RunFolder(run_folder(options.run))
         if not run.exists:
             raise UsageError(f"{run.path}: not the folder of a run: {run.config.name} is missing")
@@ -101,7 +101,7 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _failure_as_json(options: argparse.Namespace) -> Iterator[None]:
+def failure_as_json(options: argparse.Namespace) -> Iterator[None]:
     """With `--json`, an error of the block is an object on stdout as well; it goes on to be a line on stderr."""
     try:
         yield
