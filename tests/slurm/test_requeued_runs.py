@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,13 +38,18 @@ class Runs:
             validation_samples=1,
         )
 
-    def submit(self, name: str, *options: str, environ: dict[str, str] | None = None) -> str:
-        """Submit the run `name`, with options of sbatch; returns the job's number."""
+    def submit(self, name: str, *options: str, file: Path = PRETRAIN, more: Sequence[str | Path] = ()) -> str:
+        """Submit the run `name`; returns the job's number.
+
+        Args:
+            name: run folder.
+            options: options of sbatch.
+            file: the file for sbatch.
+            more: further words behind it.
+        """
         options = ("--gres=none", "--ntasks-per-node=1", "--mem=1G", *options)
-        line = ["--device", "cpu", "-c", self.recipe.name, "-r", name]
-        return submit(
-            self.slurm, self.folder, *options, PRETRAIN, *line, environ={"OMP_NUM_THREADS": "1"} | (environ or {})
-        )
+        line = ["--device", "cpu", "-c", self.recipe.name, "-r", name, *more]
+        return submit(self.slurm, self.folder, *options, file, *line, environ={"OMP_NUM_THREADS": "1"})
 
     def losses(self, name: str) -> dict[int, float]:
         """Loss by step, so far."""
@@ -164,3 +169,17 @@ def test_a_second_job_in_the_folder_of_a_run_says_which_one_has_it(runs: Runs, l
     assert re.search(line, logs["_second"])
     assert "requeueing" not in logs["_second"]
     assert len(RunFolder(runs.folder / "alone").info().attempts) == 1
+
+
+@pytest.mark.usefixtures("logs")
+def test_the_files_for_fine_tuning_run_to_their_end(runs: Runs, tmp_path: Path) -> None:
+    chats = tmp_path / "my chats.jsonl"
+    rows = [{"instruction": f"小明有{number}顶帽子吗？", "output": "有。"} for number in range(40)]
+    chats.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    more = ["-i", chats, "max_steps=2", "checkpoint.initial_checkpoint=alone", "warmup=1"]
+    jobs = {
+        name: runs.submit(name, file=TEMPLATES / f"{name}_6x3090.sh", more=[*more, *lora])
+        for name, lora in {"finetune": [], "longlora": ["lora.rank=2"]}.items()
+    }
+    for name, job in jobs.items():
+        assert f"{name}: complete, 2 steps" in runs.complete(job)
