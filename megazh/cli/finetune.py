@@ -67,7 +67,7 @@ def _epochs(text: str) -> float:
 def _finetune(options: argparse.Namespace) -> None:
     from megazh.cluster.finetune import OwnData, finetune
     from megazh.conversation.template import DEFAULT
-    from megazh.training.job import Request, Task
+    from megazh.training.job import Launcher, Request, Task
 
     inputs, settings = apart(options.input, options.settings)
     if not inputs and options.template != DEFAULT:
@@ -79,6 +79,7 @@ def _finetune(options: argparse.Namespace) -> None:
         num_gpus=options.num_gpus,
         stages=options.stages,
         hostfile=options.hostfile,
+        launcher=Launcher(options.launcher),
         run=options.run,
         device=options.device,
         allow_relayout=options.allow_relayout,

@@ -172,6 +172,13 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         "-H", "--hostfile", type=Path, metavar="FILE", help="hosts and their slots, as DeepSpeed reads it"
     )
     parser.add_argument(
+        "--launcher",
+        choices=["auto", "local", "srun", "deepspeed"],
+        default="auto",
+        help="what starts the ranks (default: auto: deepspeed for several hosts of -H, srun in a Slurm job with a task "
+        "per rank or several nodes, else local)",
+    )
+    parser.add_argument(
         "-r", "--run", type=Path, metavar="RUN", help="run folder (default: runs/RECIPE, or runs/INPUT)"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if torch can use a GPU")

@@ -58,7 +58,7 @@ def add_to(commands: Subparsers) -> None:
 def _pretrain(options: argparse.Namespace) -> None:
     from megazh.cluster.start import start
     from megazh.corpus.options import TextDocuments
-    from megazh.training.job import Request
+    from megazh.training.job import Launcher, Request
 
     inputs, settings = apart(options.input, options.settings)
     code = start(
@@ -69,6 +69,7 @@ def _pretrain(options: argparse.Namespace) -> None:
             num_gpus=options.num_gpus,
             stages=options.stages,
             hostfile=options.hostfile,
+            launcher=Launcher(options.launcher),
             run=options.run,
             inputs=inputs,
             text_key=options.text_key,

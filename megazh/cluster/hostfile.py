@@ -4,21 +4,14 @@ import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from megazh.errors import UsageError
+from megazh.training.job import Host
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _LOCAL = {"localhost", "127.0.0.1"}
 _MOST_SLOTS = 1024
-
-
-class Host(NamedTuple):
-    """A machine and the number of ranks that it takes, one per GPU."""
-
-    name: str
-    slots: int
 
 
 def read_hostfile(path: Path) -> list[Host]:

@@ -4,18 +4,16 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megazh.cluster.gpus import choose_devices, parse_gpu_list
-from megazh.cluster.hostfile import Host, is_this_machine, read_hostfile
+from megazh.cluster.hostfile import Host, read_hostfile
 from megazh.cluster.late_files import await_checkpoint, await_data
-from megazh.cluster.launchers import hosts as on_hosts
-from megazh.cluster.launchers import local
+from megazh.cluster.launchers.choose import choose_place, hosts_for, launch, launch_command
 from megazh.cluster.relayout import relaid
 from megazh.cluster.slurm.requeue import requeueing
-from megazh.errors import INTERRUPTED, REQUEUE, Collector, MegazhError, Stopped, UsageError, WorkerError
+from megazh.errors import INTERRUPTED, REQUEUE, Collector, MegazhError, Stopped, WorkerError
 from megazh.files import locked
 from megazh.pipeline.deepspeed_config import deepspeed_config
 from megazh.run.folder import RunFolder
@@ -28,10 +26,9 @@ from megazh.training.checks.data import checked_mixture, describe_data, makes_da
 from megazh.training.checks.resume import check_resume, is_complete, saved_data, steps_done
 from megazh.training.describe import describe_job
 from megazh.training.hf.deepspeed import zero_config
-from megazh.training.job import Case, Devices, Job, Request, Task
+from megazh.training.job import Case, Job, Request, Task
 from megazh.training.live import given_on_command_line
 from megazh.training.preflight import CHECKS_OF, DATA, WITHOUT_DEVICES, preflight, requested_case, warnings_of
-from megazh.training.recipe import Device
 from megazh.training.stages import work_of
 from megazh.training.startup import preparing
 from megazh.writing import check_writable
@@ -50,24 +47,24 @@ def start(request: Request) -> int:
     hosts: list[Host] = []
     with found.collecting():
         hosts = read_hostfile(request.hostfile) if request.hostfile else []
-    checks, relayout = WITHOUT_DEVICES, list[str]()
+    checks, place, relayout = WITHOUT_DEVICES, None, list[str]()
     with found.collecting():
-        case, relayout = relaid(replace(case, devices=_devices(case, hosts)))
+        place = choose_place(case, hosts)
+        case, relayout = relaid(replace(case, devices=place.devices))
         checks = CHECKS_OF[request.engine]
     job = preflight(case, checks, found)
-    remote = bool(hosts) and not is_this_machine(hosts)
-    if remote:
-        job = replace(job, hostfile=request.hostfile)
-    launcher = on_hosts if remote else local
-    command = launcher.command(job)  # refuses hosts that cannot work
+    assert place is not None  # else `preflight` has raised what was found
+    placed_on = hosts_for(place, job.layout.ranks)
+    job = replace(job, launcher=place.launcher, hosts=placed_on, hostfile=request.hostfile)
+    command = launch_command(job)  # refuses hosts that cannot work
     _note([*relayout, *job.notes])
     if request.dry_run:
         _dry_run(job, command)
         return 0
-    return requeueing(job.run, lambda: _carry_out(case, job, launcher.launch))
+    return requeueing(job.run, lambda: _carry_out(case, job))
 
 
-def _carry_out(case: Case, job: Job, launch: Callable[[Job], int]) -> int:
+def _carry_out(case: Case, job: Job) -> int:
     """Make the data where it is missing, and train; returns the exit code."""
     request = case.request
     if request.inputs:
@@ -127,38 +124,6 @@ def _recorded_end(run: RunFolder) -> Iterator[None]:
 def _note(lines: Sequence[str]) -> None:
     for line in lines:
         print(line, file=sys.stderr, flush=True)
-
-
-def _devices(case: Case, hosts: list[Host]) -> Devices:
-    request, recipe = case.request, case.recipe
-    if not hosts or is_this_machine(hosts):
-        count = request.num_gpus or (hosts[0].slots if hosts and request.gpus is None else None)
-        taken = len(parse_gpu_list(request.gpus)) if request.gpus else count
-        if hosts and taken and taken > hosts[0].slots:
-            option = f"-g {request.gpus}" if request.gpus else f"-n {request.num_gpus}"
-            raise UsageError(
-                f"{option}: {taken} GPUs, and {hosts[0].name} has slots={hosts[0].slots} in -H {request.hostfile}; "
-                "take fewer, or raise slots there"
-            )
-        wanted = recipe.parallel.device
-        device = request.device or (None if wanted is Device.AUTO else wanted.value)
-        return choose_devices(
-            device,
-            request.gpus,
-            count,
-            recipe.parallel.num_gpus,
-            cpu_may_stand_in=recipe.precision.dtype == "auto",
-            fewer_will_do=request.allow_relayout,
-            elsewhere=request.dry_run,
-        )
-    slots = parse_gpu_list(request.gpus) if request.gpus else None
-    ranks = sum(len(slots) if slots is not None else host.slots for host in hosts)
-    if request.num_gpus not in (None, ranks):
-        raise UsageError(
-            f"-n {request.num_gpus}, but the hosts of -H {request.hostfile} give {ranks} GPUs; leave -n out"
-        )
-    ids = None if slots is None else tuple(map(str, slots))
-    return Devices(Device.CPU if request.device == "cpu" else Device.CUDA, ranks, ids)
 
 
 @preparing()

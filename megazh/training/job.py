@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from megazh.corpus.options import TextDocuments
 from megazh.pipeline.precision import Precision
@@ -27,6 +28,29 @@ class Task(StrEnum):
     """Fine-tune on conversations at a longer context."""
 
 
+class Host(NamedTuple):
+    """A machine and the number of ranks that it takes, one per GPU."""
+
+    name: str
+    slots: int
+
+
+class Launcher(StrEnum):
+    """What starts the ranks of a run."""
+
+    AUTO = "auto"
+    """DeepSpeed's launcher for several hosts of a hostfile, srun in a Slurm job that has a task for each rank or
+    several nodes, else the command itself."""
+    LOCAL = "local"
+    """The command itself: all ranks are on this machine."""
+    SRUN = "srun"
+    """One step of the Slurm job that the command runs in."""
+    DEEPSPEED = "deepspeed"
+    """DeepSpeed's launcher, through pdsh and ssh."""
+    MPIRUN = "mpirun"
+    """mpirun of MPICH or Open MPI."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What the command line requests; see `megazh pretrain --help` and `megazh finetune --help`."""
@@ -39,6 +63,7 @@ class Request:
     num_gpus: int | None = None
     stages: int | None = None
     hostfile: Path | None = None
+    launcher: Launcher = Launcher.AUTO
     run: Path | None = None
     inputs: list[str] | None = None
     """The user's own text, in place of the recipe's data."""
@@ -105,7 +130,13 @@ class Job:
     engine: str = "ds_pp"
     """Engine of the ranks, as `megazh pretrain -t` names it."""
     hostfile: Path | None = None
-    """Hosts of the ranks; None: this machine."""
+    """File with the hosts of the ranks; None where there is none."""
+    launcher: Launcher = Launcher.LOCAL
+    """What starts the ranks; never `AUTO`."""
+    hosts: tuple[Host, ...] = ()
+    """Hosts of the ranks; empty: this machine."""
+    ranks_of_slots: tuple[int, ...] = ()
+    """Rank of each slot; slots are numbered host by host, and slot 0 has rank 0."""
     notes: tuple[str, ...] = ()
     """Lines to print before the start."""
 
@@ -153,7 +184,8 @@ def make_job(request: Request, recipe: Recipe, run: Path, data_folder: Path, dev
     )
     notes = tuple(line for line in (note, devices.note) if line)
     recipe = with_dtypes(recipe.model_copy(update={"parallel": parallel}), devices.device)
-    return Job(RunFolder(run), recipe, layout, devices, data_folder, request.engine, notes=notes)
+    slots = tuple(range(layout.ranks))
+    return Job(RunFolder(run), recipe, layout, devices, data_folder, request.engine, notes=notes, ranks_of_slots=slots)
 
 
 def with_dtypes(recipe: Recipe, device: Device) -> Recipe:

@@ -13,18 +13,23 @@ from megazh.cluster.launchers.rank_log import RankLog
 from megazh.console import LAST_WORDS
 from megazh.run.pulse import PULSE
 
-# Makes the kernel kill a rank when its parent ends, however that happens. It is a program of its own between parent
-# and rank, since nothing but exec is safe after a fork in a process with threads; the setting survives exec. A launcher
-# in the background of a script ignores SIGINT, and one in some containers all signals; its ranks must not inherit that.
+# It is a program of its own between parent and child, since nothing but exec is safe after a fork in a process with
+# threads; the setting survives exec. A launcher in the background of a script ignores SIGINT, and one in some
+# containers all signals; what it starts must not inherit that.
 _BOOTSTRAP = """
 import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-if os.getppid() != int(sys.argv[1]):
+ctypes.CDLL(None).prctl(1, int(sys.argv[1]))  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[2]):
     os._exit(1)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, signal.SIG_DFL)
-os.execv(sys.argv[2], sys.argv[2:])
+os.execvp(sys.argv[3], sys.argv[3:])
 """
+
+
+def dying_along(command: Sequence[str], number: int = signal.SIGKILL) -> list[str]:
+    """A command that the kernel sends a signal when this process ends, however that happens."""
+    return [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, str(int(number)), str(os.getpid()), *command]
 
 
 class RankProcess:
@@ -53,10 +58,9 @@ class RankProcess:
         self._rank, self._log, self._at_end = rank, log, at_end
         self._last_words, last_words = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         own = {LAST_WORDS: str(last_words), PULSE: str(pulse)}
-        bootstrap = [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, str(os.getpid())]
         with open(log.path, "ab") as file:
             self._process = subprocess.Popen(
-                [*bootstrap, sys.executable, *arguments],
+                dying_along([sys.executable, *arguments]),
                 env={**environment, **own},
                 stdin=subprocess.DEVNULL,
                 stdout=file if output is None else output,

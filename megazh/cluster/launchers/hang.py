@@ -22,7 +22,12 @@ _STACK = re.compile(r"^(?:Current thread|Thread) .*\(most recent call first\):$"
 _WAITING = re.compile(
     r"/(?:torch/distributed|deepspeed/comm|torch/cuda)/|/deepspeed/runtime/pipe/p2p\.py$|/pipeline/transfer\.py$"
 )
-_STATES = {"T": "is stopped by a signal (SIGSTOP)", "t": "is held by a debugger", "D": "waits for a disk or a driver"}
+_STATES = {
+    "T": "is stopped by a signal (SIGSTOP)",
+    "t": "is held by a debugger",
+    "D": "waits for a disk or a driver",
+    "?": "does not answer",
+}
 
 
 class PulseReader(Protocol):

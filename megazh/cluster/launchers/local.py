@@ -108,7 +108,7 @@ class _LocalRanks(Ranks):
     def __init__(
         self, arguments: Sequence[str], environment: Mapping[str, str], logs: Sequence[RankLog], labels: Sequence[str]
     ) -> None:
-        self.logs, self.labels = logs, labels
+        self.logs, self.labels = logs, list(labels)
         self.alive: set[int] = set()
         self.pulses: Pulses = Pulses(len(logs))
         self._arguments, self._environment = arguments, environment

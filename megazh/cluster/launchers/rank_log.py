@@ -27,7 +27,7 @@ _EXCEPTION = re.compile(_RANK + r"((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Excep
 
 
 class Output:
-    """A file in memory that a process writes its output to, and that `show` copies to stdout or stderr.
+    """A file in memory that a process writes its output to, and that `show` copies to stdout or stderr or `take` reads.
 
     Neither a full disk nor a terminal that makes its writers wait can reach the process. The memory of lines that were
     copied is freed, a MiB at a time.
@@ -43,15 +43,18 @@ class Output:
 
     def show(self, all_of_it: bool = False) -> None:
         """Copy what is new: whole lines, or all of it."""
-        while data := os.pread(self.descriptor, _PIECE_BYTES, self._shown):
-            end = len(data) if all_of_it or len(data) == _PIECE_BYTES else data.rfind(b"\n") + 1
-            if not end:
-                return
-            self._shown += end
+        while data := self.take(_PIECE_BYTES, all_of_it):
             stream = getattr(sys, self._stream)
-            stream.write(data[:end].decode(errors="replace"))
+            stream.write(data.decode(errors="replace"))
             stream.flush()
-            self._free()
+
+    def take(self, most: int, all_of_it: bool = False) -> bytes:
+        """What is new, at most `most` bytes: whole lines, or all of it; a longer line comes in pieces."""
+        data = os.pread(self.descriptor, most, self._shown)
+        end = len(data) if all_of_it or len(data) == most else data.rfind(b"\n") + 1
+        self._shown += end
+        self._free()
+        return data[:end]
 
     def _free(self) -> None:
         """Free the memory of what was shown; the process goes on writing behind it."""

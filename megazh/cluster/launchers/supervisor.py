@@ -41,7 +41,7 @@ class Ranks(ABC):
     """
 
     logs: Sequence[RankLog]
-    labels: Sequence[str]
+    labels: list[str]
     pulses: PulseReader
     alive: set[int]
 
