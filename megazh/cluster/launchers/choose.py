@@ -69,8 +69,8 @@ def hosts_for(place: Place, ranks: int) -> tuple[Host, ...]:
         return hosts
     if ranks % len(hosts):
         raise UsageError(
-            f"{ranks} ranks on {len(hosts)} nodes: srun needs as many on each; submit the job with fewer nodes (-N), or "
-            "give another global_batch_size"
+            f"{ranks} ranks on {len(hosts)} nodes: srun needs as many on each; submit the job with fewer nodes "
+            "(-N), or give another global_batch_size"
         )
     return tuple(Host(host.name, ranks // len(hosts)) for host in hosts)
 

@@ -142,7 +142,7 @@ class _Guard:
     def _start(self, start: Start) -> None:
         self._child = RankProcess(
             self._rank,
-            ["-P", "-m", "megazh", "rank", str(self._folder.path)],
+            _arguments(self._folder),
             self._environment(start),
             self._log,
             self._output.descriptor if self._rank == 0 else None,
@@ -226,6 +226,11 @@ class _Guard:
         while not self._link.waiting and (data := self._output.take(_TEXT_BYTES, all_of_it)):
             self._link.send(Text(text=data.decode(errors="replace")))
         return self._link.waiting
+
+
+def _arguments(folder: RunFolder) -> list[str]:
+    """Arguments of Python in the rank's own process."""
+    return ["-P", "-m", "megazh", "rank", str(folder.path)]
 
 
 def _launch_info(folder: RunFolder, attempt: str) -> LaunchInfo:
