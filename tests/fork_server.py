@@ -131,7 +131,7 @@ def launch(request: dict[str, Any], feeding: int) -> int:
     with (
         mock.patch.object(local, "launch", lambda job: fork_ranks(job, feeding, request["poison"])),
         mock.patch.object(redraw.Redrawing, "draw"),
-        mock.patch.object(start, "plot_losses"),
+        mock.patch.object(start, "draw_within"),
         mock.patch.object(attempt, "_commit", return_value=(None, None)),
     ):
         try:

@@ -17,10 +17,11 @@ from megazh.errors import INTERRUPTED, REQUEUE, Collector, MegazhError, Stopped,
 from megazh.files import locked
 from megazh.pipeline.deepspeed_config import deepspeed_config
 from megazh.run.folder import RunFolder
-from megazh.run.plot import plot_losses
+from megazh.run.redraw import draw_within
 from megazh.run.requests import Inbox
 from megazh.run.summary import describe_end
 from megazh.training.checkpoint_list import newest_good, remove_unfinished
+from megazh.training.checkpoint_report import check_last
 from megazh.training.checks.course import bends, course_of, with_first_warmup
 from megazh.training.checks.data import checked_mixture, describe_data, makes_data
 from megazh.training.checks.resume import check_resume, is_complete, saved_data, steps_done
@@ -32,6 +33,9 @@ from megazh.training.preflight import CHECKS_OF, DATA, WITHOUT_DEVICES, prefligh
 from megazh.training.stages import work_of
 from megazh.training.startup import preparing
 from megazh.writing import check_writable
+
+_PLOT_SECONDS = 10.0
+"""Time for the plot of a run that was stopped or has failed, whose million steps take half a minute to draw."""
 
 
 def start(request: Request) -> int:
@@ -70,6 +74,7 @@ def _carry_out(case: Case, job: Job) -> int:
     if request.inputs:
         _prepare(job, request)
     if is_complete(job.run, job.recipe):
+        check_last(job.run.path)
         _describe_end(job, request)
         return 0
     if not request.inputs and makes_data(case) and not Path(job.recipe.data.manifest).exists():
@@ -101,8 +106,7 @@ def _carry_out(case: Case, job: Job) -> int:
                     f"{job.run.path}: the ranks ended before the run was complete; run the same command again"
                 )
     if code not in (0, REQUEUE):  # a scheduler may kill within seconds, and then the code would be lost
-        with contextlib.suppress(Exception):  # a plot, or its lack, changes no exit code
-            plot_losses(job.run.path, job.run.plot)
+        draw_within(job.run.path, _PLOT_SECONDS)  # a plot, or its lack, changes no exit code
     if code == 0:
         _describe_end(job, request)
     return code

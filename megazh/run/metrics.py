@@ -130,12 +130,15 @@ class Metrics:
         self._board.text(f"sample/{one_line(prompt)[:_TAG_LENGTH]}", shown, step)
 
     def event(self, step: int, name: str, text: str, /, **details: str | int | float | bool | None) -> None:
-        """Record that something happened; see `EventRecord`."""
-        if self._quiet:
-            return
-        record = EventRecord(step, name, _valid_text(text), details)
-        self._append(record)
-        _print(one_line(record.text))
+        """Record that something happened, and print it; see `EventRecord`."""
+        self.silent_event(step, name, text, **details)
+        if not self._quiet:
+            _print(one_line(_valid_text(text)))
+
+    def silent_event(self, step: int, name: str, text: str, /, **details: str | int | float | bool | None) -> None:
+        """Record that something happened, which another line on the terminal says."""
+        if not self._quiet:
+            self._append(EventRecord(step, name, _valid_text(text), details))
 
     def evaluated_at(self, step: int) -> set[str]:
         """What is recorded at the last step besides the step itself: `VALIDATION`, and `sample_of` each prompt."""

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 PLOT = "loss.png"
 
@@ -35,16 +36,8 @@ class Redrawing:
         if time.monotonic() - self._begun < max(_APART_SECONDS, self._seconds / _SHARE):
             return
         self._begun = time.monotonic()
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "megazh.run.redraw", str(self._folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
-            )
+            self._process = subprocess.Popen(_command(self._folder), **_options())
             threading.Thread(target=self._measure, args=(self._process,), name="redrawing", daemon=True).start()
         except OSError:  # no memory or process left for it
             self._process = None
@@ -59,6 +52,31 @@ class Redrawing:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+
+def draw_within(folder: Path, seconds: float) -> bool:
+    """Draw `loss.png` of a run that has ended; returns whether that was done within some seconds."""
+    try:
+        return subprocess.run(_command(folder), **_options(), timeout=seconds, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _command(folder: Path) -> list[str]:
+    """The command of a process that draws."""
+    return [sys.executable, "-P", "-m", "megazh.run.redraw", str(folder)]
+
+
+def _options() -> dict[str, Any]:
+    """Its environment and streams."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": {**os.environ, "PYTHONPATH": path},
+    }
 
 
 def _main(folder: Path) -> None:

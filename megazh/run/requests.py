@@ -83,6 +83,8 @@ class Outcome(StrEnum):
     """It will be carried out; another answer follows."""
     DONE = "done"
     REFUSED = "refused"
+    ENDED = "ended"
+    """The run has ended before that was done."""
 
 
 class Answer(Config):
@@ -183,7 +185,8 @@ def ask(
     Raises:
         UsageError: the run does not run, or has refused the request, which may be too large; one line says why.
         BusyError: no answer came in time; the request is withdrawn.
-        WorkerError: the run has ended without an answer or cannot write one, or the request cannot be written.
+        WorkerError: the run has ended before the request was carried out, perhaps without an answer, or cannot write
+            one; or the request cannot be written.
         DataError: the answer is none.
     """
     if (size := len(_encoded(request))) > _LARGEST:
@@ -226,6 +229,8 @@ def ask(
         for path in (requests / name, answers / name):
             with contextlib.suppress(OSError):
                 path.unlink()
+    if answer.outcome is Outcome.ENDED:
+        raise WorkerError(f"{run.path}: {answer.text}")
     if answer.outcome is Outcome.REFUSED:
         raise UsageError(f"{run.path}: {answer.text}")
     return answer

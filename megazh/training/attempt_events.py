@@ -38,7 +38,10 @@ def open_metrics(session: Session) -> Metrics:
 
 
 def record_stop(session: Session, reason: Reason) -> Interrupted | UsageError:
-    """Record a stop; returns what ends the run: an error, where no attempt would ever get to a step."""
+    """Record a stop; returns what ends the run: an error, where no attempt would ever get to a step.
+
+    Nothing is printed: the launcher does so, when it hears of the stop and when the ranks have ended.
+    """
     ends: Interrupted | UsageError = Interrupted(reason)
     code = reason.exit_code
     if reason is Reason.DEADLINE and not session.has_stepped and not session.last:
@@ -47,7 +50,7 @@ def record_stop(session: Session, reason: Reason) -> Interrupted | UsageError:
             "and so would be the next one; set a larger max_hours"
         )
         code = ends.exit_code
-    session.metrics.event(
+    session.metrics.silent_event(
         session.step,
         "stop",
         f"stopped at step {session.step} of {session.steps}: {reason.text}",

@@ -29,7 +29,7 @@ def describe_checkpoints(run: Path) -> Iterator[str]:
         yield f"{run}: holds no checkpoint yet"
         return
     yield _COLUMNS
-    total = 0
+    total, newest = 0, list_checkpoints(folder)[-1]
     for path in list_checkpoints(folder):
         try:
             manifest = read_manifest(path)
@@ -39,7 +39,8 @@ def describe_checkpoints(run: Path) -> Iterator[str]:
         total += manifest.bytes
         layout = f"pp={manifest.stages} dp={manifest.replicas}"
         loss = f"{losses[manifest.step]:.4f}" if manifest.step in losses else "-"
-        state = "complete: the run's last step" if manifest.complete else "whole"
+        is_last = manifest.complete and path == newest  # of a run that was extended, earlier ones are, too
+        state = "complete: the run's last step" if is_last else "whole"
         yield (
             f"{path.name:<14} {manifest.tokens:>16,} {size_text(manifest.bytes):>9}  {layout:<12} "
             f"{manifest.optimizer:<10} {loss:>10}  {state}"
@@ -79,6 +80,23 @@ def verify(run: Path, names: Sequence[str]) -> Iterator[str]:
         raise DataError(
             f"{folder}: {len(faults)} of {len(paths)} {word} damaged: {', '.join(path.name for path in faults)}; a "
             "resume passes over these, and removing them frees their space"
+        )
+
+
+def check_last(run: Path) -> None:
+    """Check the hashes of the newest checkpoint of a complete run.
+
+    Raises:
+        DataError: a file has changed since it was written; names the remedy.
+    """
+    path = chosen(run, None)
+    manifest = read_manifest(path)
+    with Progress("verify", manifest.bytes) as progress:
+        fault = _wrong_hash(path, manifest, progress)
+    if fault:
+        raise DataError(
+            f"{path}: {fault}: the run is complete, and its last checkpoint is damaged; remove it, and the same "
+            "command trains the steps since the one before it again"
         )
 
 

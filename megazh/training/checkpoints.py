@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
 from megazh.errors import DataError, DivergedError
 from megazh.run.state import State
 from megazh.training.checkpoint_list import CheckpointManifest, checkpoint_path, step_of
@@ -39,6 +41,7 @@ class Checkpoints:
         named = None if isinstance(resume, Resume) else resume
         self.found: Found | None = agree_on_checkpoint(session.folder.checkpoints, session.run_id, session.log, named)
         """The checkpoint that the run goes on from; None where it begins."""
+        self._losses: dict[int, float] = {}  # validation loss by step, on rank 0
         self._is_due = False
         """Whether a checkpoint waits for a step that is not skipped."""
 
@@ -63,6 +66,9 @@ class Checkpoints:
             session.state, session.folder.checkpoints, session.log, self._retain, self._complete, self._note_failure
         )
         self.saver.saved_at = self.found[1].step if self.found else None
+        if dist.get_rank() == 0:
+            known = validation_losses(session.folder.path)  # once: a long run has millions of records
+            self._losses = {at: loss for at, loss in known.items() if at <= session.step}
         self.saver.check_room()  # now, not after hours
         every, row = session.recipe.checkpoint.checkpoint_every, session.guard.skipped_in_row
         self._is_due = bool(every and row) and session.step // every > (session.step - row) // every
@@ -82,6 +88,11 @@ class Checkpoints:
     def go_back(self, step: int) -> None:
         """Take the checkpoint of `step`, which is read, for the newest one."""
         self.saver.saved_at, self._is_due = step, False
+        self._losses = {at: loss for at, loss in self._losses.items() if at <= step}
+
+    def note_validation(self, loss: float) -> None:
+        """Note the validation loss of the current step, by which the best checkpoint is kept."""
+        self._losses = {**self._losses, self._session.step: loss}
 
     def save_if_due(self, stop: bool) -> None:
         """Save before anything that takes time or may fail: at the end, on a request to stop, and at intervals.
@@ -186,5 +197,4 @@ class Checkpoints:
 
     def _retain(self, saved: Path) -> list[str]:
         """Remove the checkpoints that are no longer to be kept; called in a thread of rank 0."""
-        losses = validation_losses(self._session.folder.path)
-        return prune(saved.parent, keep_rule(self._session.recipe), losses, step_of(saved))
+        return prune(saved.parent, keep_rule(self._session.recipe), self._losses, step_of(saved))

@@ -25,6 +25,7 @@ from megazh.run.pulse import beat
 from megazh.run.requests import Answer, Command, Inbox, Outcome, Request
 from megazh.run.state import State, StateFile
 from megazh.training.checkpoint_list import checkpoint_path
+from megazh.training.checks.course import NOTABLE
 from megazh.training.collect import largest, of_rank_0
 from megazh.training.control import Reason
 from megazh.training.evaluate import SAMPLING
@@ -136,9 +137,9 @@ class Commands:
                 self._answer(self._stop, Outcome.DONE, f"stopped after step {session.step:,}{saved}")
             elif self._stop:
                 why = f": {stopped.text}" if stopped else ""
-                self._answer(self._stop, Outcome.REFUSED, f"the run has ended first{why}")
+                self._answer(self._stop, Outcome.ENDED, f"the run has ended first{why}")
             for name in list(self._open):
-                self._answer(name, Outcome.REFUSED, "the run has ended before that was done")
+                self._answer(name, Outcome.ENDED, "the run has ended before that was done")
 
     # Rank 0 alone.
 
@@ -152,7 +153,7 @@ class Commands:
     def _receive(self, name: str, request: Request) -> None:
         control = self._session.control
         if self._ended.is_set():
-            self._answer(name, Outcome.REFUSED, "the run has ended")
+            self._answer(name, Outcome.ENDED, "the run has ended")
             return
         if request.command is Command.STOP:
             if control.reason.exit_code == INTERRUPTED:
@@ -296,6 +297,8 @@ class Commands:
             text = f"{key} is {new} from step {session.step + 1:,} on (was {old})"
             if key == LEARNING_RATE:
                 text += f"; the rate of that step is {session.rate(session.step):.3e}"
+                if abs(new - old) > NOTABLE * max(old, new):
+                    text = f"warning: the learning rate jumps: {text}"
             texts.append(text)
             session.metrics.event(session.step, "set", text, key=key, before=_scalar(old), value=_scalar(new))
         self._answer(order.name, Outcome.DONE, "; ".join(texts) or "nothing changes: the run has these values already")

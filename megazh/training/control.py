@@ -92,7 +92,7 @@ class Control:
     """
 
     def __init__(self, leave: Callable[[Reason], object] | None = None) -> None:
-        self._requested = Reason.NONE
+        self._requested = [False] * len(Reason)  # by reason; set by handlers and threads, and never unset
         self._deadline: float | None = None
         self._leave = leave
         if leave is not None:
@@ -107,13 +107,14 @@ class Control:
     @property
     def reason(self) -> Reason:
         """The weightiest reason to stop that this rank knows; other ranks may know another."""
-        if self._requested is Reason.NONE and self._deadline is not None and time.monotonic() >= self._deadline:
+        found = max((reason for reason in Reason if self._requested[reason]), default=Reason.NONE)
+        if found is Reason.NONE and self._deadline is not None and time.monotonic() >= self._deadline:
             return Reason.DEADLINE
-        return self._requested
+        return found
 
     def request(self, reason: Reason) -> None:
-        """Request a stop."""
-        self._requested = max(self._requested, reason)
+        """Request a stop; a signal handler or another thread may do so in the middle of it."""
+        self._requested[reason] = True
 
     def limit(self, max_hours: float | None, begun: float) -> None:
         """Request a stop at a deadline.

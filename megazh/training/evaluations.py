@@ -57,6 +57,7 @@ class Evaluations:
             session.interrupt()
         tokens, size = session.course.tokens_before(session.step), session.held_out.samples
         session.metrics.validation(session.step, tokens, found.loss, found.bits_per_byte, size, found.corpora)
+        session.checkpoints.note_validation(found.loss)
         self.done.add(VALIDATION)
         return found
 

@@ -14,8 +14,9 @@ from megazh.errors import BusyError, DataError, UsageError
 from megazh.files import locked
 from megazh.model.decoder import Decoder
 from megazh.run.folder import RunFolder
-from megazh.training.checkpoint_list import MANIFEST, list_checkpoints
+from megazh.training.checkpoint_list import MANIFEST, list_checkpoints, read_manifest
 from megazh.training.recipe import run_recipe
+from megazh.training.saver import write_manifest
 
 
 @pytest.fixture
@@ -49,6 +50,14 @@ def test_list_shows_all_and_what_is_damaged(run: RunFolder) -> None:
     assert fourth.split(maxsplit=1) == ["step_00000004", "damaged: weights/norm.safetensors: missing"]
     assert "2.5000  complete: the run's last step" in sixth
     assert total.endswith(f" in {run.checkpoints}")
+
+
+def test_a_run_that_was_extended_is_complete_at_its_last_step_alone(run: RunFolder) -> None:
+    path = run.checkpoints / "step_00000004"
+    write_manifest(path, read_manifest(path).model_copy(update={"complete": True}))
+    _, _, fourth, sixth, _ = checkpoint("list", run.path).stdout.splitlines()
+    assert fourth.endswith("  whole")
+    assert sixth.endswith("complete: the run's last step")
 
 
 def test_verify_finds_a_flipped_bit(run: RunFolder) -> None:

@@ -31,6 +31,7 @@ STEPS = 60
 COMMAND = [sys.executable, "-m", "megazh"]
 PRETRAIN = [*COMMAND, "pretrain", "-c", "mini.yaml", "--device", "cpu"]
 REST = {"device": "cpu", "dry_run": True}
+ANEW = "no checkpoint is there yet; run the same command again to begin anew"
 AGAIN = "run the same command again to resume from the last checkpoint"
 
 
@@ -348,6 +349,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(here: Path, env: dict[str, st
         "stopping: interrupted (Ctrl-C); the ranks save and end (a second Ctrl-C kills them)",
         f"interrupted; {AGAIN}",
     ]
+    assert "interrupted" not in finished.stdout, "a third time"
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     step = read_manifest(checkpoint).step
     assert 2 <= step == recorded(run) < STEPS
@@ -372,7 +374,7 @@ def test_a_signal_while_the_ranks_start_ends_them_at_once(here: Path, env: dict[
         finished = running.wait(10)
         assert running.descendants() == []
     assert finished.returncode == REQUEUE
-    assert errors(finished)[-1] == f"stopped: the time limit is near (SIGUSR1); {AGAIN}"
+    assert errors(finished)[-1] == f"stopped: the time limit is near (SIGUSR1); {ANEW}"
     assert ends(run) == [(REQUEUE, "the time limit is near (SIGUSR1)")]
 
 

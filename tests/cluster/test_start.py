@@ -20,7 +20,7 @@ from megazh.cluster.cuda import Torch
 from megazh.cluster.launchers import local
 from megazh.cluster.start import start
 from megazh.demo.stories import write_stories
-from megazh.errors import INTERRUPTED, REQUEUE, BusyError, MegazhError, SeveralErrors, Stopped, UsageError
+from megazh.errors import INTERRUPTED, REQUEUE, BusyError, DataError, MegazhError, SeveralErrors, Stopped, UsageError
 from megazh.files import locked
 from megazh.index.prepare import prepare
 from megazh.run.folder import RunFolder
@@ -429,7 +429,7 @@ def test_a_scheduler_does_not_wait_for_a_plot(
     """It kills within seconds, and the exit code would be lost."""
     drawn: list[Path] = []
     monkeypatch.setattr(local, "run_ranks", lambda *arguments: code)
-    monkeypatch.setattr("megazh.cluster.start.plot_losses", lambda folder, output: drawn.append(output))
+    monkeypatch.setattr("megazh.cluster.start.draw_within", lambda folder, seconds: drawn.append(folder))
     assert start(Request(recipe=recipe)) == code
     assert bool(drawn) == is_drawn
 
@@ -487,6 +487,19 @@ def test_a_complete_run_needs_its_data_no_longer(
     assert "runs/mini: complete, 6 steps" in capsys.readouterr().out
     assert not Path("data_index").exists()
     assert launches == []
+
+
+def test_a_complete_run_whose_last_checkpoint_is_damaged_is_not_called_complete(
+    launches: Launches, tmp_path: Path, manifest: Path
+) -> None:
+    shutil.copytree(manifest.parent, "data_index/mini")
+    recipe = write_recipe(tmp_path / "mini.yaml")
+    run = make_run(Path("runs/mini"), recipe)
+    path = next(run.checkpoints.glob("step_*/weights/norm.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    line = refused(Request(recipe=str(recipe), num_gpus=1, stages=1), launches, DataError)
+    assert line.startswith(f"{path.parents[1]}: the content of weights/norm.safetensors has changed since it was ")
+    assert "remove it, and the same command trains the steps since the one before it again" in line
 
 
 @pytest.mark.parametrize("options", [{"num_gpus": 7}, {"gpus": "0-6"}])

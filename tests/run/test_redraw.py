@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from made_runs import write_metrics
 from processes import wait_until
 
 from megazh.run import redraw
-from megazh.run.redraw import Redrawing
+from megazh.run.folder import RunFolder
+from megazh.run.redraw import PLOT, Redrawing, draw_within
 
 
 def test_the_longer_a_drawing_takes_the_more_seldom_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,3 +43,11 @@ def test_the_longer_a_drawing_takes_the_more_seldom_it_is_done(tmp_path: Path, m
     assert drawn_at(90 * 20) == 2
     drawing.close()
     assert begun[-1].returncode is not None
+
+
+def test_the_last_drawing_is_bounded_in_time(tmp_path: Path) -> None:
+    write_metrics(RunFolder(tmp_path), steps=3)
+    assert not draw_within(tmp_path, 0.01)
+    assert not (tmp_path / PLOT).exists()
+    assert draw_within(tmp_path, 60)
+    assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")

@@ -101,6 +101,14 @@ def test_a_refusal_is_an_error_with_its_reason(run: RunFolder) -> None:
         ask(run, Request(command=Command.PAUSE), seconds=10)
 
 
+def test_a_run_that_ends_before_it_is_done_has_an_exit_code_of_its_own(run: RunFolder) -> None:
+    with (
+        Serving(run, Answer(outcome=Outcome.ENDED, text="the run has ended first")),
+        pytest.raises(WorkerError, match="the run has ended first"),
+    ):
+        ask(run, Request(command=Command.STOP))
+
+
 def test_files_are_for_their_user_alone(run: RunFolder) -> None:
     inbox = Inbox(run)
     put(run, '{"command": "save"}')

@@ -33,6 +33,7 @@ from megazh.training import commands
 from megazh.training.checkpoint_list import list_checkpoints, read_manifest
 from megazh.training.checkpoints import Checkpoints
 from megazh.training.control import Reason
+from megazh.training.live import with_changes
 
 STEPS = 100_000
 LAYOUT = (2, 1)
@@ -102,7 +103,7 @@ def test_a_stop_is_known_at_once_and_answered_at_the_end(rank: Rank) -> None:
     rank.session.checkpoints.saver.saved_at = 7
     rank.commands.close(Reason.COMMAND)
     rank.commands.close(Reason.NONE)
-    assert rank.answer("1") == ("refused", "the run has ended before that was done")
+    assert rank.answer("1") == ("ended", "the run has ended before that was done")
     assert rank.answer("2") == ("done", "stopped after step 7; step 7 is saved")
 
 
@@ -111,14 +112,14 @@ def test_a_command_that_a_stop_has_cut_off_is_answered(rank: Rank) -> None:
     assert rank.commands._next() is not None, "it is being carried out"
     rank.send("2", command=Command.STOP)
     rank.commands.close(Reason.COMMAND)
-    assert rank.answer("1") == ("refused", "the run has ended before that was done")
+    assert rank.answer("1") == ("ended", "the run has ended before that was done")
     assert rank.answer("2") == ("done", "stopped after step 7; nothing to save")
 
 
 def test_a_run_that_ends_before_it_stops_says_so(rank: Rank) -> None:
     rank.send("1", command=Command.STOP)
     rank.commands.close(Reason.NONE)
-    assert rank.answer("1") == ("refused", "the run has ended first")
+    assert rank.answer("1") == ("ended", "the run has ended first")
 
 
 def test_a_person_stops_a_run_that_a_scheduler_is_stopping(rank: Rank) -> None:
@@ -135,9 +136,9 @@ def test_a_stop_that_comes_too_late_for_the_exit_code_is_no_stop(rank: Rank) -> 
     rank.session.control.reason = Reason.TERMINATED
     rank.send("1", command=Command.STOP)
     rank.commands.close(Reason.TERMINATED)
-    assert rank.answer("1") == ("refused", "the run has ended first: terminated (SIGTERM)")
+    assert rank.answer("1") == ("ended", "the run has ended first: terminated (SIGTERM)")
     rank.send("2", command=Command.STOP)
-    assert rank.answer("2") == ("refused", "the run has ended")
+    assert rank.answer("2") == ("ended", "the run has ended")
 
 
 def test_a_stop_after_ctrl_c_changes_nothing(rank: Rank) -> None:
@@ -164,7 +165,7 @@ def test_a_save_is_answered_when_it_is_whole_or_has_failed(rank: Rank) -> None:
     assert rank.answer("2") == ("refused", "runs/x: cannot be written")
     assert rank.answer("3")[0] == "accepted"
     rank.commands.close(Reason.NONE)
-    assert rank.answer("3") == ("refused", "the run has ended before that was done")
+    assert rank.answer("3") == ("ended", "the run has ended before that was done")
 
 
 def test_a_save_that_another_one_waits_for_is_answered_before_that_begins(rank: Rank) -> None:
@@ -228,6 +229,24 @@ def test_a_sample_that_fails_ends_no_run(rank: Rank) -> None:
     rank.session.evaluations = SimpleNamespace(sample_once=sample_once)
     rank.commands._carry_out(order)
     assert rank.answer("1") == ("refused", "the prompt has no token")
+
+
+@pytest.mark.parametrize(("rate", "warned"), [("1e9", True), ("1.001e-3", False)])
+def test_a_jump_of_the_learning_rate_is_pointed_out(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch, rate: str, warned: bool
+) -> None:
+    monkeypatch.setattr(RunFolder, "set_changes", mock.Mock())
+    session = rank.session
+    session.metrics, session.rate = mock.Mock(), lambda step: session.recipe.optimizer.learning_rate
+    session.change = lambda changes: vars(session).update(recipe=with_changes(session.recipe, changes))
+    rank.send("1", command=Command.SET, settings=[f"learning_rate={rate}"])
+    order = rank.commands._next()
+    assert order is not None
+    rank.commands._carry_out(order)
+    outcome, text = rank.answer("1")
+    assert outcome == "done"
+    assert text.startswith("warning: the learning rate jumps: ") == warned
+    assert f"optimizer.learning_rate is {float(rate)} from step 8 on (was 0.001)" in text
 
 
 def test_a_change_that_cannot_be_recorded_is_not_made(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,19 @@ def test_of_several_signals_the_weightiest_counts(numbers: tuple[signal.Signals,
     assert control.reason is max(SIGNALS[number] for number in numbers)
 
 
+def test_a_request_does_not_lose_one_that_interrupts_it() -> None:
+    """As a signal handler does in the middle of it, and another thread."""
+    control = Control()
+
+    class Interrupted:
+        def __index__(self) -> int:
+            control.request(Reason.PERSON)
+            return int(Reason.DEADLINE)
+
+    control.request(Interrupted())  # type: ignore[arg-type]
+    assert control.reason is Reason.PERSON
+
+
 def test_only_a_scheduler_starts_again_what_a_scheduler_has_stopped() -> None:
     codes = {reason: reason.exit_code for reason in Reason if reason}
     by_machine = [Reason.DEADLINE, Reason.TIME_LIMIT, Reason.TERMINATED]

@@ -26,7 +26,7 @@ def stopped(reason: Reason, **session: object) -> tuple[Exception, int]:
     recipe, metrics = make_recipe(control={"max_hours": 0.25}), Mock()
     values = {"has_stepped": False, "last": False, "step": 40, "steps": 80, "recipe": recipe, "metrics": metrics}
     ends = record_stop(cast(Session, SimpleNamespace(**values | session)), reason)
-    return ends, metrics.event.call_args.kwargs["exit_code"]
+    return ends, metrics.silent_event.call_args.kwargs["exit_code"]
 
 
 def test_a_deadline_before_the_first_step_is_an_error() -> None:

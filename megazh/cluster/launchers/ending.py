@@ -4,10 +4,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from megazh.cluster.launchers.rank_log import RankLog
 from megazh.errors import INTERRUPTED, REQUEUE, MegazhError, WorkerError
+from megazh.run.folder import RunFolder
+from megazh.training.checkpoint_list import list_checkpoints
 from megazh.training.control import SIGNALS, Reason
 
 SIGNALLED = tuple(-number for number in SIGNALS)
@@ -18,6 +21,7 @@ STOPPED = (INTERRUPTED, REQUEUE)
 
 _HINTS: dict[int, str] = {signal.SIGKILL: " (out of memory?)", signal.SIGBUS: " (is /dev/shm full?)"}
 _AGAIN = "run the same command again to resume from the last checkpoint"
+_ANEW = "no checkpoint is there yet; run the same command again to begin anew"
 
 
 class Exit(NamedTuple):
@@ -87,13 +91,19 @@ def report(ending: Ending, logs: Sequence[RankLog], labels: Sequence[str], save_
             names = ", ".join(labels[rank] for rank in ending.stuck)
             late = f"; {names} did not end within {save_seconds:.0f} s, and all ranks were killed"
         first = "interrupted" if ending.reason is Reason.PERSON else f"stopped: {ending.reason.text}"
-        line = f"{first}{late}; {_AGAIN}"
+        line = f"{first}{late}; {_anew_or_again(logs[0].path.parents[1])}"
         reason += late
     elif line:
         reason = line
     if line:
         print(line, file=sys.stderr, flush=True)
     return code, reason
+
+
+def _anew_or_again(folder: Path) -> str:
+    """How a run in this folder goes on, once it is stopped."""
+    run = RunFolder(folder)
+    return _ANEW if run.exists and not list_checkpoints(run.checkpoints) else _AGAIN
 
 
 def _was_stopped(ending: Ending) -> bool:

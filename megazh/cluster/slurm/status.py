@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megazh.cluster.slurm.chain import TRAINING
 from megazh.cluster.slurm.queue import QueuedJob, find_job, slurm_command
 from megazh.cluster.slurm.submit import read_state
 from megazh.errors import UsageError
@@ -125,7 +124,7 @@ def _recorded(run: RunFolder) -> Iterator[str]:
         yield job
     for path in sorted(run.path.parent.glob("*.chain.json")):
         for each in read_state(path).jobs:
-            if each.stage in TRAINING and Path(each.result).name == run.path.name and each.job not in seen:
+            if Path(each.result).name == run.path.name and each.job not in seen:
                 seen.add(each.job)
                 yield each.job
 

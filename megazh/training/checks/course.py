@@ -20,7 +20,7 @@ from megazh.training.course import Course, Kind
 from megazh.training.job import Job
 from megazh.training.recipe import Recipe, Resume
 
-_NOTABLE = 0.01
+NOTABLE = 0.01
 """Relative difference of two learning rates that is worth a line."""
 _SAME = 1e-6
 """Largest difference of two learning rates, relative to the peak, that is taken for rounding."""
@@ -165,7 +165,7 @@ def describe_curve(job: Job) -> Iterator[str]:
         return
     before, now, done = course_of(saved), job.recipe.course, saved[1].step
     old, new, bent = before.rate(done), now.rate(done), bends(before, now, done)
-    if abs(new - old) > _NOTABLE * max(old, new) and (bent or before.peak != now.peak):
+    if abs(new - old) > NOTABLE * max(old, new) and (bent or before.peak != now.peak):
         yield (
             f"warning: {job.run.path}: the learning rate changes at step {done + 1:,}, the next one: {old:.2e} by the "
             f"settings so far, {new:.2e} now (the step before had {before.rate(max(done - 1, 0)):.2e})"

@@ -21,9 +21,16 @@ from megazh.training.stages import (
 
 
 def length(case: Case) -> Iterator[str]:
-    """Warm-up and decay fit into the run. Warns of batches and lengths of segments that begin behind its end."""
+    """Warm-up and decay fit into the run. Warns of batches and lengths of segments that begin behind its end, and of
+    samples that are longer than the context."""
     course, schedule = case.recipe.course, case.recipe.schedule
     _ = course.schedule
+    tokens, context = case.recipe.evaluation.sample_tokens, case.recipe.batch.seq_len
+    if tokens >= context and case.settings.origin("evaluation.sample_tokens"):
+        yield (
+            f"warning: sample_tokens={tokens}: with its prompt, a sample has more tokens than the {context:,} that the "
+            f"model is trained on; set less than {context:,}"
+        )
     for key, numbers in (("batch", schedule.batch), ("length", schedule.length)):
         for tokens, number in (numbers or {}).items():
             if course.batches.steps_for(tokens) >= course.steps:

@@ -95,7 +95,8 @@ def checkpoints_parts(found: Gathered) -> Iterator[Html]:
             rows.append((code(name), "", "", "", "", element("span", f"damaged: {manifest}", class_="problem")))
             continue
         loss = f"{losses[manifest.step]:.4f}" if manifest.step in losses else ""
-        state = "complete: the run's last step" if manifest.complete else "whole"
+        is_last = manifest.complete and (found.recipe is None or manifest.step >= found.recipe.course.steps)
+        state = "complete: the run's last step" if is_last else "whole"
         size = size_text(manifest.bytes)
         rows.append((code(name), f"{manifest.tokens:,}", size, loss, _layout(manifest), state))
     if rows:

@@ -74,3 +74,13 @@ def test_a_batch_or_length_behind_the_end_of_the_run_is_warned_of(tmp_path: Path
         "warning: schedule.batch: 32 from 900,000,000 tokens on never begins: the run ends at 2,816 tokens",
         "warning: schedule.length: 32 from 2,560 tokens on never begins: the run ends at 2,816 tokens",
     ]
+
+
+def test_samples_that_are_longer_than_the_context_are_warned_of_where_they_were_asked_for(tmp_path: Path) -> None:
+    def warnings(*settings: str) -> list[str]:
+        return warnings_of(make_case(tmp_path, None, list(settings), devices=on_cpu()), [fit.length])
+
+    assert warnings() == []
+    (line,) = warnings("seq_len=16", "sample_tokens=16")
+    assert line.startswith("warning: sample_tokens=16: with its prompt, a sample has more tokens than the 16 that the ")
+    assert warnings("seq_len=16", "sample_tokens=15") == []

@@ -12,8 +12,10 @@ from megazh.errors import UsageError
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import METRICS, Metrics
 from megazh.run.records import CorpusValidation
+from megazh.training.checkpoint_list import read_manifest
 from megazh.training.recipe import run_recipe
 from megazh.training.report.page import write_report
+from megazh.training.saver import write_manifest
 
 SCRIPT = "<script>alert('喵')</script> & \"x\"\n第二行"
 
@@ -80,6 +82,14 @@ def test_the_page_has_all_that_the_run_holds(run: RunFolder) -> None:
     assert run.info().corpora[0].sha256[:12] in texts
     assert run.info().attempts[0].command in texts
     assert page.elements.count(("figcaption", {})) == 4, "no memory without GPUs, no second half of six steps"
+
+
+def test_a_checkpoint_that_was_the_last_before_the_run_was_extended_is_not_called_complete(run: RunFolder) -> None:
+    path = run.checkpoints / "step_00000004"
+    write_manifest(path, read_manifest(path).model_copy(update={"complete": True}))
+    texts = report(run)[0].texts
+    assert texts.count("complete: the run's last step") == 1
+    assert "whole" in texts
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing(run: RunFolder) -> None:
