@@ -11,6 +11,7 @@ from pathlib import Path
 from megazh.cluster.hostfile import Host, read_hostfile
 from megazh.cluster.late_files import await_checkpoint, await_data
 from megazh.cluster.launchers.choose import choose_place, hosts_for, launch, launch_command
+from megazh.cluster.placement import placed
 from megazh.cluster.relayout import relaid
 from megazh.cluster.slurm.requeue import requeueing
 from megazh.errors import INTERRUPTED, REQUEUE, Collector, MegazhError, Stopped, WorkerError
@@ -60,8 +61,9 @@ def start(request: Request) -> int:
     assert place is not None  # else `preflight` has raised what was found
     placed_on = hosts_for(place, job.layout.ranks)
     job = replace(job, launcher=place.launcher, hosts=placed_on, hostfile=request.hostfile)
+    job, placement = placed(job)
     command = launch_command(job)  # refuses hosts that cannot work
-    _note([*relayout, *job.notes])
+    _note([*relayout, *job.notes, *placement])
     if request.dry_run:
         _dry_run(job, command)
         return 0

@@ -33,6 +33,7 @@ class SlurmJob:
     number: str
     """Its id."""
     nodes: tuple[Node, ...]
+    """Its nodes; none in a step, whose variables are about the step."""
     in_step: bool
     """Whether this process is in a step of it that srun has started, and not in its batch script or shell."""
 
@@ -53,15 +54,17 @@ def slurm_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
         return None
     if not number.isdecimal():
         raise UsageError(f"SLURM_JOB_ID={number}: no number of a job; unset it, or give --launcher local")
+    step = environ.get("SLURM_STEP_ID", "")
+    if step.isdecimal() and int(step) < _REAL_STEPS:
+        return SlurmJob(number, (), in_step=True)
     nodes = _hostnames(environ.get("SLURM_JOB_NODELIST", ""))
     tasks = _counts("SLURM_TASKS_PER_NODE", environ, len(nodes))
     cores = _counts("SLURM_JOB_CPUS_PER_NODE", environ, len(nodes))
     gpus = _gpus(_scontrol("show", "job", "-d", number))
-    step = environ.get("SLURM_STEP_ID", "")
     return SlurmJob(
         number,
         tuple(Node(name, tasks[at], cores[at], gpus.get(name, 0)) for at, name in enumerate(nodes)),
-        in_step=step.isdecimal() and int(step) < _REAL_STEPS,
+        in_step=False,
     )
 
 
