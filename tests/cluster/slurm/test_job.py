@@ -9,7 +9,8 @@ from megazh.cluster.slurm.job import Node, slurm_job
 from megazh.errors import UsageError
 
 SHOW = """#!/bin/sh
-[ "$2" = hostnames ] && { printf 'n1\\nn2\\n'; exit; }
+[ "$3" = 'n[1-2]' ] && { printf 'n1\\nn2\\n'; exit; }
+[ "$2" = hostnames ] && { echo "$3"; exit; }
 echo "   TRES=cpu=12,gres/gpu=9"
 echo "     Nodes=n1 CPU_IDs=0-5 Mem=600 GRES=gpu:3090:6(IDX:0-5)"
 echo "     Nodes=n2 CPU_IDs=0-5 Mem=600 GRES=shard:4,gpu:a100:2(IDX:0-1),gpu:h100:1(IDX:2)"
