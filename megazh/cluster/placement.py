@@ -1,18 +1,14 @@
 """Which ranks go to which host: whole pipelines, or whole stages, inside a host; chosen by what the network costs."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain, pairwise
+from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import NamedTuple
 
-from megazh.cluster.hostfile import Host
 from megazh.model.counts import trained_counts
-from megazh.pipeline.costs import costs_by_flops
-from megazh.pipeline.memory import trained_parameters
 from megazh.pipeline.work import Work
-from megazh.training.job import Job
+from megazh.training.job import Host
 from megazh.training.layout import Layout
-from megazh.training.stages import fitting_bounds, work_of
 
 
 @dataclass(frozen=True)
@@ -140,23 +136,6 @@ def describe(choice: Choice, links: Links) -> str:
         f"{crossing} parallelism crosses the hosts, {best.inside} stay inside{but}: {best.seconds:.2f} s of "
         f"communication per step, {other.seconds:.2f} s if {apart} parallelism crossed; {speeds}; estimated"
     )
-
-
-def placed(job: Job) -> tuple[Job, list[str]]:
-    """A job with its ranks on the slots of its hosts, by the bandwidths of its recipe, and a line on that.
-
-    Communication that computation could hide is counted: how long that takes is not known before the ranks run.
-    """
-    layout, parallel = job.layout, job.recipe.parallel
-    if len(job.hosts) < 2 or layout.stages == 1 or layout.replicas == 1:
-        return job, []
-    work = work_of(job.recipe, layout, job.precision)
-    bounds = fitting_bounds(job.recipe, work, costs_by_flops(work), None)
-    trained = [trained_parameters(job.recipe.model, begin, end, work.lora) for begin, end in pairwise(bounds)]
-    links = Links(parallel.gpu_bandwidth, parallel.network_bandwidth)
-    choice = place(layout, job.hosts, traffic_of(work, trained), links)
-    line = f"on {len(job.hosts)} hosts, {describe(choice, links)}"
-    return replace(job, ranks_of_slots=choice.best.ranks_of_slots), [line]
 
 
 def _groups(hosts: Sequence[Host], size: int) -> list[list[int]]:

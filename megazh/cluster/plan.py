@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megazh.cluster.hostfile import Host
 from megazh.cluster.placement import Choice, Links, describe, place, traffic_of
 from megazh.errors import MegazhError, SeveralErrors, UsageError
 from megazh.model.counts import Flops, parameter_counts
@@ -18,7 +17,7 @@ from megazh.settings import Settings
 from megazh.training.checks import exported, fit
 from megazh.training.checks.place import space_of
 from megazh.training.describe import describe_course, describe_trained
-from megazh.training.job import Case, Devices
+from megazh.training.job import Case, Devices, Host
 from megazh.training.layout import Layout
 from megazh.training.preflight import DATA, planned_case, preflight, warnings_of
 from megazh.training.recipe import Device, Recipe

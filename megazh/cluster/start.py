@@ -11,7 +11,7 @@ from pathlib import Path
 from megazh.cluster.hostfile import Host, read_hostfile
 from megazh.cluster.late_files import await_checkpoint, await_data
 from megazh.cluster.launchers.choose import choose_place, hosts_for, launch, launch_command
-from megazh.cluster.placement import placed
+from megazh.cluster.place_job import placed
 from megazh.cluster.relayout import relaid
 from megazh.cluster.slurm.requeue import requeueing
 from megazh.errors import INTERRUPTED, REQUEUE, Collector, MegazhError, Stopped, WorkerError

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from megazh.cluster.hostfile import Host
 from megazh.cluster.placement import Choice, Links, Traffic, describe, place
+from megazh.training.job import Host
 from megazh.training.layout import Layout
 
 GB = 1e9
