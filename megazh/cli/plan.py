@@ -8,6 +8,7 @@ EXAMPLES = """examples:
   megazh plan qwen0.5b_6x3090
   megazh plan qwen0.5b_6x3090 -n 8 --card 4090 --mfu 0.45
   megazh plan qwen0.5b_6x3090 --nodes 2 -n 12 --network 12.5     two hosts, 100 Gbit/s between them
+  megazh plan qwen0.5b_6x3090 --measured     with the links of this machine, as 'megazh doctor' measured them
   megazh plan minillm_1.4b micro_batch_size=4 activation_checkpointing=false
 
 Figures are projections from FLOPs, or from layer times that an earlier run measured on that card."""
@@ -41,6 +42,9 @@ def add_to(commands: Subparsers) -> None:
         metavar="GB/S",
         help="bandwidth of a host to the others (default: the recipe's parallel.network_bandwidth, 1.25)",
     )
+    parser.add_argument(
+        "--measured", action="store_true", help="bandwidths that 'megazh doctor' has measured on this machine"
+    )
     parser.usage = "%(prog)s RECIPE [options] [key=value ...]"
     parser.set_defaults(settings=[], call=_plan)
 
@@ -52,13 +56,21 @@ def _plan(options: argparse.Namespace) -> None:
 
     recipe, settings = read_recipe(recipe_path(options.recipe), options.settings)
     parallel = recipe.parallel
+    gpu_bandwidth, network_bandwidth = parallel.gpu_bandwidth, parallel.network_bandwidth
+    if options.measured:
+        from megazh.cluster.doctor.measured import measured
+
+        links = measured(between_hosts=options.nodes > 1)
+        gpu_bandwidth = gpu_bandwidth if links.gpus is None else links.gpus
+        network_bandwidth = network_bandwidth if links.hosts is None else links.hosts
+        print(links.describe())
     assumed = Assumptions(
         card=options.card,
         memory_gib=options.memory,
         mfu=MEASURED_MFU if options.mfu is None else options.mfu,
-        bandwidth=parallel.gpu_bandwidth if options.bandwidth is None else options.bandwidth,
+        bandwidth=gpu_bandwidth if options.bandwidth is None else options.bandwidth,
         nodes=options.nodes,
-        network=parallel.network_bandwidth if options.network is None else options.network,
+        network=network_bandwidth if options.network is None else options.network,
     )
     for line in plan(recipe, settings, options.num_gpus or recipe.parallel.num_gpus or 1, assumed):
         print(line)

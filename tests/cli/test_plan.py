@@ -1,8 +1,13 @@
 """`megazh plan`: its options and settings reach the plan, and an error is one line."""
 
+import socket
+from pathlib import Path
+
 import pytest
 
 from megazh.cli import main
+from megazh.cluster.doctor import measured
+from megazh.cluster.doctor.report import Found, Pair
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -46,3 +51,18 @@ def test_refused_in_one_line(capsys: pytest.CaptureFixture[str], words: list[str
     assert err.startswith("error: ")
     assert part in err
     assert err.count("\n") == 1
+
+
+def test_a_plan_takes_the_links_that_were_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measured, "cache_dir", lambda: tmp_path)
+    code, _, err = run(capsys, "qwen0.5b_6x3090", "--measured")
+    assert (code, "no links between GPUs of" in err) == (2, True), err
+    found = Found()
+    found.pairs.append(Pair(first="GPU 0", second="GPU 1", send_gb_s=3.5))
+    measured.keep([found.report(socket.gethostname(), 1.0)], [])
+    code, out, _ = run(capsys, "qwen0.5b_6x3090", "--measured")
+    assert code == 0
+    assert "3.5 GB/s between GPUs" in out.splitlines()[0]
+    assert "3.5 GB/s between GPUs" in next(line for line in out.splitlines() if line.startswith("GPUs "))
