@@ -53,7 +53,7 @@ def losses(run: Path) -> dict[int, float]:
 def test_a_run_killed_at_random_points_is_the_whole_run(forks: ForkedRuns, stories: Path, tmp_path: Path) -> None:
     recipe, whole, run = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(in_sections({**RECIPE, "data": {"manifest": str(stories)}})))
-    wanted = samples_of(forks.train(recipe, whole, (1, 1)))
+    wanted = samples_of(forks.train(recipe, whole, (1, 1), "checkpoint_every=0"))
     assert sorted(wanted) == [(number // BATCH + 1, number) for number in range(STEPS * BATCH)]
     choose, kept, consumed = random.Random(SEED), 0, set[tuple[int, int]]()
     for kill in range(KILLS + 1):
@@ -65,7 +65,7 @@ def test_a_run_killed_at_random_points_is_the_whole_run(forks: ForkedRuns, stori
         assert begin >= kept, f"{what}: a finished checkpoint is gone"
         kept = begin
         if kill == KILLS:
-            ended = forks.train(recipe, run, layout)
+            ended = forks.train(recipe, run, layout, "checkpoint_every=50")  # nobody interrupts it
         else:
             ended = forks.train(recipe, run, layout, kill_after=after, delay=delay * (0.05 if after else 1.5))
             assert ended.killed, f"{what}: {ended.output}"

@@ -1,16 +1,21 @@
-"""A run that is interrupted or killed, and resumed, ends with the bits of an uninterrupted one; dropout is on."""
+"""A run that is interrupted or killed, and resumed, ends with the bits of an uninterrupted one; dropout is on.
+
+What is interrupted is the command itself; what runs to its end is forked, which spares the imports.
+"""
 
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from processes import Finished, run_command, start_command, wait_until
+from forked_runs import ForkedRuns, start_forks
+from processes import start_command, wait_until
 from recipes import in_sections
 from safetensors.torch import load_file
 
@@ -58,24 +63,39 @@ def recipe(stories: Path, tmp_path: Path) -> Path:
     return path
 
 
-class Attempts:
-    """Attempts to run one recipe in one layout."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the process that runs are forked from."""
+    return tmp_path_factory.mktemp("forks")
 
-    def __init__(self, recipe: Path, folder: Path, ranks: int, stages: int, settings: list[str]) -> None:
-        self._folder = folder
+
+@pytest.fixture(scope="module")
+def forks(folder: Path) -> Iterator[ForkedRuns]:
+    """The process that runs are forked from."""
+    with start_forks(folder) as started:
+        yield started
+
+
+class Attempts:
+    """Attempts to run one recipe in one layout; all share the cache of the forks in the folder `forks_folder`."""
+
+    def __init__(
+        self, forks: ForkedRuns, forks_folder: Path, recipe: Path, ranks: int, stages: int, settings: list[str]
+    ) -> None:
+        self._forks, self._recipe, self._layout = forks, recipe, (stages, ranks // stages)
+        self._folder, self._settings = recipe.parent, settings
+        self.cache = forks_folder / "cache"
         self._command = [sys.executable, "-m", "megazh", "pretrain", "-c", recipe, "--device", "cpu"]
         self._command += ["-n", str(ranks), "-p", str(stages), *settings]
         self._env = {
-            "MEGAZH_CACHE": str(folder / "cache"),
+            "MEGAZH_CACHE": str(self.cache),
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
         }
 
-    def to_the_end(self, run: Path) -> Finished:
-        """Run to the end, without an error."""
-        finished = run_command([*self._command, "-r", run], 240, self._env, self._folder)
-        assert finished.returncode == 0, finished
-        return finished
+    def to_the_end(self, run: Path) -> str:
+        """Run to the end, without an error; returns the output."""
+        return self._forks.train(self._recipe, run, self._layout, *self._settings, limit=240).output
 
     def ended_by(self, number: signal.Signals, run: Path, step: int) -> int:
         """Run until `step` is done, then send a signal; returns the number of steps recorded by then."""
@@ -134,8 +154,10 @@ def assert_same(one: Path, other: Path) -> None:
     ("ranks", "stages", "settings"),
     [(1, 1, []), (2, 2, ["model.tie_word_embeddings=false", "activation_checkpointing=true"]), (4, 2, [])],
 )
-def test_the_same_bits_after_a_kill(recipe: Path, tmp_path: Path, ranks: int, stages: int, settings: list[str]) -> None:
-    attempts = Attempts(recipe, tmp_path, ranks, stages, settings)
+def test_the_same_bits_after_a_kill(
+    forks: ForkedRuns, folder: Path, recipe: Path, tmp_path: Path, ranks: int, stages: int, settings: list[str]
+) -> None:
+    attempts = Attempts(forks, folder, recipe, ranks, stages, settings)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     attempts.to_the_end(whole)
     lost = attempts.ended_by(signal.SIGKILL, broken, EVERY + 2)
@@ -143,23 +165,24 @@ def test_the_same_bits_after_a_kill(recipe: Path, tmp_path: Path, ranks: int, st
     assert EVERY <= kept <= lost < STEPS
     assert kept % EVERY == 0
     (broken / "checkpoints" / ".step_00000099.unfinished" / "weights").mkdir(parents=True)
-    finished = attempts.to_the_end(broken)
-    assert f"resumed at step {kept} of {STEPS}" in finished.stdout
+    assert f"resumed at step {kept} of {STEPS}" in attempts.to_the_end(broken)
     assert [path.name for path in (broken / "checkpoints").glob(".*")] == []
     assert events(broken) == [("start", 0), ("resume", kept)]
     assert_same(whole, broken)
 
 
-def test_the_same_bits_after_ctrl_c_and_a_kill_in_bf16(recipe: Path, tmp_path: Path) -> None:
+def test_the_same_bits_after_ctrl_c_and_a_kill_in_bf16(
+    forks: ForkedRuns, folder: Path, recipe: Path, tmp_path: Path
+) -> None:
     """Stages are cut by measured times; a later measurement must not move the layers of a run that has begun."""
-    attempts = Attempts(recipe, tmp_path, 2, 2, ["dtype=bf16", "stage_costs=measured"])
+    attempts = Attempts(forks, folder, recipe, 2, 2, ["dtype=bf16", "stage_costs=measured"])
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     attempts.to_the_end(whole)
     attempts.ended_by(signal.SIGINT, broken, 2)
     stopped = read_manifest(newest(broken))
     assert 2 <= stopped.step < STEPS
     assert steps_of(broken) == stopped.step, "the step that was running is saved"
-    (note,) = (tmp_path / "cache" / "timings").iterdir()
+    (note,) = (attempts.cache / "timings").iterdir()
     values = json.loads(note.read_text())
     values["costs"]["embedding"] = values["costs"]["block"] * 100
     note.write_text(json.dumps(values))

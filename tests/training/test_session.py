@@ -14,7 +14,9 @@ from recipes import make_recipe
 from megazh.errors import UsageError
 from megazh.run.folder import RunFolder
 from megazh.run.metrics import VALIDATION, Metrics
+from megazh.training import checkpoints
 from megazh.training.attempt_events import record_stop
+from megazh.training.checkpoints import Checkpoints
 from megazh.training.control import Interrupted, Reason
 from megazh.training.evaluations import Evaluations
 from megazh.training.guard import Guard, Verdict
@@ -70,6 +72,23 @@ def test_a_person_who_stops_the_run_while_it_is_saved_for_a_scheduler_decides_th
     with pytest.raises(Interrupted) as ended:
         Session.after_step(session, Agreed(Reason.TERMINATED, Verdict.ACCEPTED, commands=False))
     assert ended.value.reason is Reason.COMMAND
+
+
+def test_the_best_checkpoint_is_kept_by_losses_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of steps that a rollback has undone count no longer."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(checkpoints, "agree_on_checkpoint", lambda *arguments: None)
+    pruned: list[dict[int, float]] = []
+    monkeypatch.setattr(checkpoints, "prune", lambda folder, rule, losses, step: pruned.append(dict(losses)))
+    session: Any = SimpleNamespace(recipe=make_recipe(), folder=Mock(), run_id="", log=Mock(), step=0)
+    kept = Checkpoints(session)
+    kept.saver = Mock()
+    for session.step, loss in ((3, 2.0), (6, 1.0)):
+        kept.note_validation(loss)
+        kept._retain(Path(f"step_{session.step:08d}"))
+    kept.go_back(3)
+    kept._retain(Path("step_00000003"))
+    assert pruned == [{3: 2.0}, {3: 2.0, 6: 1.0}, {3: 2.0}]
 
 
 @pytest.fixture
