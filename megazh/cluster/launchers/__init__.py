@@ -1,5 +1,6 @@
-"""Ways to start the ranks of a job: `local` on this machine, `hosts` on several.
+"""Ways to start the ranks of a job: `local` on this machine, `srun` in a Slurm job, `hosts` by DeepSpeed's launcher.
 
-Each has `launch(job)`, which returns an exit code, and `command(job)`, the words that a dry run shows. `rank_log` reads
+`choose` picks one. `supervisor` makes the ranks end together wherever they are; where another program starts them,
+`remote` is the launcher's side, `guard` the rank's side, and `lifeline` what they say to each other. `rank_log` reads
 the log of a rank.
 """

@@ -51,6 +51,7 @@ class Srun(Transport):
             f"--cpus-per-task={max(1, cores)}",
             *([] if cores else ["--overcommit"]),  # fewer cores than ranks
             "--distribution=block",
+            "--cpu-bind=none",  # ranks bind themselves to the cores beside their GPU (megazh/training/binding.py)
             "--kill-on-bad-exit=1",
             "--mpi=none",  # ranks meet through torch.distributed
             "--export=ALL",

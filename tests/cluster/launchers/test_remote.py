@@ -18,58 +18,8 @@ from megazh.cluster.launchers.lifeline import LaunchInfo, proof
 pytestmark = pytest.mark.ranks
 
 TESTS = Path(__file__).parents[2]
+DRIVER = Path(__file__).with_name("remote_driver.py")
 AGAIN = "run the same command again to resume from the last checkpoint"
-# Starts guards as srun does on two nodes, of two ranks and one; their ranks run a script of the test.
-DRIVER = """
-import json, os, subprocess, sys
-from dataclasses import replace
-from pathlib import Path
-from recipes import make_recipe
-from megazh.cluster.launchers import remote, supervisor
-from megazh.cluster.launchers.transport import Transport
-from megazh.training.job import Devices, Host, Launcher, Request, make_job
-from megazh.training.recipe import Device
-
-settings = json.loads(sys.argv[1])
-for name, seconds in settings["seconds"].items():
-    setattr(supervisor, name, seconds)
-GUARD = '''
-import sys
-from pathlib import Path
-from megazh.cluster.launchers import guard
-from megazh.errors import MegazhError
-from megazh.training.job import Launcher
-guard._arguments = lambda folder: ["-c", sys.argv[2]]
-try:
-    sys.exit(guard.guard(Path("run"), Launcher.SRUN, sys.argv[1]))
-except MegazhError as error:
-    sys.exit(f"error: {error}")
-'''
-STARTER = '''
-import os, subprocess, sys
-places = [(0, 0), (0, 1), (1, 0)]
-started = [
-    subprocess.Popen(
-        [sys.executable, "-c", *sys.argv[1:]], env=os.environ | {"SLURM_NODEID": str(node), "SLURM_LOCALID": str(place)}
-    )
-    for node, place in places
-]
-sys.exit(max(process.wait() for process in started))
-'''
-
-class Here(Transport):
-    name = Launcher.SRUN
-
-    def command(self, job, attempt):
-        return [sys.executable, "-c", settings["starter"] or STARTER, GUARD, attempt, settings["script"]]
-
-recipe = make_recipe(micro_batch_size=1, global_batch_size=3, hang_minutes=settings["hang_minutes"])
-job = make_job(Request(), recipe, Path("run"), Path("."), Devices(Device.CPU, 3, None))
-job = replace(job, launcher=Launcher.SRUN, hosts=(Host("n1", 2), Host("n2", 1)))
-job.run.end = lambda code, reason: Path("end.json").write_text(json.dumps([code, reason]))
-job.run.control.mkdir(parents=True, mode=0o700)
-sys.exit(remote.launch(job, Here()))
-"""
 RANK = "import os, sys, time, signal\nrank = int(os.environ['RANK'])\n"
 LOOP = "\nopen(f'ready_{rank}', 'w').close()\nwhile True: time.sleep(0.05)"
 LABEL = "rank {} (stage 0, on {})"
@@ -78,7 +28,8 @@ HOST = socket.gethostname().partition(".")[0]
 
 def command(script: str, seconds: dict[str, float] | None = None, hang: float = 0.0, starter: str = "") -> list[str]:
     settings = {"script": RANK + script, "seconds": seconds or {}, "hang_minutes": hang, "starter": starter}
-    return [sys.executable, "-c", DRIVER, json.dumps(settings)]
+    settings |= {"slurm": False, "slots": [2, 1]}
+    return [sys.executable, str(DRIVER), json.dumps(settings)]
 
 
 def environment() -> dict[str, str | None]:
@@ -137,7 +88,6 @@ for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1): si
     ("number", "code", "line"),
     [
         (signal.SIGINT, 130, "interrupted"),
-        (signal.SIGTERM, 75, "stopped: terminated (SIGTERM)"),
         (signal.SIGUSR1, 75, "stopped: the time limit is near (SIGUSR1)"),
     ],
 )
