@@ -195,7 +195,10 @@ def _earlier(link: Link, before: Submitted | None) -> _Decision:
         return _Decision(False, before.job, f"job {before.job} is {job.state} already")
     if (job is not None and job.state == "COMPLETED") or link.done:
         return _Decision(submit=False)
-    raise UsageError(f"{link.result}: not complete, and the stage after it needs it; begin with --from {link.stage}")
+    other = ", or name a model with --base" if link.is_run else ""
+    raise UsageError(
+        f"{link.result}: not complete, and the stage after it needs it; begin with --from {link.stage}{other}"
+    )
 
 
 def _difference(before: Submitted, link: Link) -> str:
