@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 _KILL_SECONDS = 2.0  # a process that waits in the driver may not end even then; it is left behind
 _MOST_BYTES = 4 << 20
+_TELLING = re.compile(r"error|timed? ?out|warn", re.IGNORECASE)
 
 
 class Ended(NamedTuple):
@@ -29,10 +31,11 @@ class Ended(NamedTuple):
         """One line that says why it failed; empty where it did not."""
         if self.code == 0:
             return ""
-        last = next((line.strip() for line in reversed(self.errors.splitlines()) if line.strip()), "")
         if self.code is None:
             return "still running at its time limit"
-        return last or f"exit code {self.code}"
+        lines = [line.strip() for line in self.errors.splitlines() if line.strip()]
+        telling = [line for line in lines if _TELLING.search(line)] or lines  # below them torch prints stack frames
+        return telling[-1] if telling else f"exit code {self.code}"
 
 
 class Deadline:

@@ -55,7 +55,11 @@ def examine(wanted: Wanted, quiet: bool = False) -> Report:
                 found.add("kernels", Verdict.SKIPPED, "Triton's kernels: no GPU to compile for")
                 return
             for gpu in range(1 if len(set(found.cards)) < 2 else len(cuda.gpus)):
-                kernels.check(found, *probe("kernels", {"device": f"cuda:{gpu}"}, deadline.left(_KERNEL_SECONDS)))
+                reported, ended = probe("kernels", {"device": f"cuda:{gpu}"}, deadline.left(_KERNEL_SECONDS))
+                if ended.code is None and not deadline.left(1):
+                    found.add("kernels", Verdict.SKIPPED, "no time was left to compile them; give a larger --limit")
+                    return
+                kernels.check(found, reported, ended)
 
         checks: dict[str, Callable[[], None]] = {
             "versions": lambda: versions.check(found, cards, cuda.versions),

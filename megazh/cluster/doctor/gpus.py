@@ -167,7 +167,7 @@ def check_under_load(found: Found, number: int, gpu: Gpu, most: Gpu | None) -> N
         f"{power:.0f} W" if power is not None else "",
     ]
     text = f"{name}: {', '.join(filter(None, parts)) or 'nothing is reported'}"
-    slowed = reasons(gpu.text("clocks_throttle_reasons.active"))
+    slowed = reasons(gpu.text("clocks_event_reasons.active") or gpu.text("clocks_throttle_reasons.active"))
     if any(bad for _, bad in slowed):
         remedy = "clean and cool the machine, check the power cables and the power supply"
         found.add("gpus", Verdict.BAD, f"{text}; slowed by {', '.join(reason for reason, _ in slowed)}", remedy)

@@ -15,9 +15,9 @@ _PCIE_LANE = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 
 _PCIE_SHARE = 0.6
 _PEER_SHARE = 0.5
-_NVLINK_SHARE = 0.25
-"""Shares of what a link carries below which a measured copy is suspicious. NCCL uses only part of NVLink between two
-GPUs, and tensors of 64 MiB do not fill it."""
+_NVLINK_SHARE = 0.15
+"""Shares of what a link carries below which a measured copy is suspicious. Tensors of 64 MiB do not fill NVLink between
+two GPUs; less than a seventh of it is what PCIe carries."""
 
 _COPY_SECONDS, _SECONDS_PER_COPY = 60.0, 2.0
 _PAIR_SECONDS, _SECONDS_PER_PAIR = 75.0, 4.0
@@ -60,44 +60,59 @@ def check(found: Found, cuda: Cuda, gpus: list[Gpu], deadline: Deadline) -> None
         found.add("links", Verdict.SKIPPED, "no GPU")
         return
     of_torch = [smi_of(each, gpus) for each in cuda.gpus]
-    copied, copies_end = _copies(cuda, of_torch, deadline)
-    _judge_host_copies(found, of_torch, copied)
+    fields = smi.known_fields(smi.LOAD_FIELDS) if any(of_torch) else []
+    copied, copies_end = _copies(cuda, of_torch, fields, deadline)
+    _judge_host_copies(found, of_torch, fields, copied)
     if number > 1:
-        expected = _expected(of_torch)
-        _judge_peers(found, cuda, expected, copied)
+        _judge_peers(found, cuda, _expected(of_torch, False), copied)
     if copies_end.failure:
         begun = [each["begin"] for each in copied if "begin" in each]
-        text = f"{begun[-1] if begun else 'copies'}: {copies_end.failure}"
-        found.add("links", Verdict.BAD, text, _hang_remedy(deadline))
-        if begun and "from GPU" in begun[-1]:
+        _add_failure(found, f"{begun[-1] if begun else 'copies'}: {copies_end.failure}", deadline)
+        if begun and "from GPU" in begun[-1] and deadline.left(1):
             found.use(f"export {_DISABLED}=1", "a copy from GPU to GPU hangs or fails here")
     if number == 1:
         found.add("links", Verdict.SKIPPED, "send, receive and all-reduce: there is one GPU")
-        return
-    _check_pairs(found, number, expected, copied, deadline)
+    elif not deadline.left(1):
+        found.add("links", Verdict.SKIPPED, "send, receive and all-reduce: no time is left; give a larger --limit")
+    else:
+        _check_pairs(found, number, _expected(of_torch, _is_disabled()), copied, deadline)
 
 
-def _copies(cuda: Cuda, of_torch: list[Gpu | None], deadline: Deadline) -> tuple[list[dict[str, Any]], Ended]:
+def _add_failure(found: Found, text: str, deadline: Deadline) -> None:
+    """Add a measurement that failed or hung; one that the limit of the whole examination has ended proves nothing."""
+    if deadline.left(1):
+        found.add("links", Verdict.BAD, text, f"see docs/cluster.md, When NCCL hangs. {_iommu_remedy()}")
+    else:
+        found.add("links", Verdict.SKIPPED, f"{text}; no time is left: give a larger --limit")
+
+
+def _copies(
+    cuda: Cuda, of_torch: list[Gpu | None], fields: list[str], deadline: Deadline
+) -> tuple[list[dict[str, Any]], Ended]:
     number = len(cuda.gpus)
     looks = {
-        str(each): smi.command(smi.LOAD_FIELDS, gpu.text("uuid"))
-        for each, gpu in enumerate(of_torch)
-        if gpu is not None
+        str(number): smi.command(fields, gpu.text("uuid"))
+        for number, gpu in enumerate(of_torch)
+        if gpu is not None and fields
     }
     seconds = deadline.left(_COPY_SECONDS + _SECONDS_PER_COPY * number * number)
     peers = cuda.peers or [[False] * number] * number
     return probe("copies", {"looks": looks, "peers": peers}, seconds)
 
 
-def _judge_host_copies(found: Found, of_torch: list[Gpu | None], copied: list[dict[str, Any]]) -> None:
+def _judge_host_copies(
+    found: Found, of_torch: list[Gpu | None], fields: list[str], copied: list[dict[str, Any]]
+) -> None:
     for each in copied:
         if "to_gpu" not in each:
             continue
         number, gpu = each["gpu"], of_torch[each["gpu"]]
-        under_load = smi.parse(each["under_load"], smi.LOAD_FIELDS)
+        under_load = smi.parse(each["under_load"], fields)
         busy = under_load[0] if under_load else None
         if busy is not None:
             check_under_load(found, number, busy, gpu)
+        else:
+            found.add("gpus", Verdict.SKIPPED, f"GPU {number} under load: nvidia-smi did not answer for it")
         could = pcie_gb_s(gpu)
         beside = f" of {could:.1f} that the link carries" if could else ""
         text = f"GPU {number}: {each['to_gpu']:.1f} GB/s from the host, {each['to_host']:.1f} GB/s to it{beside}"
@@ -130,10 +145,9 @@ def _narrower(busy: Gpu, most: Gpu) -> str:
     return ", ".join(parts)
 
 
-def _expected(of_torch: list[Gpu | None]) -> dict[tuple[int, int], Expected]:
-    """What the link between each two GPUs, by their numbers in torch, should carry."""
+def _expected(of_torch: list[Gpu | None], disabled: bool) -> dict[tuple[int, int], Expected]:
+    """What the link between each two GPUs, by their numbers in torch, should carry; `disabled`: without peer access."""
     types, nvlink = smi.topology(), smi.nvlink_gb_s()
-    disabled = os.environ.get(_DISABLED, "") not in ("", "0")
     found = {}
     for first, one in enumerate(of_torch):
         for second, other in enumerate(of_torch):
@@ -214,8 +228,7 @@ def _check_pairs(
         _judge_pair(found, each, could)
     if ended.failure:
         begun = [each["begin"] for each in reported if "begin" in each]
-        text = f"NCCL: {begun[-1] if begun else 'its start'}: {ended.failure}"
-        found.add("links", Verdict.BAD, text, _hang_remedy(deadline))
+        _add_failure(found, f"NCCL: {begun[-1] if begun else 'its start'}: {ended.failure}", deadline)
         _try_without_peer_access(found, number, deadline)
         return
     for each in reported:
@@ -237,9 +250,8 @@ def _run_pairs(
 
 def _judge_pair(found: Found, pair: dict[str, Any], could: Expected) -> None:
     first, second = pair["pair"]
-    disabled = os.environ.get(_DISABLED, "") not in ("", "0")
     beside = f" of {could.gb_s:.1f} by {could.name}" if could.gb_s else f" ({could.name})"
-    through = f", {_DISABLED} set: through the host's memory" if disabled else ""
+    through = f", {_DISABLED} set: through the host's memory" if _is_disabled() else ""
     text = (
         f"GPU {first} and GPU {second} by NCCL: send and receive {pair['send']:.1f} GB/s, all-reduce "
         f"{pair['all_reduce']:.1f} GB/s{beside}{through}"
@@ -255,7 +267,7 @@ def _judge_pair(found: Found, pair: dict[str, Any], could: Expected) -> None:
 
 def _try_without_peer_access(found: Found, number: int, deadline: Deadline) -> None:
     """Find out whether NCCL works without peer access, where it failed with it."""
-    if os.environ.get(_DISABLED, "") not in ("", "0"):
+    if _is_disabled():
         return
     if not deadline.left(1):
         found.add("links", Verdict.SKIPPED, f"NCCL with {_DISABLED}=1: no time is left; give a larger --limit")
@@ -273,10 +285,9 @@ def _try_without_peer_access(found: Found, number: int, deadline: Deadline) -> N
 _SHARED_REMEDY = "NCCL_DEBUG=INFO shows where it stops; see /dev/shm above, and docs/cluster.md, When NCCL hangs"
 
 
-def _hang_remedy(deadline: Deadline) -> str:
-    if not deadline.left(1):
-        return "the time limit of the examination is over; give a larger --limit"
-    return f"see docs/cluster.md, When NCCL hangs. {_iommu_remedy()}"
+def _is_disabled() -> bool:
+    """Whether NCCL is told to use no peer access."""
+    return os.environ.get(_DISABLED, "") not in ("", "0")
 
 
 def _iommu_remedy() -> str:

@@ -36,6 +36,7 @@ LOAD_FIELDS = (
     "temperature.gpu",
     "power.draw",
     "clocks_throttle_reasons.active",
+    "clocks_event_reasons.active",  # its name in later drivers
 )
 """Fields that count while the GPU is busy: an idle one lowers its link and its clocks."""
 
@@ -82,20 +83,32 @@ def why_missing() -> str:
 
 def query(fields: tuple[str, ...] = FIELDS, seconds: float = _SECONDS) -> tuple[list[Gpu], str]:
     """The fields of each GPU, without those that this driver does not know; and the reason where it fails."""
+    known, output, why = _asked(fields, seconds)
+    return ([], why) if why else (parse(output, known), "")
+
+
+def known_fields(fields: tuple[str, ...], seconds: float = _SECONDS) -> list[str]:
+    """Those of the fields that this driver knows; empty where it does not answer."""
+    known, _, why = _asked(fields, seconds)
+    return [] if why else known
+
+
+def _asked(fields: tuple[str, ...], seconds: float) -> tuple[list[str], str, str]:
+    """The fields that the driver knows, its output for them, and the reason where it fails."""
     known = list(fields)
     while known:
         try:
             ended = run(command(known), seconds)
         except OSError as error:
-            return [], f"nvidia-smi: {error.strerror or error}"
-        unknown = _UNKNOWN_FIELD.search(ended.output + ended.errors)
+            return known, "", f"nvidia-smi: {error.strerror or error}"
         if ended.code == 0:
-            return parse(ended.output, known), ""
+            return known, ended.output, ""
+        unknown = _UNKNOWN_FIELD.search(ended.output + ended.errors)
         if ended.code is None or unknown is None or unknown[1] not in known:
             said = next((line for line in ended.output.splitlines() if line.strip()), "")
-            return [], f"nvidia-smi: {said or ended.failure}"
+            return known, "", f"nvidia-smi: {said or ended.failure}"
         known.remove(unknown[1])
-    return [], "nvidia-smi knows none of the fields"
+    return [], "", "nvidia-smi knows none of the fields"
 
 
 def command(fields: list[str] | tuple[str, ...], uuid: str = "") -> list[str]:
