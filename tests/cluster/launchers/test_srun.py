@@ -128,8 +128,17 @@ def test_srun_needs_a_job_and_no_step_around() -> None:
 
 @pytest.mark.slow
 def test_two_stages_by_three_replicas_on_two_nodes_equal_one_process(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """No option names srun: a job with several nodes is started by it."""
-    recipe = {"steps": 4, "global_batch_size": 12, "num_gpus": 6, "dtype": "fp32", "sample_prompts": []}
+    """No option names srun: a job with several nodes is started by it. The network is so slow that pipelines stay on
+    their node where they fit, so that ranks lie on other slots than those of their own number."""
+    recipe = {
+        "seq_len": 256,
+        "network_bandwidth": 1e-4,
+        "steps": 4,
+        "global_batch_size": 12,
+        "num_gpus": 6,
+        "dtype": "fp32",
+        "sample_prompts": [],
+    }
     write_recipe(tmp_path / "recipe's.yaml", None, **recipe, model={"tie_word_embeddings": False})
     words = [*MEGAZH, "pretrain", "-c", "recipe's.yaml", "--device", "cpu"]
     job = submit(
@@ -139,6 +148,9 @@ def test_two_stages_by_three_replicas_on_two_nodes_equal_one_process(slurm: Slur
         "--nodes=2",
         "--ntasks-per-node=3",
     )
+    launch = tmp_path / "apart" / "control" / "launch.json"
+    wait_until(launch.exists, 120, "the launcher has placed the ranks")
+    assert json.loads(launch.read_text())["ranks"] == [0, 3, 1, 2, 5, 4]
     assert code_of(slurm, job) == 0, (tmp_path / "out").read_text()
     environ = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     alone = run_command([*words, "-r", "alone", "-n", "1", "-p", "1"], 120, environ, tmp_path)
@@ -149,4 +161,5 @@ def test_two_stages_by_three_replicas_on_two_nodes_equal_one_process(slurm: Slur
         losses.append([record["loss"] for record in map(json.loads, lines) if record["kind"] == "step"])
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert "on 2 hosts, " in (tmp_path / "out").read_text()
+    line = "on 2 hosts, data parallelism crosses the hosts, pipelines stay inside but for 1 pipeline, "
+    assert line in (tmp_path / "out").read_text()
