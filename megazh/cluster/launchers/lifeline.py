@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megazh.config import Config
+from megazh.training.control import Reason
 
 LAUNCH = "launch.json"
 """Name of the file in RUN/control."""
@@ -100,7 +101,7 @@ class Progress(Config):
     kind: Literal["progress"] = "progress"
     beats: Annotated[int, Field(ge=0)]
     step: Annotated[int, Field(ge=-1)]
-    reason: Annotated[int, Field(ge=0)]
+    reason: Annotated[int, Field(ge=0, le=max(Reason))]
     age: Annotated[float, Field(ge=0)]
     """Seconds since that sign: hosts have clocks of their own."""
     phase: Annotated[str, Field(max_length=64)]

@@ -251,8 +251,7 @@ class RemoteRanks(Ranks):
         self._links[rank], self._hellos[rank] = stranger.link, hello
         if len(self._slots) > 1:
             self.labels[rank] = f"{self._job.labels[rank].removesuffix(')')}, on {hello.host})"
-        for line in lines[1:]:
-            self._hear(rank, from_guard(line))
+        self._hear_all(rank, lines[1:])
         if len(self._links) == len(self.logs) and not self._killed:
             self._start_all()
 
@@ -269,14 +268,24 @@ class RemoteRanks(Ranks):
             self._send(rank, Start(address=address, port=first.port, threads=max(1, len(cores) // max(1, sharing))))
 
     def _listen_to(self, rank: int) -> None:
-        link = self._links[rank]
         try:
-            for line in link.receive():
+            lines = self._links[rank].receive()
+        except Broken as broken:
+            self._lose(rank, broken)
+        else:
+            self._hear_all(rank, lines)
+
+    def _hear_all(self, rank: int, lines: Sequence[bytes]) -> None:
+        try:
+            for line in lines:
                 self._hear(rank, from_guard(line))
         except Broken as broken:
-            self._selector.unregister(link)
-            link.close()
-            self._end(Exit(rank, -signal.SIGKILL, f"{broken}; its process, or its host, has failed or was ended"))
+            self._lose(rank, broken)
+
+    def _lose(self, rank: int, why: Broken) -> None:
+        self._selector.unregister(self._links[rank])
+        self._links[rank].close()
+        self._end(Exit(rank, -signal.SIGKILL, f"{why}; its process, or its host, has failed or was ended"))
 
     def _hear(self, rank: int, message: FromGuard) -> None:
         if isinstance(message, Progress):

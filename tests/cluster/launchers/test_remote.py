@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from processes import Finished, Running, run_command, start_command, wait_until
 
-from megazh.cluster.launchers.lifeline import LaunchInfo, proof
+from megazh.cluster.launchers.lifeline import Broken, LaunchInfo, from_guard, proof
 
 pytestmark = pytest.mark.ranks
 
@@ -161,6 +161,35 @@ def test_a_program_that_starts_too_few_ranks_is_named_with_its_words(tmp_path: P
         "error: srun ended with exit code 1 before all ranks had been started (srun: error: no such node); its output "
         "is in run/logs/srun.log\n"
     )
+
+
+def test_a_request_to_stop_while_the_other_program_still_waits_ends_it(tmp_path: Path) -> None:
+    with start_command(command("", starter="import time; time.sleep(60)"), environment(), tmp_path) as started:
+        wait_until((tmp_path / "run" / "control" / "launch.json").exists, 60, "the launcher waits for its ranks")
+        started.process.send_signal(signal.SIGTERM)
+        finished = started.wait(20)
+        assert started.descendants() == []
+    assert finished.returncode == 75
+    assert finished.stderr.splitlines()[-1] == f"stopped: terminated (SIGTERM); {AGAIN}"
+
+
+def test_what_no_guard_sends_is_refused() -> None:
+    """Numbers that later code could not take, from whoever knows the token."""
+    progress = {"kind": "progress", "beats": 1, "step": 0, "reason": 0, "age": 0.5, "phase": "step"}
+    assert from_guard(json.dumps(progress).encode())
+    for change in (
+        {"reason": 99},
+        {"age": float("nan")},
+        {"age": -1.0},
+        {"beats": True},
+        {"phase": "x" * 99},
+        {"x": 1},
+    ):
+        with pytest.raises(Broken):
+            from_guard(json.dumps(progress | change).encode())
+    for line in (b"", b"null", b"[]", b'{"kind": "start"}', b"\xff", b"[" * 50000):
+        with pytest.raises(Broken):
+            from_guard(line)
 
 
 def test_strangers_and_garbage_change_nothing(tmp_path: Path) -> None:
