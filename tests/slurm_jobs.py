@@ -7,8 +7,8 @@ from slurm_cluster import SlurmCluster
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = ROOT / "slurm"
-RUNS = ("pretrain_6x3090", "finetune_6x3090", "longlora_6x3090")
-"""Files that start a run on one node."""
+RUNS = ("pretrain_6x3090", "finetune_6x3090", "longlora_6x3090", "pretrain_2nodes")
+"""Files that start a run."""
 
 RECORDER = f"""#!/bin/bash
 [[ $1 == - ]] && exec {sys.executable} "$@"

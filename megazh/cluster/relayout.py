@@ -13,12 +13,16 @@ from megazh.training.recipe import run_recipe
 OPTION = "--allow-relayout"
 
 
-def relaid(case: Case) -> tuple[Case, list[str]]:
+def relaid(case: Case, hosts: int = 1) -> tuple[Case, list[str]]:
     """The case in a layout that fits its GPUs, and lines to print.
 
     With --allow-relayout, and only where the requested layout does not fit: as many GPUs as possible, then the number
     of stages nearest to the requested one, then the largest micro-batch up to the requested one. The global batch, and
     with it what is learned, stays.
+
+    Args:
+        case: the run, with its devices.
+        hosts: number of hosts, each of which has as many of the devices.
 
     Raises:
         UsageError: the run's Slurm job came back with another number of GPUs, and --allow-relayout was not given; or no
@@ -34,7 +38,7 @@ def relaid(case: Case) -> tuple[Case, list[str]]:
         return case, []
     if _fits(case):
         return case, [_note(case, before)] if before not in (None, ranks) else []
-    found = next((candidate for candidate in _candidates(case) if _fits(candidate)), None)
+    found = next((candidate for candidate in _candidates(case, hosts) if _fits(candidate)), None)
     if found is None:
         raise UsageError(
             f"{OPTION}: no layout of at most {ranks} GPUs fits global_batch_size={case.recipe.batch.global_batch_size} "
@@ -64,12 +68,12 @@ def _fits(case: Case) -> bool:
     return True
 
 
-def _candidates(case: Case) -> Iterator[Case]:
-    """Layouts on the case's GPUs or fewer, the best one first."""
+def _candidates(case: Case, hosts: int) -> Iterator[Case]:
+    """Layouts on the case's GPUs or fewer, as many on each host, the best one first."""
     recipe, request = case.recipe, case.request
     wanted = request.stages or recipe.parallel.pipe_parallel_size
     micro, sizes = recipe.batch.micro_batch_size, recipe.course.sizes()
-    for ranks in range(case.devices.ranks, 0, -1):
+    for ranks in range(case.devices.ranks, 0, -hosts):
         stages_of = [stages for stages in range(1, ranks + 1) if ranks % stages == 0]
         if request.engine != "ds_pp":
             stages_of = [1]

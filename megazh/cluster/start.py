@@ -55,7 +55,7 @@ def start(request: Request) -> int:
     checks, place, relayout = WITHOUT_DEVICES, None, list[str]()
     with found.collecting():
         place = choose_place(case, hosts)
-        case, relayout = relaid(replace(case, devices=place.devices))
+        case, relayout = relaid(replace(case, devices=place.devices), len(place.hosts) or 1)
         checks = CHECKS_OF[request.engine]
     job = preflight(case, checks, found)
     assert place is not None  # else `preflight` has raised what was found

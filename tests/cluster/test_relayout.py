@@ -43,6 +43,11 @@ def test_stages_and_then_the_micro_batch_stay_where_they_fit(
         assert lines[0].startswith(f"--allow-relayout: {expected[0]} GPUs: {expected[1]} stages x ")
 
 
+def test_each_host_has_as_many(tmp_path: Path) -> None:
+    case, _ = relaid(make_case(tmp_path, devices=on_cpu(15), request=ALLOWED), hosts=3)
+    assert layout(case) == (12, 3, 2), "14 and 13 ranks are not divisible by three hosts"
+
+
 def test_a_cut_and_an_accumulation_that_fit_no_longer_are_left_out(tmp_path: Path) -> None:
     settings = ["stage_bounds=[0,2,4]", "gradient_accumulation_steps=4"]
     case, _ = relaid(make_case(tmp_path, settings=settings, devices=on_gpus(1), request=ALLOWED))

@@ -16,6 +16,7 @@ FIRST = {
     "pretrain_6x3090": ["pretrain", "-t", "ds_pp", "-c", "qwen0.5b_6x3090"],
     "finetune_6x3090": ["finetune", "-t", "normal", "-c", "sft_qwen0.5b_6x3090"],
     "longlora_6x3090": ["finetune", "-t", "long_context", "-c", "longlora_qwen0.5b_6x3090"],
+    "pretrain_2nodes": ["pretrain", "-t", "ds_pp", "-c", "qwen0.5b_6x3090", "--allow-relayout"],
 }
 ODD = ["-c", 'my recipe\'s "best".yaml', "max_steps=100", "-r", "$(touch evil)", "a='b\n c'", "", "`touch evil`;&|*"]
 ODD_NAME = "a b/../$(touch evil);'\"&"
@@ -27,7 +28,7 @@ def file(name: str) -> Path:
 
 @pytest.mark.slurm
 def test_each_takes_six_gpus_and_hands_on_its_arguments(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """All are submitted at once, each from a folder of its own, with an odd name and no home."""
+    """On each node. All are submitted at once, each from a folder of its own, with an odd name and no home."""
     python, jobs = recorder(tmp_path), {}
     environ = {"HOME": "/nonexistent"}
     for name in RUNS:
