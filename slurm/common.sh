@@ -3,7 +3,8 @@
 #
 #   module load cuda/12.8                               # modules
 #   export MEGAZH_PYTHON=/shared/venv/bin/python        # your own environment in place of .venv (jobs/setup.sh)
-#   container=(apptainer exec --nv /shared/megazh.sif)  # words to put before the command
+#   container=(apptainer exec --nv /shared/megazh.sif)  # words to put before the command; without srun in the image, give
+#                                                       # --launcher local (one node)
 #   mpi=pmix                                            # srun --mpi=... of index_corpus.sh (default: pmi2, for MPICH)
 #   export MEGAZH_REQUEUE=0                             # requeues in a row without progress (default: 3; 0: none)
 
