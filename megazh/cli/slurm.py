@@ -131,6 +131,9 @@ def _add_render(below: Subparsers) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="memory per node (default: 96G)")
     for name in ("partition", "account", "qos"):
         parser.add_argument(f"--{name}", metavar="NAME", help="as sbatch takes it (default: the cluster's)")
+    parser.add_argument(
+        "--allow-relayout", action="store_true", help="let the run take another layout where the recipe's does not fit"
+    )
     parser.add_argument("--name", metavar="NAME", help="name of the job and its log (default: that of the recipe)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: print it)")
     parser.add_argument("--force", action="store_true", help="replace FILE")

@@ -77,6 +77,8 @@ class Description(Config):
     """Partition, or several with commas. Default: the cluster's, in a comment to be filled in."""
     account: Word | None = None
     qos: Word | None = None
+    allow_relayout: bool = False
+    """Whether the run takes other stages and micro-batches than the recipe's where those do not fit its GPUs."""
     more: tuple[Printable, ...] = ()
     """Further words for the run's script: options and key=value settings."""
 
@@ -114,7 +116,8 @@ def check_run(asked: Description) -> None:
     """Raises MegazhError where the recipe cannot be read, or does not divide among so many GPUs."""
     settings = [word for word in asked.more if "=" in word and not word.startswith("-")]
     recipe, _ = read_recipe(recipe_path(asked.recipe), settings)
-    make_layout(recipe, asked.nodes * asked.gpus)
+    if not asked.allow_relayout:
+        make_layout(recipe, asked.nodes * asked.gpus)
 
 
 def check_by_slurm(text: str) -> str:
@@ -184,7 +187,10 @@ def _body(asked: Description, path: Path | None) -> Iterator[str]:
         yield f"root={shlex.quote(str(TEMPLATES.parent))}"
     yield from _SOURCE.splitlines()
     kind = asked.engine if asked.task is Task.PRETRAIN else asked.task.value
-    words = shlex.join(["-t", kind, "-c", asked.recipe, *asked.more])
+    relayout = ["--allow-relayout"] if asked.allow_relayout else []
+    if relayout:
+        yield from _ABOUT_RELAYOUT.splitlines()
+    words = shlex.join(["-t", kind, "-c", asked.recipe, *relayout, *asked.more])
     yield f'run_job "${{container[@]}}" bash "$root/jobs/{asked.script}" {words} "$@"'
 
 
@@ -199,6 +205,10 @@ _HEAD = """#
 _ABOUT_LOG = """\
 # Slurm makes no folders, and a job that cannot open its log fails without a word: this one is in the folder from which
 # sbatch is called. A requeued job goes on with the same log.
+"""
+
+_ABOUT_RELAYOUT = """\
+# All GPUs of the job are used. Where the stages and micro-batches of the recipe do not fit them, others are taken.
 """
 
 _ABOUT_SIGNAL = """\

@@ -20,6 +20,7 @@ from megazh.training.job import Task
 TEMPLATES = Path(__file__).parents[3] / "slurm"
 BY_HAND = {
     "pretrain_6x3090": Description(name="pretrain", recipe="qwen0.5b_6x3090"),
+    "pretrain_2nodes": Description(name="pretrain", recipe="qwen0.5b_6x3090", nodes=2, allow_relayout=True),
     "finetune_6x3090": Description(name="finetune", recipe="sft_qwen0.5b_6x3090", task=Task.NORMAL, time="1-00:00:00"),
     "longlora_6x3090": Description(
         name="longlora", recipe="longlora_qwen0.5b_6x3090", task=Task.LONG_CONTEXT, time="1-00:00:00"
