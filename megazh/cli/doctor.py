@@ -34,7 +34,7 @@ def add_to(commands: Subparsers) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of lines")
     parser.usage = "%(prog)s [options] [key=value ...]"
-    parser.set_defaults(settings=[], call=_doctor)
+    parser.set_defaults(settings=[], call=_doctor, scheduled=True)  # a signal ends its processes, too
 
 
 def _seconds(text: str) -> float:

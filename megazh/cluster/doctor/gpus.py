@@ -1,5 +1,6 @@
 """The GPUs by themselves: present, free, healthy, not slowed down by power, heat or errors."""
 
+import os
 import re
 import shutil
 from typing import Any, NamedTuple
@@ -74,8 +75,10 @@ def check(found: Found, cuda: Cuda, gpus: list[Gpu], why_no_smi: str, running: l
         remedy = "see 'nvidia-smi' and 'dmesg'; a card that hangs needs a reset of the machine"
         found.add("gpus", Verdict.BAD, f"torch and the GPUs: {cuda.failure}", remedy)
     if not cuda.gpus:
-        card = nvidia_card()
-        if card and not cuda.failure:
+        card, visible = nvidia_card(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        if card and visible is not None and visible.strip() in ("", "-1"):
+            found.add("gpus", Verdict.SKIPPED, f"CUDA_VISIBLE_DEVICES={visible} hides the GPUs of this machine")
+        elif card and not cuda.failure:
             text = f"an NVIDIA card is in this machine ({card}), but torch does not see it"
             found.add(
                 "gpus", Verdict.BAD, text, "megazh pretrain --device cuda says why; CUDA_VISIBLE_DEVICES hides cards"

@@ -2,11 +2,12 @@
 
 import json
 import resource
+import signal
 import sys
 from pathlib import Path
 
 import pytest
-from processes import run_command
+from processes import run_command, start_command, wait_until
 
 from megazh.cluster.doctor import disk, limits
 from megazh.cluster.doctor.report import Found, Verdict
@@ -31,6 +32,15 @@ def test_no_time_is_no_fault(tmp_path: Path) -> None:
     finished = run_command([*COMMAND, "-r", tmp_path, "--limit", "1"], 60, ENVIRONMENT)
     assert finished.returncode == 0, finished.stderr
     assert "give a larger --limit" in finished.stdout
+
+
+def test_a_signal_ends_the_processes_of_the_checks_too(tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
+    with start_command([*COMMAND, "-r", tmp_path], environment) as running:
+        wait_until(lambda: len(running.descendants()) > 1, 30, "a check runs")
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait(20).returncode == 75
+        wait_until(lambda: not running.descendants(), 10, "its processes have ended")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,15 @@ def test_a_gpu_that_hangs_torch_is_bad_and_says_where() -> None:
     assert "GPU 1" in found.findings[0].text
 
 
+def test_a_card_that_torch_does_not_see_is_bad_unless_it_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "nvidia_card", lambda: "/dev/nvidia0")
+    for visible, verdict in (("0", Verdict.BAD), ("", Verdict.SKIPPED), ("-1", Verdict.SKIPPED)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        found = Found()
+        gpus.check(found, Cuda({}, [], [], ""), [], "", [])
+        assert [each.verdict for each in found.findings] == [verdict]
+
+
 def test_reasons_of_a_low_clock() -> None:
     assert gpus.reasons("0x0000000000000004") == [("power cap", False)]
     assert gpus.reasons("0x0000000000000048") == [("hardware slowdown", True), ("hardware's thermal limit", True)]
