@@ -173,7 +173,7 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--launcher",
-        choices=["auto", "local", "srun", "deepspeed"],
+        choices=["auto", "local", "srun", "deepspeed", "mpirun"],
         default="auto",
         help="what starts the ranks (default: auto: deepspeed for several hosts of -H, srun in a Slurm job with a task "
         "per rank or several nodes, else local)",

@@ -28,7 +28,7 @@ from megazh.training.checks.data import checked_mixture, describe_data, makes_da
 from megazh.training.checks.resume import check_resume, is_complete, saved_data, steps_done
 from megazh.training.describe import describe_job
 from megazh.training.hf.deepspeed import zero_config
-from megazh.training.job import Case, Job, Request, Task
+from megazh.training.job import Case, Job, Launcher, Request, Task
 from megazh.training.live import given_on_command_line
 from megazh.training.preflight import CHECKS_OF, DATA, WITHOUT_DEVICES, preflight, requested_case, warnings_of
 from megazh.training.stages import work_of
@@ -225,7 +225,8 @@ def _command(request: Request) -> str:
     words = [*(["bash", str(script)] if script.exists() else ["megazh", command]), "-t", kind]
     options = {
         "-c": request.recipe, "-g": request.gpus, "-n": request.num_gpus, "-p": request.stages, "-H": request.hostfile,
-        "-r": request.run, "--device": request.device,
+        "--launcher": None if request.launcher is Launcher.AUTO else request.launcher.value, "-r": request.run,
+        "--device": request.device,
     }  # fmt: skip
     if request.inputs:
         options |= {"--text-key": request.text_key, "--text-documents": request.text_documents}

@@ -2,17 +2,25 @@
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megazh.cluster.gpus import choose_devices, parse_gpu_list
 from megazh.cluster.hostfile import is_this_machine
-from megazh.cluster.launchers import hosts as on_hosts
 from megazh.cluster.launchers import local, remote
+from megazh.cluster.launchers.deepspeed import DeepSpeed
+from megazh.cluster.launchers.mpirun import MpiRun
 from megazh.cluster.launchers.srun import Srun, check_place
+from megazh.cluster.launchers.transport import Transport
 from megazh.cluster.slurm.job import SlurmJob, slurm_job
 from megazh.errors import UsageError
 from megazh.training.job import Case, Devices, Host, Job, Launcher
 from megazh.training.recipe import Device
+
+_TRANSPORTS: dict[Launcher, type[Transport]] = {
+    Launcher.SRUN: Srun,
+    Launcher.DEEPSPEED: DeepSpeed,
+    Launcher.MPIRUN: MpiRun,
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,9 @@ def choose_place(case: Case, hosts: Sequence[Host]) -> Place:
     if wanted is Launcher.DEEPSPEED and not hosts:
         raise UsageError("--launcher deepspeed: needs the hosts; name a hostfile with -H")
     if wanted is Launcher.DEEPSPEED or (wanted is Launcher.AUTO and elsewhere):
-        return Place(Launcher.DEEPSPEED, tuple(hosts), _devices_of_hosts(case, hosts))
+        return _on_hosts(case, hosts, Launcher.DEEPSPEED)
+    if wanted is Launcher.MPIRUN:
+        return _by_mpirun(case, hosts)
     if elsewhere:
         raise UsageError(
             f"--launcher {wanted.value} and -H {case.request.hostfile}, which names other hosts: leave one out"
@@ -59,14 +69,18 @@ def choose_place(case: Case, hosts: Sequence[Host]) -> Place:
 
 
 def hosts_for(place: Place, ranks: int) -> tuple[Host, ...]:
-    """The hosts of a place, of which a run takes `ranks` slots: as many of each.
+    """The hosts of a place, of which a run takes `ranks` slots: with srun as many of each, else the first ones.
 
     Raises:
         UsageError: srun cannot start so many.
     """
     hosts = place.hosts
-    if place.launcher is not Launcher.SRUN or ranks == sum(host.slots for host in hosts):
+    if ranks == sum(host.slots for host in hosts) or not hosts:
         return hosts
+    if place.launcher is not Launcher.SRUN:
+        before = [sum(host.slots for host in hosts[:number]) for number in range(len(hosts))]
+        taken = [Host(host.name, min(host.slots, ranks - first)) for host, first in zip(hosts, before, strict=True)]
+        return tuple(host for host in taken if host.slots > 0)
     if ranks % len(hosts):
         raise UsageError(
             f"{ranks} ranks on {len(hosts)} nodes: srun needs as many on each; submit the job with fewer nodes "
@@ -77,16 +91,12 @@ def hosts_for(place: Place, ranks: int) -> tuple[Host, ...]:
 
 def launch(job: Job) -> int:
     """Run the ranks of a job until all have ended; returns the exit code."""
-    if job.launcher is Launcher.SRUN:
-        return remote.launch(job, Srun())
-    return on_hosts.launch(job) if job.launcher is Launcher.DEEPSPEED else local.launch(job)
+    return local.launch(job) if job.launcher is Launcher.LOCAL else remote.launch(job, _TRANSPORTS[job.launcher]())
 
 
 def launch_command(job: Job) -> list[str]:
     """Words that describe the launch of a job, for a dry run. Raises UsageError where it cannot work."""
-    if job.launcher is Launcher.SRUN:
-        return Srun().command(job, "ID")
-    return on_hosts.command(job) if job.launcher is Launcher.DEEPSPEED else local.command(job)
+    return local.command(job) if job.launcher is Launcher.LOCAL else _TRANSPORTS[job.launcher]().command(job, "ID")
 
 
 def _in_slurm(case: Case, job: SlurmJob) -> Place:
@@ -145,13 +155,31 @@ def _devices_here(case: Case, hosts: Sequence[Host]) -> Devices:
     )
 
 
-def _devices_of_hosts(case: Case, hosts: Sequence[Host]) -> Devices:
+def _by_mpirun(case: Case, hosts: Sequence[Host]) -> Place:
+    """The hosts of a hostfile, else all of a Slurm job, else this machine."""
+    if hosts and not is_this_machine(hosts):
+        return _on_hosts(case, hosts, Launcher.MPIRUN)
+    if not hosts and (job := slurm_job()) is not None and not job.in_step:
+        return replace(_in_slurm(case, job), launcher=Launcher.MPIRUN)
+    devices = _devices_here(case, hosts)
+    return Place(Launcher.MPIRUN, (Host("localhost", devices.ranks),), devices)
+
+
+def _on_hosts(case: Case, hosts: Sequence[Host], launcher: Launcher) -> Place:
+    """All slots of the hosts of a hostfile, or those that -g chooses on each."""
     request = case.request
     slots = parse_gpu_list(request.gpus) if request.gpus else None
-    ranks = sum(len(slots) if slots is not None else host.slots for host in hosts)
+    for host in hosts:
+        missing = [slot for slot in map(str, slots or ()) if not slot.isdecimal() or int(slot) >= host.slots]
+        if missing:
+            raise UsageError(
+                f"-g {','.join(missing)}: host {host.name} has slots 0 to {host.slots - 1} (-H {request.hostfile})"
+            )
+    taken = tuple(Host(host.name, len(slots)) for host in hosts) if slots is not None else tuple(hosts)
+    ranks = sum(host.slots for host in taken)
     if request.num_gpus not in (None, ranks):
         raise UsageError(
             f"-n {request.num_gpus}, but the hosts of -H {request.hostfile} give {ranks} GPUs; leave -n out"
         )
     ids = None if slots is None else tuple(map(str, slots))
-    return Devices(Device.CPU if request.device == "cpu" else Device.CUDA, ranks, ids)
+    return Place(launcher, taken, Devices(Device.CPU if request.device == "cpu" else Device.CUDA, ranks, ids))

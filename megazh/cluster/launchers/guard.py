@@ -74,6 +74,7 @@ def guard(run: Path, starter: Launcher, attempt: str) -> int:
     """
     folder = RunFolder(run)
     info = _launch_info(folder, attempt)
+    _enter(info.folder)
     slot = slot_of(starter, os.environ, info.slots)
     rank = info.ranks[slot]
     with contextlib.ExitStack() as stack:
@@ -231,6 +232,16 @@ class _Guard:
 def _arguments(folder: RunFolder) -> list[str]:
     """Arguments of Python in the rank's own process."""
     return ["-P", "-m", "megazh", "rank", str(folder.path)]
+
+
+def _enter(folder: str) -> None:
+    """Work in the launcher's folder. Raises DataError where this host does not have it."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: {error.strerror} on {socket.gethostname()}; start from a folder that all hosts share"
+        ) from None
 
 
 def _launch_info(folder: RunFolder, attempt: str) -> LaunchInfo:

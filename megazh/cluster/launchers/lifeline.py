@@ -48,6 +48,8 @@ class LaunchInfo(Config):
     device: Literal["cpu", "cuda"]
     environment: dict[str, str]
     """Variables for the ranks."""
+    folder: str
+    """Working folder of the launcher, and so of the ranks: paths in a recipe are relative to it."""
 
 
 class Challenge(Config):

@@ -70,6 +70,7 @@ def launch(job: Job, transport: Transport) -> int:
     refuse_copies()
     check_private(job.run.control)
     job.run.logs.mkdir(parents=True, exist_ok=True)
+    transport.prepare(job)
     with open_console() as console, signals() as events:
         console.log_to(job.run.logs / CONSOLE_LOG)
         logs = [RankLog(job.run.logs / f"rank_{rank}.log") for rank in range(job.layout.ranks)]
@@ -137,6 +138,7 @@ class RemoteRanks(Ranks):
             ranks=list(job.ranks_of_slots),
             device="cuda" if job.device is Device.CUDA else "cpu",
             environment={**job.environment, **start_times()},
+            folder=os.getcwd(),
         )
         write_private(job.run.control / LAUNCH, info)
         with open(self._program_log.path, "ab") as log:
@@ -306,11 +308,13 @@ class RemoteRanks(Ranks):
             self._events.put(event)
 
     def _look_at_program(self) -> None:
-        """Notice that not all ranks will join: the program has ended, or takes too long."""
+        """Notice that not all ranks will join: the program has ended, has lost a host, or takes too long."""
         if self._faulted or self._killed or self._started:
             return
         name, missing = self._transport.name.value, self.alive - set(self._links)
-        if time.monotonic() > self._join_by:
+        if why := self._transport.fault("\n".join(self._program_log.tail())):
+            self._fault(f"{why}; its output is in {self._program_log.path}")
+        elif time.monotonic() > self._join_by:
             names = ", ".join(self._job.labels[rank] for rank in sorted(missing))
             self._fault(
                 f"{names}: not started by {name} within {_JOIN_SECONDS:.0f} s; its output is in "

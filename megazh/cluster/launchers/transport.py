@@ -37,6 +37,22 @@ class Transport(ABC):
         """The whole environment of the command: by default this process's, and the job's own variables."""
         return {**os.environ, **job.environment}
 
+    def prepare(self, job: Job) -> None:  # noqa: B027
+        """Check, before ranks are started, what needs time or the network; by default nothing.
+
+        Raises:
+            UsageError: the ranks cannot be started there.
+        """
+
+    def fault(self, text: str) -> str:
+        """What the program's output tells of ranks that will not come while the program waits for the others; empty by
+        default, and where it tells nothing.
+
+        Args:
+            text: what it has written.
+        """
+        return ""
+
 
 def rank_arguments(job: Job, starter: Launcher, attempt: str) -> list[str]:
     """Arguments of the Python interpreter in each slot."""
