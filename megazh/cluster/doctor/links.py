@@ -19,6 +19,9 @@ _NVLINK_SHARE = 0.15
 """Shares of what a link carries below which a measured copy is suspicious. Tensors of 64 MiB do not fill NVLink between
 two GPUs; less than a seventh of it is what PCIe carries."""
 
+_MUCH_FASTER = 2.0
+"""Factor by which copies by peer access have to be faster than NCCL without it for a remark."""
+
 _COPY_SECONDS, _SECONDS_PER_COPY = 60.0, 2.0
 _PAIR_SECONDS, _SECONDS_PER_PAIR = 75.0, 4.0
 _PAIR_BYTES = 64 << 20
@@ -214,7 +217,8 @@ def _check_pairs(
     for each in pairs:
         first, second = each["pair"]
         could = expected[first, second]
-        rates = [one["rate"] for one in copied if "rate" in one and {one["from"], one["to"]} == {first, second}]
+        copies = [one for one in copied if "rate" in one and {one["from"], one["to"]} == {first, second}]
+        rates = [one["rate"] for one in copies]
         found.pairs.append(
             Pair(
                 first=f"GPU {first}",
@@ -225,7 +229,8 @@ def _check_pairs(
                 expected_gb_s=could.gb_s,
             )
         )
-        _judge_pair(found, each, could)
+        peers_work = bool(copies) and all(one["peer"] and one.get("right") for one in copies)
+        _judge_pair(found, each, could, min(rates) if peers_work else 0.0)
     if ended.failure:
         begun = [each["begin"] for each in reported if "begin" in each]
         _add_failure(found, f"NCCL: {begun[-1] if begun else 'its start'}: {ended.failure}", deadline)
@@ -248,7 +253,8 @@ def _run_pairs(
     return probe("pairs", arguments, seconds, number, {"NCCL_DEBUG": "WARN", **(environment or {})})
 
 
-def _judge_pair(found: Found, pair: dict[str, Any], could: Expected) -> None:
+def _judge_pair(found: Found, pair: dict[str, Any], could: Expected, peer_copy: float) -> None:
+    """Judge a pair; `peer_copy`: GB/s of its copies by peer access, 0 where that does not work."""
     first, second = pair["pair"]
     beside = f" of {could.gb_s:.1f} by {could.name}" if could.gb_s else f" ({could.name})"
     through = f", {_DISABLED} set: through the host's memory" if _is_disabled() else ""
@@ -261,6 +267,9 @@ def _judge_pair(found: Found, pair: dict[str, Any], could: Expected) -> None:
         found.use(f"export {_DISABLED}=1", f"NCCL gets wrong values between GPU {first} and GPU {second}")
     elif could.least and pair["send"] < could.least:
         found.add("links", Verdict.WARNING, f"{text}: slow", "see nvidia-smi nvlink --status and nvidia-smi topo -m")
+    elif _is_disabled() and peer_copy > _MUCH_FASTER * pair["send"]:
+        remedy = f"unset {_DISABLED}: copies by peer access work here, at {peer_copy:.1f} GB/s"
+        found.add("links", Verdict.WARNING, f"{text}: slow", remedy)
     else:
         found.add("links", Verdict.OK, text)
 

@@ -108,7 +108,7 @@ def test_what_the_time_limit_ends_is_skipped_and_not_bad(machine: dict[str, Any]
     assert found.settings == []
 
 
-def test_a_slow_nvlink_is_a_warning_unless_nccl_may_not_use_it(
+def test_a_slow_nvlink_is_a_warning_with_the_remedy_of_its_cause(
     machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(smi, "topology", lambda: {(0, 1): "NV18", (1, 0): "NV18"})
@@ -118,8 +118,22 @@ def test_a_slow_nvlink_is_a_warning_unless_nccl_may_not_use_it(
     for copy in machine["copies"][2:]:
         copy["rate"] = 300.0
     found = check()
-    assert wrong(found) == []
+    assert [each.remedy for each in found.findings if each.verdict is Verdict.WARNING] == [
+        "unset NCCL_P2P_DISABLE: copies by peer access work here, at 300.0 GB/s"
+    ]
     assert any("a copy at 300.0 GB/s of 478.1 by NVLink" in each.text for each in found.findings)
+
+
+def test_a_setting_that_slows_nccl_down_for_nothing_is_a_warning(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert wrong(check()) == [], "20 GB/s beside copies at 24"
+    machine["pairs"][0]["send"] = 6.0
+    (text,) = wrong(check())
+    assert text.startswith("warning: GPU 0 and GPU 1 by NCCL: send and receive 6.0 GB/s")
+    machine["copies"][-1]["peer"] = False
+    assert wrong(check()) == [], "peer access does not work in both directions"
 
 
 def test_hints_of_an_iommu(tmp_path: Path) -> None:
