@@ -65,6 +65,14 @@ class Srun(Transport):
         env = {name: value for name, value in os.environ.items() if name not in _NOT_OF_THE_STEP}
         return {**env, **job.environment}
 
+    def fault(self, text: str) -> str:
+        if "Requested nodes are busy" not in text:
+            return ""
+        return (
+            f"srun: another step of this Slurm job still holds its nodes after {_BUSY_SECONDS} s: end it ('squeue -s' "
+            "shows it), or wait for it, and run the same command again"
+        )
+
 
 def check_place(job: SlurmJob | None) -> SlurmJob:
     """The Slurm job, if a step can be made in it. Raises UsageError."""

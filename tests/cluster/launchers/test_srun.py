@@ -116,7 +116,7 @@ def test_a_job_whose_nodes_another_step_holds_is_told_so(slurm: SlurmCluster, tm
     line = driver("", [2, 2], _BUSY_SECONDS=2)
     job = submit(slurm, tmp_path, f"{held}\n{line}\ncode=$?; kill %1; exit $code", *TWO_NODES)
     assert code_of(slurm, job) == 5
-    assert "Requested nodes are busy" in (tmp_path / "out").read_text()
+    assert "srun: another step of this Slurm job still holds its nodes after 2 s" in (tmp_path / "out").read_text()
 
 
 def test_srun_needs_a_job_and_no_step_around() -> None:
