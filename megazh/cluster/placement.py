@@ -113,11 +113,12 @@ def traffic_of(work: Work, parameters: Sequence[int], compute_seconds: float = 0
     # A ring moves all bytes but the shard of one rank, once of the gradient and once of the gathered weights.
     per_parameter = (precision.communication.bytes + precision.compute.bytes) * (work.replicas - 1) / work.replicas
     tied = work.stages > 1 and work.model.tie_word_embeddings
+    embedding = trained_counts(work.model, work.lora).embedding
     return Traffic(
         activations=work.tokens * work.model.hidden_size * precision.compute.bytes,
         micro_batches=work.micro_batches,
         gradients=tuple(per_parameter * count for count in parameters),
-        tied=precision.accumulation.bytes * trained_counts(work.model, work.lora).embedding if tied else 0.0,
+        tied=precision.accumulation.bytes * embedding / work.replicas if tied else 0.0,  # each rank its own segment
         compute_seconds=compute_seconds,
     )
 

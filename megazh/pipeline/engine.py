@@ -38,7 +38,8 @@ def make_engine(module: DecoderPipeline, name: str, rule_of: RuleOf, work: Work,
     def make_optimizer(module: DecoderPipeline, grid: Any) -> ShardedOptimizer:
         replicas = grid.get_data_parallel_group() if work.replicas > 1 else None
         communication = work.precision.communication.torch
-        return ShardedOptimizer(name, named_parameters(module), rule_of, replicas, communication, max_grad_norm)
+        tied = dict(module.get_tied_weights_and_groups())
+        return ShardedOptimizer(name, named_parameters(module), rule_of, replicas, communication, max_grad_norm, tied)
 
     with quiet():
         return initialize(module, make_optimizer, deepspeed_config(work, max_grad_norm))

@@ -55,7 +55,7 @@ class SplitSchedule(schedule.PipeSchedule):
             else:
                 found += [WeightPass(buffer)]
             yield found
-        yield [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
+        yield [schedule.ReduceGrads(), schedule.OptimizerStep()]  # the former sums tied gradients as well
 
     def num_pipe_buffers(self) -> int:
         """Number of buffers: as many as micro-batches can be between forward and weight pass at one time.

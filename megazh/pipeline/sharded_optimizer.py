@@ -6,15 +6,20 @@ tensor (`main_grad`, see `megazh.model.main_grad`), reduce-scattered to their ow
 are gathered. A rule that needs whole matrices (Muon) gets them by the order of the parameters: each matrix lies in one
 segment, and the segments are about equally full.
 
+A tied matrix, whose copies are on the first and the last stage, has a flat tensor of its own, so that the two copies
+are cut alike. Each stage sums its gradient over its replicas, and then two ranks add the same segment of both sums:
+a + b is b + a to the last bit, while the order in which three or more replicas are summed differs from stage to stage.
+
 The same code serves fp32 and bf16, CPU and CUDA. In fp32 the weights are their own masters.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from megazh.model.main_grad import set_main_grad
 from megazh.pipeline.parameters import NamedParameter
@@ -39,7 +44,7 @@ class Totals:
 
 
 class _Group:
-    """Parameters with the same rule and weight decay, in flat tensors."""
+    """Parameters with the same rule and weight decay, in flat tensors; a tied matrix is alone in its group."""
 
     def __init__(self, members: Sequence[NamedParameter], rule: UpdateRule, decay: float, rank: int, ranks: int):
         self.rule = rule
@@ -124,6 +129,8 @@ class ShardedOptimizer:
         replicas: the process group of this stage's replicas; None: there is one.
         communication: dtype in which gradients travel between the replicas.
         max_grad_norm: norm that the gradient is clipped to; 0 turns clipping off.
+        tied: the parameter that another stage has a copy of, if any, with the process group of the two ranks that hold
+            the same segment of it.
     """
 
     def __init__(
@@ -134,6 +141,7 @@ class ShardedOptimizer:
         replicas: dist.ProcessGroup | None,
         communication: torch.dtype,
         max_grad_norm: float,
+        tied: Mapping[nn.Parameter, dist.ProcessGroup] | None = None,
     ) -> None:
         self.name = name
         self.updates = 0
@@ -145,19 +153,25 @@ class ShardedOptimizer:
         self._parameters, self._replicas, self._communication = list(parameters), replicas, communication
         self._ranks = 1 if replicas is None else dist.get_world_size(replicas)
         self._rank = 0 if replicas is None else dist.get_rank(replicas)
-        by_group: dict[tuple[UpdateRule, float], list[NamedParameter]] = {}
+        by_group: dict[tuple[UpdateRule, float, dist.ProcessGroup | None], list[NamedParameter]] = {}
         for each in parameters:
             if each.parameter.requires_grad:
-                by_group.setdefault(rule_of(each), []).append(each)
-        self._groups = [
-            _Group(members, rule, decay, self._rank, self._ranks) for (rule, decay), members in by_group.items()
-        ]
+                by_group.setdefault((*rule_of(each), (tied or {}).get(each.parameter)), []).append(each)
+        self._groups: list[_Group] = []
+        self._tied: list[tuple[_Group, dist.ProcessGroup]] = []
+        for (rule, decay, copies), members in by_group.items():
+            group = _Group(members, rule, decay, self._rank, self._ranks)
+            self._groups.append(group)
+            if copies is not None:
+                self._tied.append((group, copies))
 
     def reduce_gradients(self) -> None:
-        """Sum the gradients over the replicas."""
+        """Sum the gradients over the replicas, and then those of a tied matrix over its copies."""
         if self._ranks > 1:
             for group in self._groups:
                 group.reduce(self._replicas, self._ranks, self._communication)
+        for group, copies in self._tied:
+            dist.all_reduce(group.shard.gradient, group=copies)
 
     def totals(self, loss: torch.Tensor, additional: Sequence[torch.Tensor] = ()) -> Totals:
         """Sum loss and squared gradient norm over all ranks. All ranks call it, after `reduce_gradients`.

@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -220,11 +219,6 @@ class StageEngine(PipelineEngine):
     def _train_schedule(self) -> Any:
         return SplitSchedule(self.micro_batches, self.num_stages, self.stage_id, self._most_micro_batches)
 
-    def _exec_reduce_tied_grads(self) -> None:
-        for weight, group in self.module.get_tied_weights_and_groups():
-            if weight.requires_grad:
-                dist.all_reduce(weight.main_grad, group=group)
-
     def _exec_reduce_grads(self) -> None:
         self.optimizer.reduce_gradients()
 
@@ -260,7 +254,6 @@ class StageEngine(PipelineEngine):
         schedule.RecvActivation: _exec_recv_activations,
         schedule.SendActivation: _exec_send_activations,
         schedule.SendGrad: _exec_send_grads,
-        schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
         schedule.ReduceGrads: _exec_reduce_grads,
         schedule.OptimizerStep: _exec_optimizer_step,
         ExpectActivation: _exec_expect_activations,

@@ -28,6 +28,7 @@ LAYOUTS = {
         2: ["tied", "untied", "muon untied", "tied bf16", "bf16 between replicas"],
         PARTS: ["tied", "untied", "recorded pairs", "untied bf16"],
     },
+    6: {2: ["tied", "bf16 between replicas"]},  # sums of three replicas depend on their order
 }
 RUNS = [(n, stages, name) for n, layouts in LAYOUTS.items() for stages, names in layouts.items() for name in names]
 

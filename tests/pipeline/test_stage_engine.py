@@ -25,7 +25,6 @@ SOURCES = {
     PipelineEngine._exec_recv_activations: "04213b4788a2",
     PipelineEngine._exec_send_grads: "fc5d06a5dddd",
     PipelineEngine._exec_recv_grads: "b0c95dcc5b81",
-    PipelineEngine._exec_reduce_tied_grads: "00d7e6e1e18d",
     PipelineEngine._exec_reduce_grads: "3620e2a941f0",
     PipelineEngine._exec_schedule: "f162568c9f2b",
     PipelineEngine._train_schedule: "8423c0c94dd2",
