@@ -64,7 +64,7 @@ def test_layouts_of_the_half_billion() -> None:
     assert slowest > 6 * BLOCK + HEAD
     assert rows[2][3] == f"{1 - whole / 2 / slowest:.1%}"
     # Bytes per parameter: 2 for the gradient in bf16 and 2 for the weight in bf16, times (replicas - 1) / replicas.
-    # With two stages also a third of the tied matrix's gradient in fp32; hidden states are sent while the stages compute.
+    # With two stages also a third of the tied matrix's gradient, in fp32; hidden states are sent while stages compute.
     # The hidden states of the first micro-batch (bf16), and the last gradient of as many bytes, hide behind nothing.
     micro_batch = 8 * 1024
     filling = 2 * micro_batch * 1024 * 2

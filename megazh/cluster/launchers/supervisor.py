@@ -16,6 +16,7 @@ from types import FrameType
 from megazh.cluster.launchers.ending import SIGNALLED, STOPPED, Ending, Exit, Fault, reason_of
 from megazh.cluster.launchers.hang import PulseReader, Watch
 from megazh.cluster.launchers.rank_log import RankLog
+from megazh.errors import MegazhError
 from megazh.progress import duration
 from megazh.training.control import SIGNALS, Reason, is_ignored
 
@@ -25,6 +26,7 @@ disk; a second Ctrl-C does not wait."""
 _OTHERS_SECONDS = 30.0  # ranks end together: after one has ended well, the others are about to
 _KILL_SECONDS = 30.0  # a process inside a driver call can outlive SIGKILL for a while
 _POLL_SECONDS = 0.1
+_DOUBT_SECONDS = 1.0  # for the end of a rank to arrive whose death has made a collective of the others fail
 
 Events = queue.SimpleQueue[Exit | Fault | signal.Signals]
 """What a supervisor hears of: the end of a rank, a fault of the program that starts ranks, a request to stop."""
@@ -98,6 +100,9 @@ class _Supervisor:
         self._ctrl_c = 0
         self._deadline: float | None = None
         self._killed = False
+        self._doubtful: Exit | None = None
+        """A failure that may be the consequence of another one, which has not been heard of yet."""
+        self._decide_by = math.inf
 
     def run(self, events: Events) -> Ending:
         ranks = self._ranks
@@ -113,6 +118,8 @@ class _Supervisor:
                         self._fault(event)
                     else:
                         self._request(event)
+                if self._doubtful is not None and (not ranks.alive or time.monotonic() > self._decide_by):
+                    self._fail(self._doubtful)
                 if not self._killed and self._ending.failed is None and self._watch.hangs():
                     self._give_up()
                 if self._deadline is not None and time.monotonic() > self._deadline:
@@ -141,11 +148,20 @@ class _Supervisor:
         well = event.code == 0 or event.code in STOPPED
         if ending.reason and ending.failed is None and not self._killed:
             self._deadline = min(self._deadline or math.inf, time.monotonic() + _OTHERS_SECONDS)
-        if not well and not self._killed and ending.failed is None:
-            ending.failed = event
-            self._ranks.poll()
-            self._ranks.logs[0].hide()
-            self._kill()
+        if well or self._killed:
+            return
+        if event.code != MegazhError.exit_code:
+            self._fail(event)
+        elif self._doubtful is None:
+            self._doubtful, self._decide_by = event, time.monotonic() + _DOUBT_SECONDS
+
+    def _fail(self, event: Exit) -> None:
+        """Take the end of a rank for the cause of the failure, and kill the others."""
+        self._doubtful = None
+        self._ending.failed = event
+        self._ranks.poll()
+        self._ranks.logs[0].hide()
+        self._kill()
 
     def _fault(self, fault: Fault) -> None:
         """The program that starts the ranks has failed, before or while they ran."""

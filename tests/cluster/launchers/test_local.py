@@ -141,6 +141,21 @@ while os.path.exists('/proc/%d' % os.getppid()):
     )
 
 
+def test_a_death_that_is_heard_of_late_is_the_cause_of_failed_collectives(tmp_path: Path) -> None:
+    script = """
+if rank == 1:
+    while not os.path.exists('failed'): time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGKILL)
+if rank == 0:
+    open('failed', 'w').close()
+    raise ConnectionError('peer has gone')
+time.sleep(30)"""
+    finished = launch(tmp_path, script)
+    assert finished.returncode == 5
+    assert finished.stderr.splitlines()[-1].startswith("error: rank 1 (stage 1) was killed by signal 9")
+
+
 def test_of_a_traceback_the_exception_is_quoted(tmp_path: Path) -> None:
     script = """
 def prefixed(error_type, error, trace):
