@@ -12,9 +12,6 @@ from megazh.run.peaks import peak_flops
 from megazh.training.job import Job, Launcher
 from megazh.training.stages import fitting_bounds, work_of
 
-_IN_ORDER = (Launcher.LOCAL, Launcher.DEEPSPEED)
-"""Launchers that number the ranks themselves, in the order of the slots."""
-
 
 def placed(job: Job) -> tuple[Job, list[str]]:
     """A job with the ranks of its hosts' slots chosen, and a line that says what crosses the hosts.
@@ -29,7 +26,7 @@ def placed(job: Job) -> tuple[Job, list[str]]:
         The job, and the line; no line where there is nothing to choose.
     """
     recipe, layout = job.recipe, job.layout
-    if job.launcher in _IN_ORDER or len(job.hosts) < 2 or 1 in (layout.stages, layout.replicas):
+    if job.launcher is Launcher.LOCAL or len(job.hosts) < 2 or 1 in (layout.stages, layout.replicas):
         return job, []
     work = work_of(recipe, layout, job.precision)
     costs, blocks = costs_by_flops(work), recipe.model.num_hidden_layers

@@ -21,8 +21,9 @@ def job(launcher: Launcher = Launcher.SRUN, network: float = 1.25, hosts: int = 
     return replace(made, launcher=launcher, hosts=tuple(Host(f"n{number}", 6) for number in range(hosts)))
 
 
-def test_with_few_stages_a_fast_network_keeps_pipelines_inside() -> None:
-    found, (line,) = placed(job(network=12.5))
+@pytest.mark.parametrize("launcher", [Launcher.SRUN, Launcher.DEEPSPEED, Launcher.MPIRUN])
+def test_with_few_stages_a_fast_network_keeps_pipelines_inside(launcher: Launcher) -> None:
+    found, (line,) = placed(job(launcher, network=12.5))
     assert found.ranks_of_slots == (0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11)
     assert line.startswith(
         "placement   on 2 hosts, data parallelism crosses the hosts, pipelines stay inside: 0.18 s of "
