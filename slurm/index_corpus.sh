@@ -49,6 +49,7 @@ if [[ ! -f $root/slurm/common.sh ]]; then
     exit 2
 fi
 source "$root/slurm/common.sh"
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 # The time limit is near: the build ends at once, and its finished pieces are kept.
 on_time_limit() {
@@ -62,7 +63,6 @@ on_time_limit() {
 run_python() { # ARGUMENTS OF PYTHON...: as the job
     local python
     python=$("${container[@]}" bash "$root/jobs/setup.sh")
-    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
     run_job "${container[@]}" "$python" -P "$@"
 }
 
@@ -87,7 +87,7 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     run_python "$root/tools/index_dataset.py" --part "$part/$SLURM_ARRAY_TASK_COUNT" "$@"
 elif ((${SLURM_NTASKS:-1} > 1)); then
     python=$("${container[@]}" bash "$root/jobs/setup.sh" --mpi)
-    run_job srun --mpi="$mpi" --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    run_job srun --export=ALL --mpi="$mpi" --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
         "${container[@]}" "$python" -P "$root/tools/index_dataset.py" "$@"
 fi
 run_python "$root/tools/index_dataset.py" "$@"

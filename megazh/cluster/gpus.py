@@ -83,7 +83,8 @@ def choose_devices(
             )
         return Devices(Device.CPU, count or wanted or 1, None, f"computing on the CPU: {why}")
     if fewer_will_do:
-        numbers = [number for number in numbers or () if number < len(available)] or None
+        # Where none of the listed GPUs is there, others are not taken in their place: the list is refused below.
+        numbers = [number for number in numbers or () if number < len(available)] or numbers
         count = count and min(count, len(available))
     if numbers is not None:
         return _listed(numbers, available, str(gpus), torch)
@@ -118,6 +119,11 @@ def nvidia_card(root: Path = Path("/")) -> str:
     return ""
 
 
+def hides_all(visible: str) -> bool:
+    """Whether a value of CUDA_VISIBLE_DEVICES hides all GPUs: an empty one, `-1`, or Slurm's `NoDevFiles`."""
+    return not re.match(r"\s*(\d|GPU-|MIG-)", visible)
+
+
 def _available(torch: Torch) -> list[str]:
     """The CUDA_VISIBLE_DEVICES entry of each GPU that torch can use, in torch's order."""
     visible = os.environ.get(_VISIBLE)
@@ -129,7 +135,7 @@ def _available(torch: Torch) -> list[str]:
 def _why_none(torch: Torch, requested: str) -> str:
     """The reason why no GPU is used. Raises UsageError where one was requested, or where one cannot be used."""
     visible, card, slurm = os.environ.get(_VISIBLE), nvidia_card(), _gpus_from_slurm()
-    hidden = visible is not None and not re.match(r"\s*(\d|GPU-|MIG-)", visible)
+    hidden = visible is not None and hides_all(visible)
     if torch.cuda is None:
         why = f"this torch ({torch.version}) is built without CUDA"
         if requested:

@@ -14,15 +14,19 @@ from pathlib import Path
 from megazh.errors import DataError
 from megazh.run.folder import RunFolder
 from megazh.training.checkpoint_list import checkpoint_path, read_manifest
+from megazh.training.checks.data import is_there
+from megazh.training.recipe import Recipe
 
 _SECONDS = 75.0
 _POLL_SECONDS = 0.5
 
 
-def await_data(manifest: Path) -> None:
-    """Wait for the manifest of the data, in a Slurm job that depends on another job: that may just have written it."""
+def await_data(recipe: Recipe) -> None:
+    """Wait for the manifest or index of the data, in a Slurm job that depends on another, which may just have written
+    it."""
     if os.environ.get("SLURM_JOB_DEPENDENCY"):
-        _await(manifest, manifest.exists, "the job before this one may have written it")
+        why = "the job before this one may have written it"
+        _await(Path(recipe.data.manifest), lambda: is_there(recipe), why)
 
 
 def await_checkpoint(run: RunFolder) -> None:

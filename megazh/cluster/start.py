@@ -48,7 +48,7 @@ def start(request: Request) -> int:
     case, found = requested_case(request), Collector()
     await_checkpoint(case.run)
     if not request.inputs and not makes_data(case):
-        await_data(Path(case.recipe.data.manifest))
+        await_data(case.recipe)
     hosts: list[Host] = []
     with found.collecting():
         hosts = read_hostfile(request.hostfile) if request.hostfile else []

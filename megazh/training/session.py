@@ -202,7 +202,8 @@ class Session(ABC):
         """
         validation, limit = self.mixture.manifest.validation, self.recipe.evaluation.validation_samples
         if validation and validation.fraction:
-            self.held_out = HeldOut(self.mixture.validation, self.layout, replica, limit, self.tokenizer)
+            held_out = HeldOut(self.mixture.validation, self.layout, replica, limit, self.tokenizer)
+            self.held_out = held_out if held_out.samples else None
 
     def restart_feed(self) -> None:
         """Feed from the current step on; called after a rollback, and so only where the guard decides."""

@@ -55,7 +55,7 @@ class SlowRanks:
 
     A rank is compared with the median of the other ranks of its stage. Where it is the only one, it is compared with
     its own past: the median of the first comparisons of this attempt, times the median of the factors by which the
-    times of the other stages have changed since then. The costs by which a model is cut into stages are not exact
+    times of the other stages have grown since then. The costs by which a model is cut into stages are not exact
     enough to be compared with: they would have to be right to some percent for embedding, blocks and head.
 
     Args:
@@ -107,6 +107,8 @@ class SlowRanks:
             self._kind, self._past = kind, [[] for _ in seconds]
         found, over = [], []
         for rank, (usual, yardstick) in enumerate(self._usual(seconds)):
+            if math.isinf(usual):  # nothing was compared
+                continue
             is_slow, row = seconds[rank] > usual * (1 + SLOWER), self._in_row[rank]
             row = self._in_row[rank] = max(row, 0) + 1 if is_slow else min(row, 0) - 1
             if row >= IN_ROW and rank not in self._named:
@@ -141,7 +143,8 @@ class SlowRanks:
         changes = [now / before for now, before in zip(seconds, past, strict=True)]
         return [
             (
-                past[at] * statistics.median(changes[:at] + changes[at + 1 :]),
+                # At least its own past: where another stage has become faster, this one has not become slow.
+                past[at] * max(1.0, statistics.median(changes[:at] + changes[at + 1 :])),
                 _OWN_PAST,
             )
             for at in range(len(seconds))

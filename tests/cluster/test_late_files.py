@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from made_runs import make_run, write_recipe
+from recipes import make_recipe
 
 from megazh.cluster import late_files
 from megazh.cluster.late_files import await_checkpoint, await_data
@@ -67,16 +68,19 @@ def test_a_checkpoint_that_does_not_come(
     assert capsys.readouterr().err.splitlines()[-1].endswith("; going on without it")
 
 
+@pytest.mark.parametrize(("given", "file"), [("mixture.yaml", "mixture.yaml"), ("wiki", "wiki.idx")])
 def test_data_of_the_job_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str, file: str
 ) -> None:
-    manifest = tmp_path / "mixture.yaml"
-    await_data(manifest)
+    manifest, recipe = tmp_path / file, make_recipe(data={"manifest": str(tmp_path / given)})
+    await_data(recipe)
     assert capsys.readouterr().err == "", "no job before"
     manifest.touch()
     monkeypatch.setenv("SLURM_JOB_DEPENDENCY", "afterok:17")
+    await_data(recipe)
+    assert capsys.readouterr().err == "", "it is there"
     thread = late(manifest)
-    await_data(manifest)
+    await_data(recipe)
     assert manifest.exists()
     thread.join()
     assert "the job before this one may have written it" in capsys.readouterr().err

@@ -61,6 +61,18 @@ def test_steps_of_another_size_begin_a_new_past() -> None:
     assert compare(ranks, *[[2.0, 6.0]] * 10, kind=(16, 64)) == [NOTHING] * 10
 
 
+def test_a_stage_that_becomes_faster_makes_no_other_one_slow() -> None:
+    ranks = SlowRanks(50, layout(2, 1))
+    assert compare(ranks, *[[1.0, 2.0]] * 10, *[[0.8, 2.0]] * 10) == [NOTHING] * 20
+
+
+def test_a_rank_that_was_named_is_not_fast_where_nothing_is_compared() -> None:
+    ranks = SlowRanks(50, layout(2, 1))
+    compare(ranks, *[[1.0, 2.0]] * 10, kind=(8, 64))
+    assert compare(ranks, *[[1.0, 2.6]] * IN_ROW, kind=(8, 64))[-1] == ([1], [])
+    assert compare(ranks, *[[2.0, 5.2]] * 5, kind=(16, 64)) == [NOTHING] * 5
+
+
 def test_the_fastest_of_the_last_steps_is_shared() -> None:
     ranks = SlowRanks(10, layout(1, 3))
     assert [step for step in range(1, 21) if ranks.measures(step)] == [6, 7, 8, 9, 10, 16, 17, 18, 19, 20]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from megazh.cluster.doctor.child import Ended, run
 from megazh.cluster.doctor.report import Found, Verdict
 from megazh.cluster.doctor.smi import Gpu, Process
-from megazh.cluster.gpus import nvidia_card
+from megazh.cluster.gpus import hides_all, nvidia_card
 
 _FREE_SHARE = 0.9
 _HOT = 85
@@ -76,7 +76,7 @@ def check(found: Found, cuda: Cuda, gpus: list[Gpu], why_no_smi: str, running: l
         found.add("gpus", Verdict.BAD, f"torch and the GPUs: {cuda.failure}", remedy)
     if not cuda.gpus:
         card, visible = nvidia_card(), os.environ.get("CUDA_VISIBLE_DEVICES")
-        if card and visible is not None and visible.strip() in ("", "-1"):
+        if card and visible is not None and hides_all(visible):
             found.add("gpus", Verdict.SKIPPED, f"CUDA_VISIBLE_DEVICES={visible} hides the GPUs of this machine")
         elif card and not cuda.failure:
             text = f"an NVIDIA card is in this machine ({card}), but torch does not see it"

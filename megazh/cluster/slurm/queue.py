@@ -12,9 +12,9 @@ from megazh.errors import DataError, UsageError, WorkerError
 
 ACTIVE = frozenset({
     "PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD",
-    "REQUEUE_FED", "RESV_DEL_HOLD", "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "PREEMPTED",
+    "REQUEUE_FED", "RESV_DEL_HOLD", "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT",
 })  # fmt: skip
-"""States of a job that runs or may still run; a preempted job is requeued, or soon gone."""
+"""States of a job that runs or may still run. PREEMPTED is an end: a job that comes back is PENDING."""
 
 _SEPARATOR = "\x1f"
 _WIDTH = 1000  # of a field of squeue, which would cut it at 20 characters

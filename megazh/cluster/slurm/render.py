@@ -181,7 +181,7 @@ def _when(lead: int) -> str:
 def _body(asked: Description, path: Path | None) -> Iterator[str]:
     yield "set -euo pipefail"
     yield ""
-    if path is not None and path.resolve().parent == TEMPLATES:
+    if path is not None and path.resolve().parent == TEMPLATES and _PLAIN_NAME.fullmatch(path.name):
         yield from _OWN_PATH.replace("NAME", path.name).splitlines()
     else:
         yield f"root={shlex.quote(str(TEMPLATES.parent))}"
@@ -215,6 +215,9 @@ _ABOUT_SIGNAL = """\
 # {when} before the time limit the run saves, ends, and the job is requeued (docs/cluster.md). A job with a shorter
 # limit is signalled at once: give --signal=B:USR1@60 with it.
 """
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
+"""A file name that can stand in a script as it is."""
 
 _OWN_PATH = r"""# Slurm runs a copy of this file; scontrol knows the path of the original.
 original=""
