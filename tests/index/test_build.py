@@ -703,4 +703,5 @@ def test_request_is_what_identity_is_made_of() -> None:
     """A new field of Request that changes the bytes must be part of the plan, so that a resumed build is refused."""
     known = {"inputs", "output", "tokenizer", "eod", "front_tokens", "format", "read", "max_bad", "restart", "listing"}
     known |= {"max_lost", "ranks"}  # a refusal only; part of the tokenizer's kind
+    known |= {"part"}  # which of the sources, that are in the plan, and part of the prefix
     assert {field.name for field in dataclasses.fields(Request)} == known

@@ -26,12 +26,12 @@ def train(name: str, stages: int) -> dict[str, Any]:
     reduce_gradients = engine.optimizer.reduce_gradients
 
     def reduce_and_keep() -> None:
+        reduce_gradients()  # which adds the gradients of the two copies of a tied matrix
         for number, layer in enumerate(module.forward_funcs, module._local_start):
             for key, parameter in layer.named_parameters():
                 assert hasattr(parameter, "main_grad") == parameter.requires_grad, key
                 if parameter.requires_grad:
                     gradients.setdefault(f"{number}.{key}", parameter.main_grad.clone())
-        reduce_gradients()
 
     def add_and_count(waiting: Any) -> None:
         products.append(len(waiting))

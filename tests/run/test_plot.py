@@ -62,7 +62,7 @@ def test_draws_a_png_with_both_losses(tmp_path: Path) -> None:
     assert [entry.name for entry in output.parent.iterdir()] == ["loss.png"]
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 @pytest.mark.parametrize(
     "losses",
     [[3.0], [math.nan], [3.0, math.nan, math.inf, 2.0]],
@@ -153,7 +153,7 @@ def test_bits_per_byte_need_a_validation(tmp_path: Path) -> None:
         plot_runs([tmp_path], tmp_path / "x.svg", PlotOptions(y=Measure.BITS))
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 def test_logarithmic_axes_and_ranges(tmp_path: Path) -> None:
     write_run(tmp_path, [5.0 / step**0.3 for step in range(1, 61)])
     with Metrics(tmp_path, 60, quiet=False) as metrics:
@@ -163,7 +163,7 @@ def test_logarithmic_axes_and_ranges(tmp_path: Path) -> None:
     assert imread(tmp_path / "x.png").shape[:2] == (660, 880)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 def test_without_a_chinese_font_a_png_shows_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "深", [3.0, 2.0])
     monkeypatch.setattr(fonts, "_CHINESE", ())
