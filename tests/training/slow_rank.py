@@ -65,8 +65,8 @@ def train(folder: Path, manifest: str, engine: type, stages: int, steps: int, sl
 
 
 if __name__ == "__main__":
-    # Other programs may slow a rank of some milliseconds a step by 10 % three times in a row; a slowed one takes 5 times
-    # as long. The limit itself has tests without a clock.
+    # Other programs may slow a rank of some milliseconds a step by 10 % three times in a row. The slowed one takes five
+    # times as long. The limit itself has tests without a clock.
     slow_ranks.SLOWER = 1.0
     join_ranks()
     from megazh.training.hf.loop import HfRun
