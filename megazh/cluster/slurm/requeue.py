@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +27,8 @@ LIMIT = "MEGAZH_REQUEUE"
 CODES = (WorkerError.exit_code, REQUEUE)
 """Exit codes after which a run is worth another start; all others need a person first (see `megazh.errors`)."""
 
-_SECONDS = 60.0  # for an answer of Slurm's controller
+_SECONDS = 30.0  # for an answer of Slurm's controller
+_ATTEMPTS, _PAUSE_SECONDS = 4, 5.0
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,24 @@ def _requeue(job: _Job, starts: int, why: str) -> None:
 
 
 def _slurm(*words: str) -> str:
-    return subprocess.run(
-        words, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=True, stdin=subprocess.DEVNULL
-    ).stdout
+    """The output of a command of Slurm. A controller that is busy, or is being restarted, is asked again."""
+    attempt = 1
+    while True:
+        try:
+            return subprocess.run(
+                words,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_SECONDS,
+                check=True,
+                stdin=subprocess.DEVNULL,
+            ).stdout
+        except subprocess.SubprocessError:
+            if attempt == _ATTEMPTS:
+                raise
+        attempt += 1
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _job() -> _Job | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from made_runs import add_checkpoint, make_run, write_recipe
 
+from megazh.cluster.slurm import requeue
 from megazh.cluster.slurm.requeue import LIMIT, requeueing, starts_without_progress
 from megazh.errors import DivergedError, Stopped, UsageError, WorkerError
 from megazh.run.folder import RunFolder
@@ -46,6 +47,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
     """Job 17 of Slurm, in its first start, which may be requeued three times."""
     folder = tmp_path / "bin"
     folder.mkdir()
+    monkeypatch.setattr(requeue, "_PAUSE_SECONDS", 0.0)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     for name, value in {"SLURM_JOB_ID": "17", LIMIT: "3"}.items():
         monkeypatch.setenv(name, value)
@@ -118,6 +120,12 @@ def test_a_task_of_an_array_is_requeued_alone(run: RunFolder, slurm: Slurm, monk
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     requeueing(run, lambda: 75)
     assert slurm.requeued() == ["16_3"]
+
+
+def test_a_controller_that_is_busy_is_asked_again(run: RunFolder, slurm: Slurm) -> None:
+    slurm.refuse('test "$(grep -c requeue "$(dirname "$0")/calls")" -gt 2')
+    assert requeueing(run, lambda: 75) == 75
+    assert slurm.requeued() == ["17"] * 3
 
 
 def test_a_refusal_of_slurm_is_one_line(run: RunFolder, slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
