@@ -5,6 +5,7 @@ A guard does little, so that it answers whatever its rank is doing: computing, w
 launcher has gone, it kills its rank.
 """
 
+import codecs
 import contextlib
 import os
 import queue
@@ -94,6 +95,7 @@ class _Guard:
         self._log = RankLog(folder.logs / f"rank_{self._rank}.log")
         self._pulses = Pulses(self._local + 1)
         self._output = Output("stdout")  # of rank 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a piece may end within a character
         self._child: RankProcess | None = None
         self._events: queue.SimpleQueue[Exit | int] = queue.SimpleQueue()
         self._told = 0.0
@@ -225,7 +227,7 @@ class _Guard:
                 Progress(beats=pulse.beats, step=pulse.step, reason=pulse.reason, age=age, phase=pulse.phase)
             )
         while not self._link.waiting and (data := self._output.take(_TEXT_BYTES, all_of_it)):
-            self._link.send(Text(text=data.decode(errors="replace")))
+            self._link.send(Text(text=self._decoder.decode(data)))
         return self._link.waiting
 
 

@@ -58,10 +58,10 @@ import json
 json.dump(dict(os.environ), open(f'{rank}.json', 'w'))
 print('out', rank, '中')
 print('err', rank, file=sys.stderr)
-sys.stdout.write('x' * 20000)"""
+sys.stdout.write('x' + '中' * 20000)"""
     finished = launch(tmp_path, script)
     assert finished.returncode == 0, finished
-    assert finished.stdout == "out 0 中\n" + "x" * 20000
+    assert finished.stdout == "out 0 中\n" + "x" + "中" * 20000
     assert finished.stderr == "err 0\n"
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     assert [values["LOCAL_RANK"] for values in found] == ["0", "1", "0"]
