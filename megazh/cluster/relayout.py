@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megazh.errors import MegazhError, UsageError
-from megazh.run.attempt import restarts_of_job, slurm_job
+from megazh.run.attempt import restarts_of_job, slurm_job_number
 from megazh.run.folder import RunFolder
 from megazh.training.checks import fit
 from megazh.training.job import Case
@@ -54,7 +54,7 @@ def _ranks_before(run: RunFolder) -> int | None:
 def _came_back(run: RunFolder) -> bool:
     """Whether the last attempt of the run was an earlier start of this Slurm job."""
     attempts = run.info().attempts
-    return restarts_of_job() > 0 and bool(attempts) and attempts[-1].job == slurm_job()
+    return restarts_of_job() > 0 and bool(attempts) and attempts[-1].job == slurm_job_number()
 
 
 def _fits(case: Case) -> bool:

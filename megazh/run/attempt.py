@@ -45,7 +45,7 @@ class Attempt(Config):
     steps: int = 0
     """Optimizer steps of the newest whole checkpoint when it started."""
     job: str | None = None
-    """Slurm job that it ran in (see `slurm_job`); None outside of Slurm."""
+    """Slurm job that it ran in (see `slurm_job_number`); None outside of Slurm."""
     restarts: int = 0
     """How often Slurm had started that job before."""
     devices: list[str] = Field(default_factory=list)
@@ -77,7 +77,7 @@ def how_ended(code: int | None) -> str:
     return COMPLETE if code == 0 else "stopped" if code in (INTERRUPTED, REQUEUE) else "failed"
 
 
-def slurm_job() -> str | None:
+def slurm_job_number() -> str | None:
     """Number of the Slurm job that this process runs in, as Slurm's commands take it: `17`, or `17_3` for a task of an
     array; None outside of Slurm, and where the variables are not Slurm's."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
@@ -108,7 +108,7 @@ def this_attempt(given: Mapping[str, Value], steps: int = 0) -> Attempt:
         },
         given=dict(given),
         steps=steps,
-        job=slurm_job(),
+        job=slurm_job_number(),
         restarts=restarts_of_job(),
     )
 

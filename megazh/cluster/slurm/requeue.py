@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megazh.errors import REQUEUE, DataError, MegazhError, Stopped, UsageError, WorkerError
-from megazh.run.attempt import restarts_of_job, slurm_job
+from megazh.run.attempt import restarts_of_job, slurm_job_number
 from megazh.run.folder import RunFolder
 from megazh.training.checks.resume import steps_done
 
@@ -70,7 +70,7 @@ def _after(job: _Job | None, run: RunFolder, code: int) -> None:
 
 def starts_without_progress(run: RunFolder) -> int:
     """Starts of this Slurm job up to the present one, in a row, after which no more steps were saved than before."""
-    name, restarts = slurm_job(), restarts_of_job()
+    name, restarts = slurm_job_number(), restarts_of_job()
     try:
         attempts = run.info().attempts if run.exists else []
     except DataError:
@@ -134,7 +134,7 @@ def _job() -> _Job | None:
     Raises:
         UsageError: the limit is no number.
     """
-    name, limit = slurm_job(), os.environ.get(LIMIT)
+    name, limit = slurm_job_number(), os.environ.get(LIMIT)
     if name is None or limit is None:
         return None
     if not re.fullmatch(r"[0-9]{1,6}", limit):
